@@ -1,0 +1,183 @@
+"""Group advantages of MAPO (arXiv 2509.18849) and of the estimators it is compared with.
+
+Notation of the paper, for one group (the G trajectories of one prompt) with rewards r_1 .. r_G:
+
+    mu, sigma   mean and standard deviation of the rewards
+    p           success ratio, the fraction of successful trajectories
+    z_i         (r_i - mu) / (sigma + eps), the z-score of GRPO
+    APD_i       (r_i - mu) / (D + eps), Advantage Percent Deviation; D = mu in the paper
+    lambda(p)   1 - 4 p (1 - p), Trajectory Certainty Reweight
+    A_i         (1 - lambda(p)) z_i + lambda(p) APD_i, the mixed advantage
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """Statistics of one group, over its finite rewards only.
+
+    Attributes:
+        mean: mu; 0 if the group has no finite reward.
+        std: sigma with the requested correction; exactly 0 where no advantage can be formed.
+        success_ratio: p; 0 if the group has no finite reward.
+        certainty: lambda(p) of the requested certainty function, whichever estimator is in use.
+        size: G, the number of finite rewards.
+        nonfinite: number of NaN and infinite rewards, which G does not count.
+    """
+
+    mean: float
+    std: float
+    success_ratio: float
+    certainty: float
+    size: int
+    nonfinite: int
+
+
+def certainty_weight(p: float, certainty: str | float = "quadratic") -> float:
+    """Weight lambda of the Advantage Percent Deviation in a group with success ratio p.
+
+    Args:
+        p: success ratio in [0, 1].
+        certainty: "quadratic" (the paper), "linear", "entropy", "step", or a number in [0, 1].
+
+    Raises:
+        ValueError: if `certainty` is none of these.
+    """
+    if certainty == "quadratic":
+        return 1 - 4 * p * (1 - p)
+    if certainty == "linear":
+        return abs(2 * p - 1)
+    if certainty == "entropy":
+        return 1 - sum(-q * math.log2(q) for q in (p, 1 - p) if q > 0)
+    if certainty == "step":
+        return 0.0 if 0.25 <= p <= 0.75 else 1.0
+    if not isinstance(certainty, str) and 0 <= certainty <= 1:
+        return float(certainty)
+    raise ValueError(
+        "certainty: expected quadratic, linear, entropy, step or a number in [0, 1], "
+        f"got {certainty!r}"
+    )
+
+
+def has_signal(r: Tensor, c: int) -> bool:
+    """Whether advantages can be formed from the finite rewards r [G] of a group.
+
+    Equality of rewards is tested on the rewards: sigma of equal rewards may be a rounding error
+    above 0, and dividing that error by itself would invent a signal.
+    """
+    G = len(r)
+    return G > max(c, 0) and bool(r.max() > r.min())
+
+
+def standard_deviation(r: Tensor, c: int) -> Tensor:
+    """Standard deviation of r [G] with the sum of squares divided by G - c."""
+    return (((r - r.mean()) ** 2).sum() / (len(r) - c)).sqrt()
+
+
+def group_stats(r: Tensor, succeeded: Tensor, nonfinite: int, certainty, c: int) -> GroupStats:
+    """Statistics of one group from its finite rewards r [G] and their successes [G]."""
+    G = len(r)
+    p = int(succeeded.sum()) / G if G > 0 else 0.0
+    return GroupStats(
+        mean=float(r.mean()) if G > 0 else 0.0,
+        std=float(standard_deviation(r, c)) if has_signal(r, c) else 0.0,
+        success_ratio=p,
+        certainty=certainty_weight(p, certainty),
+        size=G,
+        nonfinite=nonfinite,
+    )
+
+
+def percent_deviation(r: Tensor, eps: float, apd: str) -> Tensor:
+    """Advantage Percent Deviation of the rewards r [G] of one group.
+
+    "paper" divides by mu, which explodes at mu = 0 and flips the ranking when mu < 0. "bounded"
+    divides by the smallest D >= abs(mu) that keeps abs(APD) <= G - 1. When no reward is negative,
+    abs(r_i - mu) <= (G - 1) mu, so that D is mu and nothing of the paper changes.
+    """
+    G, mu = len(r), r.mean()
+    if apd == "paper":
+        D = mu
+    elif apd == "bounded":
+        D = torch.maximum(mu.abs(), (r - mu).abs().max() / (G - 1))
+    else:
+        raise ValueError(f"apd: expected bounded or paper, got {apd!r}")
+    return (r - mu) / (D + eps)
+
+
+def estimate(r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str) -> Tensor:
+    """Advantages [G] of one group from its finite rewards r [G] and its certainty weight lam."""
+    if not has_signal(r, c):
+        return torch.zeros_like(r)
+    G, mu = len(r), r.mean()
+    if estimator == "mean":  # Dr.GRPO
+        return r - mu
+    if estimator == "rloo":  # r_i minus the mean of the others
+        return (r - mu) * G / (G - 1)
+    if estimator == "apd":
+        return percent_deviation(r, eps, apd)
+    z = (r - mu) / (standard_deviation(r, c) + eps)
+    if estimator == "grpo":
+        return z
+    if estimator == "mapo":
+        return (1 - lam) * z + lam * percent_deviation(r, eps, apd)
+    raise ValueError(f"estimator: expected mapo, grpo, apd, mean or rloo, got {estimator!r}")
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    estimator: str = "mapo",
+    certainty: str | float = "quadratic",
+    success: Tensor | None = None,
+    success_threshold: float = 1.0,
+    std_correction: int = 1,
+    eps: float = 1e-6,
+    apd: str = "bounded",
+    max_abs: float | None = None,
+) -> tuple[Tensor, dict[int, GroupStats]]:
+    """One advantage per trajectory, from the rewards of its group.
+
+    A NaN or infinite reward is absent from its group's statistics and gets advantage 0. A group
+    has advantages of exactly 0 if its finite rewards are all equal or if G <= std_correction.
+
+    Args:
+        rewards: [B], any floating dtype.
+        group_ids: [B] integers, in any order; groups may differ in size.
+        estimator: "mapo", "grpo", "apd", "mean" or "rloo".
+        certainty: lambda(p), see `certainty_weight`.
+        success: [B] bool, which trajectories succeeded; by default `rewards >= success_threshold`.
+        success_threshold: compared in the dtype of `rewards`, as PyTorch compares with a number:
+            a float32 reward of 0.9 passes a threshold of 0.9.
+        std_correction: sigma divides by G - std_correction (1: TRL, verl and the authors' code;
+            0: the worked figures of the paper).
+        eps: added to the denominators of z and APD.
+        apd: "bounded" or "paper", see `percent_deviation`.
+        max_abs: clamp advantages to [-max_abs, max_abs].
+
+    Returns:
+        Advantages [B] in float64, and the statistics of each group by its id.
+    """
+    succeeded = rewards >= success_threshold if success is None else success.bool()
+    r = rewards.detach().double()
+    A = torch.zeros_like(r)
+    stats = {}
+    for group_id in group_ids.unique().tolist():
+        members = group_ids == group_id
+        finite = members & r.isfinite()
+        stats[group_id] = group_stats(
+            r[finite],
+            succeeded[finite],
+            nonfinite=int(members.sum() - finite.sum()),
+            certainty={"mapo": certainty, "apd": 1.0}.get(estimator, 0.0),
+            c=std_correction,
+        )
+        lam = stats[group_id].certainty
+        A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd)
+    return (A if max_abs is None else A.clamp(-max_abs, max_abs)), stats

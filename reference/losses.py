@@ -1,0 +1,306 @@
+"""Token losses of MAPO and its relatives: one sequence, then one token, at a time.
+
+Notation, for token t of sequence i:
+
+    log_rho     clamp(logp - old_logp, -20, 20), or its mean over the sequence (GSPO)
+    rho         exp(log_rho), the importance ratio
+    A           advantage
+    d           ref_logp - logp
+    H           entropy of the policy
+    sg(x)       x without gradient, `x.detach()`
+
+    loss = sum_it weight_it (w_it policy(rho, A) + beta kl(d) - entropy_coef H)
+
+where `weight_it` is the aggregation's and `w_it` corrects the policy term alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss is made of; the keyword arguments of `mapo_loss` that are not tensors.
+
+    Attributes:
+        objective: "clip", "cispo", "sapo" or "none", see `policy_term`.
+        importance_level: "token", or "sequence" as in GSPO, see `log_ratios`.
+        eps_low: `clip` keeps rho above 1 - eps_low.
+        eps_high: `clip` keeps rho below 1 + eps_high (DAPO: higher than eps_low).
+        dual_clip: upper bound of rho in the unclipped term (TRL `delta`, verl `clip_ratio_c`).
+        eps_high_cispo: upper bound of rho in `cispo`; not 1 + eps.
+        sapo_tau_pos: temperature of `sapo` where A > 0.
+        sapo_tau_neg: temperature of `sapo` elsewhere.
+        beta: coefficient of the KL term.
+        kl_estimator: "k1", "k2" or "k3", see `kl_term`.
+        kl_importance_correction: multiply the KL term by rho (TRL `use_bias_correction_kl`).
+        entropy_coef: coefficient of the entropy bonus.
+        rollout_cap: bound of the rollout weight exp(old_logp - rollout_logp); None: no bound.
+        aggregation: weights of the tokens, verl's names, see `aggregation_weight`.
+        max_tokens: constant of "seq-mean-token-sum-norm"; None: T.
+        score_all: score tokens whose term is 0, too; only the metrics see the difference.
+    """
+
+    objective: str = "clip"
+    importance_level: str = "token"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    dual_clip: float | None = None
+    eps_high_cispo: float = 5.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_importance_correction: bool = False
+    entropy_coef: float = 0.0
+    rollout_cap: float | None = None
+    aggregation: str = "token-mean"
+    max_tokens: int | None = None
+    score_all: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors [B, T] in float64, of which logp and entropy carry gradient."""
+
+    logp: Tensor
+    old: Tensor
+    A: Tensor
+    w: Tensor
+    ref: Tensor | None
+    rollout: Tensor | None
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One scored token: 0-d float64 tensors, of which logp, rho and entropy carry gradient.
+
+    ref and entropy are NaN in a batch without them, so that reading them by mistake shows.
+    """
+
+    logp: Tensor
+    old: Tensor
+    rho: Tensor
+    A: Tensor
+    w: Tensor
+    ref: Tensor
+    entropy: Tensor
+
+
+def constant(x: Tensor) -> Tensor:
+    """Float64 version of x, without gradient."""
+    return x.detach().double()
+
+
+def log_ratios(logp: Tensor, old: Tensor, live: list[int], level: str) -> dict[int, Tensor]:
+    """log_rho at the live positions of one sequence, from its logp [T] and old [T].
+
+    At level "sequence" every token gets the mean over the live tokens, clamped after the mean; its
+    gradient reaches all of them.
+    """
+    ratios = {t: logp[t] - old[t] for t in live}
+    if level == "sequence" and live:
+        ratios = dict.fromkeys(live, torch.stack(list(ratios.values())).mean())
+    elif level not in ("token", "sequence"):
+        raise ValueError(f"importance_level: expected token or sequence, got {level!r}")
+    return {t: ratio.clamp(-20, 20) for t, ratio in ratios.items()}
+
+
+def policy_term(token: Token, s: LossSettings) -> Tensor:
+    """Loss of one token's policy gradient objective."""
+    rho, A = token.rho, token.A
+    if s.objective == "clip":  # PPO, GRPO, DAPO
+        unclipped = rho if s.dual_clip is None else rho.clamp(max=s.dual_clip)
+        clipped = rho.clamp(1 - s.eps_low, 1 + s.eps_high)
+        return -torch.minimum(unclipped * A, clipped * A)
+    if s.objective == "cispo":
+        return -rho.clamp(max=s.eps_high_cispo).detach() * A * token.logp
+    if s.objective == "sapo":
+        tau = s.sapo_tau_pos if A > 0 else s.sapo_tau_neg
+        return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * A
+    if s.objective == "none":
+        return -rho * A
+    raise ValueError(f"objective: expected clip, cispo, sapo or none, got {s.objective!r}")
+
+
+def kl_term(d: Tensor, estimator: str) -> Tensor:
+    """Estimate of KL(policy || reference) at one token from d = ref_logp - logp."""
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d**2 / 2
+    if estimator == "k3":
+        return torch.expm1(d) - d  # exp(d) - d - 1 without its cancellation at small d
+    raise ValueError(f"kl_estimator: expected k1, k2 or k3, got {estimator!r}")
+
+
+def token_loss(token: Token, s: LossSettings) -> Tensor:
+    """Loss of one token, before aggregation."""
+    loss = token.w * policy_term(token, s)
+    if s.beta != 0:
+        kl = kl_term(token.ref - token.logp, s.kl_estimator)
+        loss = loss + s.beta * (token.rho * kl if s.kl_importance_correction else kl)
+    if s.entropy_coef != 0:
+        loss = loss - s.entropy_coef * token.entropy
+    return loss
+
+
+def aggregation_weight(s: LossSettings, count: float, live_tokens: int, T: int) -> float:
+    """Weight of one live token in the loss.
+
+    Args:
+        s: settings, of which `aggregation` and `max_tokens` are read.
+        count: tokens ("token-mean") or sequences (the others) of the batch, or the normalizer.
+        live_tokens: number of live tokens in the sequence.
+        T: padded length.
+    """
+    if s.aggregation == "token-mean":
+        return 1 / count
+    if s.aggregation == "seq-mean-token-mean":
+        return 1 / (count * live_tokens)
+    if s.aggregation == "seq-mean-token-sum":
+        return 1 / count
+    if s.aggregation == "seq-mean-token-sum-norm":
+        return 1 / (count * (T if s.max_tokens is None else s.max_tokens))
+    raise ValueError(f"aggregation: unknown mode {s.aggregation!r}")
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    """Mean of 0-d tensors of any dtype, 0-d float64 without gradient; 0 if there are none."""
+    if not values:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([constant(v) for v in values]).mean()
+
+
+def ratio_metrics(tokens: list[Token], s: LossSettings) -> dict[str, Tensor]:
+    """Metrics of the importance ratio, means over the scored tokens."""
+    # An objective without a bound never clips.
+    lower = 1 - s.eps_low if s.objective == "clip" else -math.inf
+    upper = {"clip": 1 + s.eps_high, "cispo": s.eps_high_cispo}.get(s.objective, math.inf)
+    return {
+        "clip_fraction_low": mean([(k.rho < lower) & (k.A < 0) for k in tokens]),
+        "clip_fraction_high": mean([(k.rho > upper) & (k.A > 0) for k in tokens]),
+        "ratio_mean": mean([k.rho for k in tokens]),
+        "ratio_max": torch.stack([k.rho.detach() for k in tokens]).max() if tokens else mean([]),
+        # The token's own ratio, also where the loss takes the sequence's.
+        "approx_kl": mean([kl_term((k.old - k.logp).clamp(-20, 20), "k3") for k in tokens]),
+    }
+
+
+def is_scored(A: Tensor, w: Tensor, s: LossSettings) -> bool:
+    """Whether the term of a live token of advantage A and weight w can differ from 0."""
+    return s.score_all or s.beta != 0 or s.entropy_coef != 0 or bool(A != 0 and w != 0)
+
+
+def rollout_weight(old: Tensor, rollout: Tensor, cap: float | None) -> Tensor:
+    """Truncated importance weight for tokens sampled by another engine than scored them."""
+    return (old - rollout).exp().clamp(max=math.inf if cap is None else cap)
+
+
+def read_token(batch: Batch, i: int, t: int, log_rho: Tensor, s: LossSettings) -> Token:
+    """Token t of sequence i, its weight multiplied by the rollout weight."""
+    old, w, absent = batch.old[i, t], batch.w[i, t], torch.tensor(math.nan)
+    if batch.rollout is not None:
+        w = w * rollout_weight(old, batch.rollout[i, t], s.rollout_cap)
+    return Token(
+        logp=batch.logp[i, t],
+        old=old,
+        rho=log_rho.exp(),
+        A=batch.A[i, t],
+        w=w,
+        ref=absent if batch.ref is None else batch.ref[i, t],
+        entropy=absent if batch.entropy is None else batch.entropy[i, t],
+    )
+
+
+def batch_loss(
+    batch: Batch, mask: Tensor, normalizer: float | None, s: LossSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of a batch; positions where mask [B, T] is 0 are never read."""
+    B, T = mask.shape
+    live = [[t for t in range(T) if mask[i, t] != 0] for i in range(B)]
+    active = sum(len(live_i) for live_i in live)
+    if normalizer is None:
+        normalizer = active if s.aggregation == "token-mean" else B
+
+    loss = batch.logp[:0].sum()  # an empty sum: 0 whatever logp holds, yet part of the graph
+    tokens = []
+    for i in range(B):
+        log_rho = log_ratios(batch.logp[i], batch.old[i], live[i], s.importance_level)
+        scored = [t for t in live[i] if is_scored(batch.A[i, t], batch.w[i, t], s)]
+        if s.importance_level == "sequence" and scored:
+            scored = live[i]  # every token moves rho, so a sequence is scored whole or not at all
+        for t in scored:
+            token = read_token(batch, i, t, log_rho[t], s)
+            weight = aggregation_weight(s, normalizer, len(live[i]), T)
+            loss = loss + weight * token_loss(token, s)
+            tokens.append(token)
+
+    metrics = ratio_metrics(tokens, s)
+    if batch.ref is not None:
+        metrics["ref_kl"] = mean([kl_term(k.ref - k.logp, s.kl_estimator) for k in tokens])
+    if batch.entropy is not None:
+        metrics["entropy"] = mean([k.entropy for k in tokens])
+    metrics["active_tokens"] = torch.tensor(active, dtype=torch.float64)
+    metrics["scored_tokens"] = torch.tensor(len(tokens), dtype=torch.float64)
+    return loss, metrics
+
+
+def mapo_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    **settings,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a padded batch of trajectories; its gradient is autograd's.
+
+    Live tokens whose term is 0 (A = 0 or weight 0, without KL and entropy terms) are not scored:
+    the metrics do not speak of them, though the aggregation still counts them. At importance level
+    "sequence" every live token moves its sequence's ratio, and gets gradient from all tokens beside
+    it: there a sequence is scored whole if any of its tokens is.
+
+    Args:
+        logprobs: [B, T], with gradient.
+        advantages: [B] or [B, T].
+        mask: [B, T], nonzero for live tokens. Nothing is read at the others.
+        old_logprobs: [B, T], policy of the importance ratio; None: on-policy, sg(logprobs).
+        ref_logprobs: [B, T], reference policy of the KL term.
+        rollout_logprobs: [B, T], from the engine that sampled. The policy term is weighted by
+            min(exp(old_logp - rollout_logp), rollout_cap), without gradient.
+        token_weights: [B, T], factors of the policy term.
+        entropy: [B, T], H, possibly with gradient.
+        normalizer: replaces the number of tokens or sequences of the batch in the aggregation, so
+            that the losses of micro-batches add up to the loss of the whole batch.
+        **settings: fields of `LossSettings`.
+
+    Returns:
+        The loss, 0-d float64, and metrics, 0-d float64 each: means over scored tokens except
+        `ratio_max`, `active_tokens` and `scored_tokens`.
+    """
+    s = LossSettings(**settings)
+    if s.beta != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected a tensor because beta is {s.beta}, got None")
+    if s.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy: expected a tensor because entropy_coef is {s.entropy_coef}")
+    A = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(logprobs)
+    batch = Batch(
+        logp=logprobs.double(),
+        old=constant(logprobs if old_logprobs is None else old_logprobs),
+        A=constant(A),
+        w=constant(torch.ones_like(logprobs) if token_weights is None else token_weights),
+        ref=None if ref_logprobs is None else constant(ref_logprobs),
+        rollout=None if rollout_logprobs is None else constant(rollout_logprobs),
+        entropy=None if entropy is None else entropy.double(),
+    )
+    return batch_loss(batch, mask, None if normalizer is None else float(normalizer), s)
