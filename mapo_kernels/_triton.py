@@ -1,0 +1,28 @@
+"""Triton where it is installed; where it is not, a stand-in that keeps modules importable."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    jit = triton.jit
+except ImportError:
+    HAS_TRITON = False
+    triton = None
+    tl = SimpleNamespace(constexpr=None)
+
+    def jit(fn: Any = None, **options: Any) -> Any:
+        """Keep the Python source of a device function reachable as `.fn`, as `triton.jit` does."""
+        if fn is None:
+            return lambda function: jit(function, **options)
+        return SimpleNamespace(fn=fn, __name__=fn.__name__)
+
+
+def is_device_function(value: Any) -> bool:
+    """Whether `value` came out of `jit`."""
+    return callable(getattr(value, "fn", None)) and hasattr(value, "__name__")

@@ -1,0 +1,77 @@
+"""Which implementation runs: fused Triton kernels, or the eager twin on torch tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mapo_kernels._triton import HAS_TRITON
+
+BACKENDS = ("auto", "triton", "eager")
+_ENVIRONMENT = "MAPO_KERNELS_BACKEND"
+_chosen: str | None = None
+
+
+def set_backend(name: str | None) -> None:
+    """Choose the backend for this process.
+
+    Args:
+        name: `auto` (Triton on a GPU, eager elsewhere and for float64), `triton`, `eager`, or None
+            to follow the environment variable MAPO_KERNELS_BACKEND again.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    global _chosen
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"name: expected one of {list(BACKENDS)} or None, got {name!r}")
+    _chosen = name
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+# The environment cannot be traced by torch.compile, and need not be: the backend is settled at
+# trace time.
+@torch.compiler.assume_constant_result
+def resolve_backend(device_type: str, is_double: bool = False) -> str:
+    """The backend that a call with tensors on `device_type` uses.
+
+    Args:
+        device_type: `torch.device.type` of the inputs, such as `cuda` or `cpu`.
+        is_double: whether every floating-point input is float64, which only the eager backend
+            computes.
+
+    Returns:
+        `triton` or `eager`.
+
+    Raises:
+        ValueError: MAPO_KERNELS_BACKEND is none of auto, triton, eager.
+        RuntimeError: `triton` was asked for and cannot run here.
+    """
+    choice = _chosen or os.environ.get(_ENVIRONMENT, "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"{_ENVIRONMENT}: expected one of {list(BACKENDS)}, got {choice!r}")
+    # ROCm calls its devices cuda too.
+    on_gpu = device_type in ("cuda", "xpu")
+    if choice == "auto":
+        return "triton" if HAS_TRITON and on_gpu and not is_double else "eager"
+    if choice == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("backend 'triton': expected Triton to be installed, it is not")
+        if not on_gpu and not _interpreting():
+            raise RuntimeError(
+                f"backend 'triton': expected tensors on a GPU (or TRITON_INTERPRET=1), got "
+                f"{device_type}"
+            )
+    return choice
+
+
+def describe_backend() -> str:
+    """One line that says which backend this machine uses, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    why = "Triton is not installed" if not HAS_TRITON else f"torch sees device type {device}"
+    choice = _chosen or os.environ.get(_ENVIRONMENT, "auto")
+    return f"{resolve_backend(device)} (setting {choice}; {why})"

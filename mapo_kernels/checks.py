@@ -1,0 +1,216 @@
+"""Validation at the boundary: every error names the argument, what was expected and what came.
+
+Nothing here reads device data, so nothing waits, except under MAPO_KERNELS_VALIDATE=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mapo_kernels.inputs import GroupInputs, TokenInputs
+from mapo_kernels.spec import LossSpec, describe
+
+
+@torch.compiler.assume_constant_result
+def validates_device_data() -> bool:
+    """Whether MAPO_KERNELS_VALIDATE=1 asks for checks that read device data (they synchronise)."""
+    return os.environ.get("MAPO_KERNELS_VALIDATE", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _shape(shape: torch.Size | tuple[int, ...]) -> str:
+    return str(list(shape))
+
+
+def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
+    """Raise unless `x` is a tensor (on `device`)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {describe(x)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
+def check_constant(name: str, x: torch.Tensor, device: torch.device, floating: bool = True) -> None:
+    """Raise unless `x` is a tensor on `device` that the loss is not differentiated by."""
+    check_tensor(name, x, device)
+    if floating and not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    if x.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad (the loss treats it as a "
+            f"constant; pass {name}.detach()), got requires_grad=True"
+        )
+
+
+def check_shape(name: str, x: torch.Tensor, shape: torch.Size | tuple[int, ...], what: str) -> None:
+    """Raise unless `x` has `shape`, described by `what`."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {_shape(shape)} ({what}), got {_shape(x.shape)}")
+
+
+def check_groups(
+    rewards: torch.Tensor,
+    group_size: int | None,
+    group_ids: torch.Tensor | None,
+    success: torch.Tensor | None,
+) -> GroupInputs:
+    """Validate rewards [B] and their grouping."""
+    check_tensor("rewards", rewards)
+    if rewards.dim() != 1:
+        raise ValueError(
+            f"rewards: expected shape [B] (one reward per sequence), got {_shape(rewards.shape)}"
+        )
+    n_rows = rewards.shape[0]
+    if n_rows == 0:
+        raise ValueError("rewards: expected at least one sequence (B >= 1), got an empty batch")
+    if rewards.is_complex():
+        raise TypeError(f"rewards: expected a real dtype, got {rewards.dtype}")
+    check_constant("rewards", rewards, rewards.device, floating=False)
+    if (group_size is None) == (group_ids is None):
+        came = "neither" if group_size is None else "both"
+        raise ValueError(f"group_size, group_ids: expected exactly one of them, got {came}")
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, rewards.device)
+        check_shape("group_ids", group_ids, rewards.shape, "one id per reward")
+        if group_ids.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"group_ids: expected an integer dtype, got {group_ids.dtype}")
+    else:
+        if isinstance(group_size, bool) or not isinstance(group_size, int):
+            raise TypeError(f"group_size: expected an int, got {describe(group_size)}")
+        if group_size < 1 or n_rows % group_size:
+            raise ValueError(
+                f"group_size: expected a positive divisor of the {n_rows} rewards, got {group_size}"
+            )
+    if success is not None:
+        check_tensor("success", success, rewards.device)
+        check_shape("success", success, rewards.shape, "one flag per reward")
+        if success.dtype != torch.bool:
+            raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
+    # A bool has no sign for the kernel to take; 0 and 1 are what is meant.
+    rewards = rewards.to(torch.uint8) if rewards.dtype == torch.bool else rewards
+    return GroupInputs(rewards, group_size or 0, group_ids, success)
+
+
+def check_layout(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    """Validate the layout of a token tensor, [B, T] or [total]; the number B of sequences."""
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            raise ValueError(
+                f"{name}: expected shape [B, T], or [total] with cu_seqlens, got {_shape(x.shape)}"
+            )
+        n_sequences = x.shape[0]
+    else:
+        check_tensor("cu_seqlens", cu_seqlens, x.device)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1:
+            raise ValueError(f"cu_seqlens: expected shape [B + 1], got {_shape(cu_seqlens.shape)}")
+        if x.dim() != 1:
+            raise ValueError(
+                f"{name}: expected shape [total] with cu_seqlens, got {_shape(x.shape)}"
+            )
+        n_sequences = cu_seqlens.shape[0] - 1
+        if validates_device_data():
+            _check_bounds(cu_seqlens, x.shape[0])
+    if n_sequences < 1:
+        raise ValueError(f"{name}: expected at least one sequence (B >= 1), got an empty batch")
+    return n_sequences
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, total: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens: expected non-decreasing values from 0 to {total}, got {bounds}"
+        )
+
+
+def check_advantages(
+    advantages: torch.Tensor, n_sequences: int, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Validate advantages [B] or per token."""
+    check_constant("advantages", advantages, tokens.device)
+    if tuple(advantages.shape) not in ((n_sequences,), tuple(tokens.shape)):
+        raise ValueError(
+            f"advantages: expected shape [{n_sequences}] (per sequence) or {_shape(tokens.shape)} "
+            f"(per token), got {_shape(advantages.shape)}"
+        )
+    return advantages
+
+
+def check_mask(mask: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Validate a token mask."""
+    check_tensor("mask", mask, tokens.device)
+    check_shape("mask", mask, tokens.shape, "the shape of the log-probs")
+
+
+def check_normalizer(normalizer: object, device: torch.device) -> None:
+    """Validate the denominator over the batch."""
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer: expected a number or a 0-d tensor, got shape "
+                f"{_shape(normalizer.shape)}"
+            )
+        check_constant("normalizer", normalizer, device, floating=False)
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(
+            f"normalizer: expected a number or a 0-d tensor, got {describe(normalizer)}"
+        )
+    elif not 0 < normalizer < float("inf"):
+        raise ValueError(f"normalizer: expected a positive finite number, got {normalizer!r}")
+
+
+def check_source(rewards: object, advantages: object) -> None:
+    """Raise unless exactly one of rewards and advantages is given."""
+    if (rewards is None) == (advantages is None):
+        came = "neither" if rewards is None else "both"
+        raise ValueError(f"rewards, advantages: expected exactly one of them, got {came}")
+
+
+def check_tokens(logprobs: torch.Tensor, inputs: TokenInputs, spec: LossSpec) -> None:
+    """Validate the tensors of one token loss against the log-probs and the spec."""
+    check_tensor("logprobs", logprobs)
+    if not logprobs.is_floating_point():
+        raise TypeError(f"logprobs: expected a floating-point dtype, got {logprobs.dtype}")
+    n_sequences = check_layout("logprobs", logprobs, inputs.cu_seqlens)
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights"):
+        x = getattr(inputs, name)
+        if x is not None:
+            check_constant(name, x, logprobs.device)
+            check_shape(name, x, logprobs.shape, "the shape of logprobs")
+    if inputs.mask is not None:
+        check_mask(inputs.mask, logprobs)
+    if inputs.advantages is not None:
+        check_advantages(inputs.advantages, n_sequences, logprobs)
+    if inputs.groups is not None:
+        rewards = inputs.groups.rewards
+        check_tensor("rewards", rewards, logprobs.device)
+        check_shape("rewards", rewards, (n_sequences,), "one reward per sequence of logprobs")
+    if inputs.normalizer is not None:
+        check_normalizer(inputs.normalizer, logprobs.device)
+    _check_spec(inputs, spec)
+
+
+def _check_spec(inputs: TokenInputs, spec: LossSpec) -> None:
+    if not isinstance(spec, LossSpec):
+        raise TypeError(f"spec: expected a LossSpec, got {describe(spec)}")
+    if spec.beta != 0 and inputs.ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: expected a tensor because beta is {spec.beta:g}, got None")
+    if (spec.rollout_cap is None) != (inputs.rollout_logprobs is None):
+        missing = "rollout_cap" if spec.rollout_cap is None else "rollout_logprobs"
+        raise ValueError(f"{missing}: expected with its counterpart (cap and log-probs), got None")
+    if spec.entropy_coef != 0:
+        raise ValueError(
+            f"entropy_coef: expected 0 where only log-probs are seen (entropy needs logits), got "
+            f"{spec.entropy_coef!r}"
+        )
+    if (
+        spec.aggregation == "seq-mean-token-sum-norm"
+        and spec.max_tokens is None
+        and inputs.cu_seqlens is not None
+    ):
+        raise ValueError(
+            "max_tokens: expected a number for 'seq-mean-token-sum-norm' of packed input, got None"
+        )

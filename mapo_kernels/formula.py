@@ -1,0 +1,251 @@
+"""The formulas, once: group advantage, policy term, KL term, each value beside its derivative.
+
+Pure device functions: no loads, no stores, no shapes. Triton compiles them into every kernel, and
+`mapo_kernels.twin` runs this same source on torch tensors (any device, float64), which is what the
+eager backend and the float64 tests use. Two rules keep both readings equal: every operation is a
+plain operator or `tl.something`, and nothing is assigned in place (`x += y` rebinds in Triton and
+mutates in torch). Bounds are taken with `tl.where`, because Triton's minimum and maximum may drop a
+NaN.
+
+Symbols follow the MAPO paper (arXiv 2509.18849) and PPO: mu, sigma and p are a group's mean,
+standard deviation and success ratio, lambda is its certainty weight, A the advantage, rho = exp(l)
+the ratio of the new to the old probability.
+"""
+
+from mapo_kernels._triton import jit, tl
+
+
+@jit
+def exp(x):
+    """e^x within about one rounding: x = n ln 2 + r with ln 2 in two parts, then e^r 2^n.
+
+    A GPU's float32 exponential is 2^(x log2 e) with the product rounded: by |x| = 20 a digit is
+    gone.
+    """
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.42860682030941723e-06
+    return tl.where(tl.abs(x) < 80.0, tl.exp(r) * tl.exp2(n), tl.exp(x))
+
+
+@jit
+def k3(d):
+    """e^d - d - 1 without cancellation near 0, where a KL estimate spends its life."""
+    # 2 sum_k d^k / (k + 2)! up to d^13: below one float64 rounding for |d| < 0.5.
+    series = 1.0 + d / 15.0
+    series = 1.0 + d / 14.0 * series
+    series = 1.0 + d / 13.0 * series
+    series = 1.0 + d / 12.0 * series
+    series = 1.0 + d / 11.0 * series
+    series = 1.0 + d / 10.0 * series
+    series = 1.0 + d / 9.0 * series
+    series = 1.0 + d / 8.0 * series
+    series = 1.0 + d / 7.0 * series
+    series = 1.0 + d / 6.0 * series
+    series = 1.0 + d / 5.0 * series
+    series = 1.0 + d / 4.0 * series
+    series = 1.0 + d / 3.0 * series
+    return tl.where(tl.abs(d) < 0.5, 0.5 * d * d * series, exp(d) - d - 1.0)
+
+
+@jit
+def clamp(x, low, high):
+    """`x` within [low, high]; NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@jit
+def importance_ratio(log_ratio):
+    """The ratio rho = exp(clamp(l, -20, 20)) and drho/dl."""
+    ratio = exp(clamp(log_ratio, -20.0, 20.0))
+    return ratio, tl.where(tl.abs(log_ratio) > 20.0, 0.0, ratio)
+
+
+@jit
+def policy_term(
+    logp,
+    ratio,
+    ratio_slope,
+    advantage,
+    eps_low,
+    eps_high,
+    dual_clip,
+    eps_high_cispo,
+    sapo_tau_pos,
+    sapo_tau_neg,
+    OBJECTIVE: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+):
+    """Per-token policy loss, its derivatives by l and by logp, and where the ratio was clipped.
+
+    PPO (arXiv 1707.06347), DAPO's clip-higher, dual clip (arXiv 1912.09729), CISPO (arXiv
+    2506.13585), SAPO (arXiv 2511.20347). Returns (loss, dloss/dl, dloss/dlogp, clipped low, clipped
+    high).
+    """
+    clipped_low = (advantage < 0) & (advantage > 0)
+    clipped_high = clipped_low
+    d_logp = ratio * 0.0
+    if OBJECTIVE == "clip":
+        clipped_low = (ratio < 1.0 - eps_low) & (advantage < 0)
+        clipped_high = (ratio > 1.0 + eps_high) & (advantage > 0)
+        flat = clipped_low | clipped_high
+        capped = ratio
+        if HAS_DUAL_CLIP:
+            flat = flat | ((ratio > dual_clip) & (advantage < 0))
+            capped = clamp(ratio, 0.0, dual_clip)
+        free = capped * advantage
+        bounded = clamp(ratio, 1.0 - eps_low, 1.0 + eps_high) * advantage
+        loss = -tl.where(free < bounded, free, bounded)
+        d_log_ratio = tl.where(flat, 0.0, -advantage * ratio_slope)
+    elif OBJECTIVE == "cispo":
+        clipped_high = (ratio > eps_high_cispo) & (advantage > 0)
+        d_logp = -clamp(ratio, 0.0, eps_high_cispo) * advantage
+        loss = d_logp * logp
+        d_log_ratio = ratio * 0.0
+    elif OBJECTIVE == "sapo":
+        tau = tl.where(advantage > 0, sapo_tau_pos, sapo_tau_neg)
+        gate = 1.0 / (1.0 + exp(-tau * (ratio - 1.0)))
+        loss = -4.0 / tau * gate * advantage
+        d_log_ratio = -4.0 * gate * (1.0 - gate) * advantage * ratio_slope
+    else:
+        loss = -ratio * advantage
+        d_log_ratio = -advantage * ratio_slope
+    return loss, d_log_ratio, d_logp, clipped_low, clipped_high
+
+
+@jit
+def kl_term(logp, ref_logp, ESTIMATOR: tl.constexpr):
+    """Per-token KL estimate to the reference policy and its derivative by logp, d = ref - logp."""
+    d = ref_logp - logp
+    if ESTIMATOR == "k1":
+        kl = -d
+        d_logp = d * 0.0 + 1.0
+    elif ESTIMATOR == "k2":
+        kl = 0.5 * d * d
+        d_logp = -d
+    else:
+        kl = k3(d)
+        d_logp = -(kl + d)
+    return kl, d_logp
+
+
+@jit
+def token_loss(
+    logp,
+    log_ratio,
+    ref_logp,
+    advantage,
+    weight,
+    eps_low,
+    eps_high,
+    dual_clip,
+    eps_high_cispo,
+    sapo_tau_pos,
+    sapo_tau_neg,
+    beta,
+    OBJECTIVE: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_CORRECTION: tl.constexpr,
+):
+    """The loss of one token: `weight` times the policy term plus beta times the KL term.
+
+    `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071). The two
+    derivatives come apart because the first flows to every token that entered `log_ratio`, the
+    second to this one. Returns (loss, dloss/dl, dloss/dlogp, rho, KL estimate, clipped low, clipped
+    high).
+    """
+    ratio, ratio_slope = importance_ratio(log_ratio)
+    loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
+        logp,
+        ratio,
+        ratio_slope,
+        advantage,
+        eps_low,
+        eps_high,
+        dual_clip,
+        eps_high_cispo,
+        sapo_tau_pos,
+        sapo_tau_neg,
+        OBJECTIVE,
+        HAS_DUAL_CLIP,
+    )
+    loss = weight * loss
+    d_log_ratio = weight * d_log_ratio
+    d_logp = weight * d_logp
+    kl = ratio * 0.0
+    if HAS_REF:
+        kl, d_kl = kl_term(logp, ref_logp, KL_ESTIMATOR)
+        if KL_CORRECTION:
+            loss = loss + beta * (ratio * kl)
+            d_log_ratio = d_log_ratio + beta * (ratio_slope * kl)
+            d_logp = d_logp + beta * (ratio * d_kl)
+        else:
+            loss = loss + beta * kl
+            d_logp = d_logp + beta * d_kl
+    return loss, d_log_ratio, d_logp, ratio, kl, clipped_low, clipped_high
+
+
+@jit
+def rollout_weight(old_logp, rollout_logp, cap):
+    """Truncated weight min(exp(old - rollout), C) against the sampling engine's policy."""
+    return clamp(exp(old_logp - rollout_logp), 0.0, cap)
+
+
+@jit
+def certainty_weight(p, fixed, CERTAINTY: tl.constexpr):
+    """lambda(p): 0 where the group is uncertain (p = 1/2), 1 where it is certain (p = 0 or 1)."""
+    if CERTAINTY == "quadratic":
+        certainty = 1.0 - 4.0 * p * (1.0 - p)
+    elif CERTAINTY == "linear":
+        certainty = tl.abs(2.0 * p - 1.0)
+    elif CERTAINTY == "entropy":
+        q = 1.0 - p
+        log_p = tl.log2(tl.where(p > 0, p, 1.0))
+        log_q = tl.log2(tl.where(q > 0, q, 1.0))
+        certainty = 1.0 + p * log_p + q * log_q
+    elif CERTAINTY == "step":
+        certainty = tl.where((p >= 0.25) & (p <= 0.75), 0.0 * p, 1.0 + 0.0 * p)
+    else:
+        certainty = 0.0 * p + fixed
+    return certainty
+
+
+@jit
+def group_advantage(
+    count,
+    lowest,
+    highest,
+    mean,
+    square_deviations,
+    successes,
+    std_correction,
+    eps,
+    fixed_certainty,
+    ESTIMATOR: tl.constexpr,
+    CERTAINTY: tl.constexpr,
+    APD: tl.constexpr,
+):
+    """A group's statistics and the one factor that turns (r - mu) into its advantages.
+
+    Both the z-score and the percent deviation are multiples of (r - mu), hence so is their mixture.
+    The factor is 0 where there is nothing to learn from: all rewards equal (tested on the rewards,
+    not on a small sigma), or fewer than two of them. Returns (factor, sigma, p, lambda).
+    """
+    others = tl.where(count > 1, count - 1.0, 1.0)
+    divisor = count - std_correction
+    std = tl.sqrt(square_deviations / tl.where(divisor > 0, divisor, 1.0))
+    success_ratio = successes / tl.where(count > 0, count, 1.0)
+    certainty = certainty_weight(success_ratio, fixed_certainty, CERTAINTY)
+    scale = mean
+    if APD == "bounded":
+        farthest = tl.where(highest - mean > mean - lowest, highest - mean, mean - lowest) / others
+        scale = tl.where(tl.abs(mean) > farthest, tl.abs(mean), farthest)
+    if ESTIMATOR == "mean":
+        factor = 0.0 * mean + 1.0
+    elif ESTIMATOR == "rloo":
+        factor = count / others
+    else:
+        factor = (1.0 - certainty) / (std + eps) + certainty / (scale + eps)
+    has_signal = (highest > lowest) & (count > 1)
+    return tl.where(has_signal, factor, 0.0 * mean), std, success_ratio, certainty

@@ -1,0 +1,119 @@
+"""What travels between the layers: the tensors of one call, already validated, and its results."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mapo_kernels.spec import LossSpec
+
+
+class GroupInputs(NamedTuple):
+    """Rewards and which of them belong together.
+
+    Attributes:
+        rewards: [B], any real dtype.
+        group_size: members per group where groups are contiguous, else 0.
+        group_ids: [B] integers in any order, or None where `group_size` says it.
+        success: [B] bool, or None to compare rewards with the threshold.
+    """
+
+    rewards: torch.Tensor
+    group_size: int = 0
+    group_ids: torch.Tensor | None = None
+    success: torch.Tensor | None = None
+
+
+class TokenInputs(NamedTuple):
+    """The tensors of one token loss beside the log-probs themselves.
+
+    Token tensors have the shape of the log-probs: [B, T] padded, or [total] packed with
+    `cu_seqlens`.
+
+    Attributes:
+        old_logprobs: log-probs of the policy that sampled, or None on-policy.
+        ref_logprobs: log-probs of the reference policy, or None.
+        rollout_logprobs: log-probs as the sampling engine saw them, or None.
+        token_weights: factor of the policy term, or None.
+        mask: nonzero where a token counts, or None if all do.
+        advantages: [B] or per token; or None, then `groups` is there.
+        groups: rewards by group, from which the kernel computes the advantages; or None.
+        cu_seqlens: [B + 1] boundaries of the packed sequences, or None if padded.
+        normalizer: the denominator over the batch: a 0-d tensor, a number, or None to count it
+            here.
+    """
+
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    rollout_logprobs: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    groups: GroupInputs | None = None
+    cu_seqlens: torch.Tensor | None = None
+    normalizer: torch.Tensor | float | None = None
+
+    def n_sequences(self, logprobs: torch.Tensor) -> int:
+        """Number B of sequences in a batch with these log-probs."""
+        return logprobs.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+class TokenResults(NamedTuple):
+    """What the token loss leaves on the device.
+
+    Attributes:
+        loss: [] float32 (float64 on the eager path for float64 log-probs).
+        results: [16], the first of them as `RESULTS` names them.
+        advantages: [B] if they were computed from rewards, else empty.
+        grad: like the log-probs, d loss / d logp before `gradient_scale`; empty if not needed.
+    """
+
+    loss: torch.Tensor
+    results: torch.Tensor
+    advantages: torch.Tensor
+    grad: torch.Tensor
+
+
+# Slots of the result vector, in the order in which the kernel keeps its sums (there, slot 0 sums
+# the loss, and one more slot counts the groups). `gradient_scale` is 1 over the batch's
+# denominator.
+RESULTS = (
+    "gradient_scale",
+    "active_tokens",
+    "scored_tokens",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "ratio_mean",
+    "approx_kl",
+    "ref_kl",
+    "ratio_max",
+    "success_ratio_mean",
+    "lambda_mean",
+    "zero_advantage_groups",
+    "nonfinite_rewards",
+)
+GROUP_METRICS = RESULTS[9:]
+SLOTS = 16
+
+
+def empty_results(logprobs: torch.Tensor, inputs: TokenInputs, need_grad: bool) -> TokenResults:
+    """Uninitialised float32 results of the right shapes."""
+    n_sequences = inputs.n_sequences(logprobs) if inputs.groups is not None else 0
+    # Not empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.
+    shapes = ((), (SLOTS,), (n_sequences,), logprobs.shape if need_grad else (0,))
+    return TokenResults(*(logprobs.new_empty(shape, dtype=torch.float32) for shape in shapes))
+
+
+def loss_arguments(spec: LossSpec) -> tuple[float, ...]:
+    """The run-time numbers of the formula, in its order; the rollout cap last."""
+    return (
+        float(spec.eps_low),
+        float(spec.eps_high),
+        float(spec.dual_clip or 0.0),
+        float(spec.eps_high_cispo),
+        float(spec.sapo_tau_pos),
+        float(spec.sapo_tau_neg),
+        float(spec.beta),
+        float(spec.rollout_cap or 0.0),
+    )

@@ -1,0 +1,171 @@
+"""One door per computation: eager twin, Triton launch, or the launch as a torch operator.
+
+Inside a compiled graph a launch is an operator, so that `torch.compile` sees it whole. Outside it
+the launcher is called directly: an operator costs tens of microseconds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mapo_kernels import advantages, tokens
+from mapo_kernels.backend import resolve_backend
+from mapo_kernels.inputs import (
+    GROUP_METRICS,
+    RESULTS,
+    GroupInputs,
+    TokenInputs,
+    TokenResults,
+    empty_results,
+)
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tokens_eager import eager_token_loss
+
+
+def _is_eager(x: torch.Tensor) -> bool:
+    return resolve_backend(x.device.type, x.dtype == torch.float64) == "eager"
+
+
+def _groups(
+    rewards: torch.Tensor | None,
+    group_size: int,
+    group_ids: torch.Tensor | None,
+    success: torch.Tensor | None,
+) -> GroupInputs | None:
+    return None if rewards is None else GroupInputs(rewards, group_size, group_ids, success)
+
+
+@torch.library.custom_op(
+    "mapo_kernels::token_loss",
+    mutates_args=(),
+    schema="(Tensor logprobs, Tensor? old_logprobs, Tensor? ref_logprobs, "
+    "Tensor? rollout_logprobs, Tensor? token_weights, Tensor? mask, Tensor? advantages, "
+    "Tensor? cu_seqlens, Tensor? normalizer, float normalizer_value, Tensor? rewards, "
+    "int group_size, Tensor? group_ids, Tensor? success, bool need_grad, str spec, "
+    "str advantage_spec) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _token_loss(  # type: ignore[no-untyped-def]
+    logprobs, old, ref, rollout, weights, mask, given, cu_seqlens, normalizer, normalizer_value,
+    rewards, group_size, group_ids, success, need_grad, spec, advantage_spec,
+):  # fmt: skip
+    groups = _groups(rewards, group_size, group_ids, success)
+    if normalizer is None and normalizer_value > 0:
+        normalizer = normalizer_value
+    inputs = TokenInputs(old, ref, rollout, weights, mask, given, groups, cu_seqlens, normalizer)
+    specs = LossSpec.from_key(spec), AdvantageSpec.from_key(advantage_spec)
+    return tuple(tokens.launch_token_loss(logprobs, inputs, *specs, need_grad))
+
+
+@_token_loss.register_fake
+def _token_loss_fake(  # type: ignore[no-untyped-def]
+    logprobs, old, ref, rollout, weights, mask, given, cu_seqlens, normalizer, normalizer_value,
+    rewards, group_size, group_ids, success, need_grad, spec, advantage_spec,
+):  # fmt: skip
+    groups = _groups(rewards, group_size, group_ids, success)
+    return tuple(
+        empty_results(logprobs, TokenInputs(groups=groups, cu_seqlens=cu_seqlens), need_grad)
+    )
+
+
+def token_loss(
+    logprobs: torch.Tensor,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+) -> TokenResults:
+    """Loss, results, advantages and unscaled gradient of a validated batch."""
+    if _is_eager(logprobs):
+        return eager_token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+    groups = inputs.groups
+    if groups is not None and groups.group_ids is not None:
+        if groups.rewards.shape[0] > advantages.MATCH_LIMIT:
+            return _with_sorted_groups(logprobs, inputs, groups, spec, advantage_spec, need_grad)
+    if not torch.compiler.is_compiling():
+        return tokens.launch_token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+    normalizer = inputs.normalizer
+    is_tensor = isinstance(normalizer, torch.Tensor)
+    out = _token_loss(
+        logprobs,
+        *inputs[:6],
+        inputs.cu_seqlens,
+        normalizer if is_tensor else None,
+        0.0 if is_tensor or normalizer is None else float(normalizer),
+        *(groups or (None, 0, None, None)),
+        need_grad,
+        spec.key,
+        advantage_spec.key,
+    )
+    return TokenResults(*out)
+
+
+def _with_sorted_groups(
+    logprobs: torch.Tensor,
+    inputs: TokenInputs,
+    groups: GroupInputs,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+) -> TokenResults:
+    """A batch too large to look for each row's group in the loss kernel: advantages come first."""
+    given, table = group_advantages(groups, advantage_spec, want_stats=True)
+    inputs = inputs._replace(groups=None, advantages=given)
+    out = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+    first = len(RESULTS) - len(GROUP_METRICS)
+    metrics = torch.stack(advantages.group_metrics(table))
+    results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])
+    return out._replace(results=results, advantages=given)
+
+
+@torch.library.custom_op(
+    "mapo_kernels::scale_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor upstream, Tensor results, ScalarType dtype) -> Tensor",
+)
+def _scale_gradient(grad, upstream, results, dtype):  # type: ignore[no-untyped-def]
+    return tokens.launch_scale(grad, upstream, results, dtype)
+
+
+@_scale_gradient.register_fake
+def _scale_gradient_fake(grad, upstream, results, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def scale_gradient(
+    grad: torch.Tensor, upstream: torch.Tensor, results: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`grad` times upstream gradient [] and `gradient_scale`, in `dtype`, all on the device."""
+    if _is_eager(grad):
+        return (grad * (upstream * results[0])).to(dtype)
+    call = _scale_gradient if torch.compiler.is_compiling() else tokens.launch_scale
+    return call(grad, upstream, results, dtype)
+
+
+@torch.library.custom_op(
+    "mapo_kernels::group_advantages",
+    mutates_args=(),
+    schema="(Tensor rewards, int group_size, Tensor? group_ids, Tensor? success, str spec, "
+    "bool want_stats) -> (Tensor, Tensor)",
+)
+def _group_advantages(rewards, group_size, group_ids, success, spec, want_stats):  # type: ignore[no-untyped-def]
+    groups = GroupInputs(rewards, group_size, group_ids, success)
+    return advantages.launch_advantages(groups, AdvantageSpec.from_key(spec), want_stats)
+
+
+@_group_advantages.register_fake
+def _group_advantages_fake(rewards, group_size, group_ids, success, spec, want_stats):  # type: ignore[no-untyped-def]
+    return advantages.empty_advantages(
+        GroupInputs(rewards, group_size, group_ids, success), want_stats
+    )
+
+
+def group_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
+    if _is_eager(groups.rewards):
+        return advantages.eager_advantages(groups, spec)
+    if not torch.compiler.is_compiling():
+        return advantages.launch_advantages(groups, spec, want_stats)
+    return _group_advantages(*groups, spec.key, want_stats)

@@ -1,0 +1,189 @@
+"""What an optimizer batch needs before any model runs: advantages, live tokens, the denominator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from mapo_kernels import checks, ops
+from mapo_kernels.advantages import group_metrics
+from mapo_kernels.inputs import GROUP_METRICS
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One optimizer batch, made by `make_plan`; pass it to the loss as `plan=`.
+
+    Attributes:
+        spec: the loss it was made for.
+        advantages: [B], or the shape of the tokens.
+        mask: [B, T] or [total], nonzero where a token counts; None if all of a packed batch do.
+        cu_seqlens: [B + 1] if packed, else None.
+        normalizer: [] float32, the batch's denominator: its tokens for `token-mean`, else its
+            sequences. Micro-batches share it, so their losses add up to the loss of the batch.
+        metrics: 0-d tensors about the groups (empty if advantages were given).
+    """
+
+    spec: LossSpec
+    advantages: torch.Tensor
+    mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    normalizer: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+    @property
+    def n_sequences(self) -> int:
+        """Number B of sequences."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.shape[0] - 1
+        return self.advantages.shape[0]
+
+    @cached_property
+    def live(self) -> torch.Tensor:
+        """Bool, the shape of the tokens: which of them can change the loss or its gradient.
+
+        A token with advantage 0 cannot, unless the KL term or an entropy bonus still acts on it.
+        Packed without a mask, this waits once for the device, to learn the number of tokens.
+        """
+        if self.mask is not None:
+            live = self.mask != 0
+        else:
+            total = int(self.cu_seqlens[-1])  # type: ignore[index]
+            live = torch.ones(total, dtype=torch.bool, device=self.advantages.device)
+        if self.spec.needs_every_token:
+            return live
+        signal = self.advantages != 0
+        if signal.shape == live.shape and self.spec.importance_level == "token":
+            return live & signal
+        if signal.shape == live.shape:
+            # Every token moves its sequence's ratio: a sequence lives or dies whole.
+            signal = self._any_of_sequence(live & signal)
+        if self.cu_seqlens is None:
+            return live & signal[:, None]
+        return live & signal[self._sequence_of(live)]
+
+    def _sequence_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(tokens.shape[0], device=tokens.device)
+        bounds = self.cu_seqlens[1:].long().contiguous()  # type: ignore[index]
+        sequence = torch.searchsorted(bounds, positions, right=True)
+        return sequence.clamp(max=self.n_sequences - 1)
+
+    def _any_of_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.cu_seqlens is None:
+            return tokens.any(1)
+        counts = torch.zeros(self.n_sequences, dtype=torch.int64, device=tokens.device)
+        return counts.index_add(0, self._sequence_of(tokens), tokens.long()) > 0
+
+    @cached_property
+    def live_rows(self) -> torch.Tensor:
+        """Positions [n_live] int64 of the live tokens in the flattened batch; waits once."""
+        return self.live.reshape(-1).nonzero().squeeze(1)
+
+    def micro_batch(self, sequences: slice | torch.Tensor) -> Plan:
+        """The plan of some of the sequences, with the denominator (and metrics) of the whole batch.
+
+        Args:
+            sequences: a slice, or [b] indices of sequences (padded batches only).
+
+        Returns:
+            A plan for log-probs of just these sequences, in this order. A packed batch with a mask
+            waits once for the device, to learn where its tokens lie.
+
+        Raises:
+            ValueError: indices, or a slice with a step, for a packed batch.
+        """
+        if self.cu_seqlens is None:
+            mask = None if self.mask is None else self.mask[sequences]
+            return replace(self, advantages=self.advantages[sequences], mask=mask)
+        if not isinstance(sequences, slice) or sequences.step not in (None, 1):
+            raise ValueError(f"sequences: expected a plain slice for packed input, got {sequences}")
+        start, stop, _ = sequences.indices(self.n_sequences)
+        bounds = self.cu_seqlens[start : stop + 1]
+        advantages, mask = self.advantages, self.mask
+        per_token = self.mask is not None and advantages.shape == self.mask.shape
+        if mask is not None:
+            first, last = bounds[[0, -1]].tolist()
+            mask = mask[first:last]
+            advantages = advantages[first:last] if per_token else advantages
+        if not per_token:
+            advantages = advantages[start:stop]
+        return replace(self, advantages=advantages, mask=mask, cu_seqlens=bounds - bounds[0])
+
+
+def make_plan(
+    *,
+    rewards: torch.Tensor | None = None,
+    advantages: torch.Tensor | None = None,
+    group_size: int | None = None,
+    group_ids: torch.Tensor | None = None,
+    success: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: torch.Tensor | float | None = None,
+    spec: LossSpec = LossSpec(),  # noqa: B008  frozen
+    advantage_spec: AdvantageSpec = AdvantageSpec(),  # noqa: B008  frozen
+) -> Plan:
+    """Compute once per optimizer batch what its micro-batches share.
+
+    Args:
+        rewards: [B] any real dtype, whole groups; or give `advantages`.
+        advantages: [B] or per token, floating-point.
+        group_size: sequences per group, groups contiguous; or give `group_ids`.
+        group_ids: [B] integers, rows in any order, ragged groups.
+        success: [B] bool, which sequences succeeded; default `rewards >= success_threshold`.
+        mask: [B, T] or [total], nonzero where a token counts. Optional if packed.
+        cu_seqlens: [B + 1] int32 or int64, boundaries of a packed batch.
+        normalizer: denominator over the batch (of all ranks, say) in place of the one counted here.
+        spec: the loss that the plan is for.
+        advantage_spec: how rewards become advantages.
+
+    Returns:
+        A `Plan`. Nothing here waits for the device.
+
+    Raises:
+        ValueError: arguments that contradict each other or whose shapes do not fit.
+        TypeError: an argument of the wrong type.
+    """
+    checks.check_source(rewards, advantages)
+    if mask is not None:
+        checks.check_tensor("mask", mask)
+        tokens = mask
+    elif cu_seqlens is not None:
+        checks.check_tensor("cu_seqlens", cu_seqlens)
+        tokens = cu_seqlens
+    else:
+        raise ValueError("mask, cu_seqlens: expected at least one of them, got neither")
+    n_sequences = checks.check_layout("mask", tokens, cu_seqlens)
+    metrics: dict[str, torch.Tensor] = {}
+    if rewards is not None:
+        groups = checks.check_groups(rewards, group_size, group_ids, success)
+        checks.check_shape("rewards", rewards, (n_sequences,), "one reward per sequence")
+        advantages, table = ops.group_advantages(groups, advantage_spec, want_stats=True)
+        metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
+    elif advantages is not None:
+        # Without a mask the number of tokens is on the device: any length of advantages may be it.
+        checks.check_advantages(advantages, n_sequences, advantages if mask is None else mask)
+    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, tokens.device)
+    return Plan(spec, advantages, mask, cu_seqlens, count, metrics)  # type: ignore[arg-type]
+
+
+def _denominator(
+    normalizer: torch.Tensor | float | None,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    n_sequences: int,
+    spec: LossSpec,
+    device: torch.device,
+) -> torch.Tensor:
+    """The batch's denominator, [] float32: as given, or its tokens, or its sequences."""
+    if normalizer is not None:
+        checks.check_normalizer(normalizer, device)
+        return torch.as_tensor(normalizer, dtype=torch.float32, device=device)
+    if spec.aggregation != "token-mean":
+        return torch.full((), float(n_sequences), device=device)
+    if mask is not None:
+        return (mask != 0).sum().float()
+    return (cu_seqlens[-1] - cu_seqlens[0]).float()  # type: ignore[index]

@@ -1,0 +1,240 @@
+"""The two frozen specifications: which loss, which advantage.
+
+They are validated once, when they are built, and this is the only module that knows which
+combinations of settings make sense. Everything downstream takes a spec as given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+OBJECTIVES = ("clip", "cispo", "sapo", "none")
+IMPORTANCE_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
+CERTAINTIES = ("quadratic", "linear", "entropy", "step")
+APD_DENOMINATORS = ("bounded", "paper")
+
+
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {sorted(choices)}, got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
+
+
+def require_number(
+    name: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    finite: bool = True,
+) -> None:
+    """Raise unless `value` is a real number in the interval (ends excluded where `open_*`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    inside = (value > low if open_low else value >= low) and (
+        value < high if open_high else value <= high
+    )
+    if not inside or (finite and math.isinf(value)):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+
+
+def describe(value: object) -> str:
+    """What came, for an error message: the type and, where it is short, the value."""
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 60 else type(value).__name__
+
+
+class _Keyed:
+    """Gives a spec a `key`: its fields in one string, as a compiled graph carries it."""
+
+    key: str
+
+    def _set_key(self) -> None:
+        # Made once, when the spec is built: a traced function cannot serialise, but it can read
+        # this.
+        object.__setattr__(self, "key", json.dumps(asdict(self)))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_key(cls, key: str) -> Any:
+        """The spec whose `key` this is."""
+        return cls(**json.loads(key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageSpec(_Keyed):
+    """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
+
+    Args:
+        estimator: `mapo` mixes the z-score and the percent deviation by `certainty`; `grpo` is the
+            z-score alone, `apd` the percent deviation alone (also known as MaxRL), `mean` is
+            `r - mu` (Dr.GRPO), `rloo` is the leave-one-out baseline.
+        certainty: lambda(p), the weight of the percent deviation in `mapo`: `quadratic` is the
+            paper's 1 - 4p(1-p); `linear` |2p - 1|, `entropy` 1 - H2(p) in bits and `step` (0 for
+            0.25 <= p <= 0.75, else 1) are ablations; a number in [0, 1] fixes it.
+        success_threshold: a reward at or above it is a success. Ignored where an explicit `success`
+            tensor is given.
+        std_correction: the standard deviation divides by G - std_correction. 1 is what the authors'
+            code, TRL and verl do; 0 reproduces the paper's worked figures.
+        eps: added to both denominators; positive.
+        apd: denominator of the percent deviation: `bounded` is max(|mu|, max|r - mu| / (G - 1)),
+            which equals mu for non-negative rewards and keeps order and bound for signed ones;
+            `paper` is mu verbatim.
+        max_abs: symmetric clamp of the advantage; None leaves it alone.
+
+    Raises:
+        ValueError: a value outside its range.
+        TypeError: a value of the wrong type.
+    """
+
+    estimator: str = "mapo"
+    certainty: str | float = "quadratic"
+    success_threshold: float = 1.0
+    std_correction: int = 1
+    eps: float = 1e-6
+    apd: str = "bounded"
+    max_abs: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validate every field and the combination."""
+        require_choice("estimator", self.estimator, ESTIMATORS)
+        if isinstance(self.certainty, str):
+            require_choice("certainty", self.certainty, CERTAINTIES)
+        else:
+            require_number("certainty", self.certainty, 0.0, 1.0)
+        require_number("success_threshold", self.success_threshold)
+        if isinstance(self.std_correction, bool) or self.std_correction not in (0, 1):
+            raise ValueError(f"std_correction: expected 0 or 1, got {self.std_correction!r}")
+        require_number("eps", self.eps, 0.0, open_low=True)
+        require_choice("apd", self.apd, APD_DENOMINATORS)
+        if self.max_abs is not None:
+            require_number("max_abs", self.max_abs, 0.0, open_low=True)
+        self._set_key()
+
+    @property
+    def certainty_mode(self) -> str:
+        """The certainty function's name; `fixed` if it is a number or the estimator sets it."""
+        fixed = self.estimator != "mapo" or not isinstance(self.certainty, str)
+        return "fixed" if fixed else str(self.certainty)
+
+    @property
+    def certainty_value(self) -> float:
+        """The fixed weight of the percent deviation where `certainty_mode` is `fixed`, else 0."""
+        if self.estimator == "apd":
+            return 1.0
+        if self.estimator == "mapo" and not isinstance(self.certainty, str):
+            return float(self.certainty)
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec(_Keyed):
+    """Which token loss, and how it is aggregated.
+
+    Args:
+        objective: `clip` (PPO, GRPO, DAPO), `cispo`, `sapo`, or `none` (the plain policy gradient).
+        importance_level: `token`, or `sequence` (GSPO: one ratio per sequence).
+        eps_low: the ratio is clipped below 1 - eps_low; in (0, 1).
+        eps_high: the ratio is clipped above 1 + eps_high; positive.
+        dual_clip: cap of the ratio in the unclipped term (TRL's `delta`, verl's `clip_ratio_c`);
+            greater than 1 + eps_high, or None.
+        eps_high_cispo: upper bound of the detached ratio of `cispo`, as TRL's `epsilon_high` there.
+        sapo_tau_pos: temperature of `sapo` where the advantage is positive.
+        sapo_tau_neg: temperature of `sapo` elsewhere.
+        beta: weight of the KL term to the reference policy; 0 leaves it out.
+        kl_estimator: `k1`, `k2` or `k3` (John Schulman's names).
+        kl_importance_correction: multiply the KL term by the ratio, which is differentiated (TRL's
+            `use_bias_correction_kl`).
+        entropy_coef: weight of the entropy bonus, where logits are seen.
+        rollout_cap: cap C of the truncated importance weight min(exp(old - rollout), C).
+        aggregation: verl's names; TRL's loss types in brackets: `token-mean` [bnpo, dapo],
+            `seq-mean-token-mean` [grpo], `seq-mean-token-sum`, `seq-mean-token-sum-norm` [dr_grpo].
+        max_tokens: the fixed length that `seq-mean-token-sum-norm` divides by; None means the
+            padded length T, as in verl, and is an error for packed input.
+        score_all: compute (and report metrics of) tokens that change neither loss nor gradient too.
+
+    Raises:
+        ValueError: a value outside its range, or a combination that makes no sense.
+        TypeError: a value of the wrong type.
+    """
+
+    objective: str = "clip"
+    importance_level: str = "token"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    dual_clip: float | None = None
+    eps_high_cispo: float = 5.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_importance_correction: bool = False
+    entropy_coef: float = 0.0
+    rollout_cap: float | None = None
+    aggregation: str = "token-mean"
+    max_tokens: int | None = None
+    score_all: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate every field and the combination."""
+        require_choice("objective", self.objective, OBJECTIVES)
+        require_choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
+        require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        require_choice("aggregation", self.aggregation, AGGREGATIONS)
+        require_number("eps_low", self.eps_low, 0.0, 1.0, open_low=True, open_high=True)
+        for name in ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg"):
+            require_number(name, getattr(self, name), 0.0, open_low=True)
+        for name in ("beta", "entropy_coef"):
+            require_number(name, getattr(self, name), 0.0)
+        for name in ("kl_importance_correction", "score_all"):
+            require_bool(name, getattr(self, name))
+        if self.rollout_cap is not None:
+            require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
+        self._check_combinations()
+        self._set_key()
+
+    def _check_combinations(self) -> None:
+        if self.dual_clip is not None:
+            require_number("dual_clip", self.dual_clip)
+            if self.objective != "clip":
+                raise ValueError(
+                    f"dual_clip: expected None with objective {self.objective!r} (only 'clip' has "
+                    f"it), got {self.dual_clip!r}"
+                )
+            if self.dual_clip <= 1 + self.eps_high:
+                raise ValueError(
+                    f"dual_clip: expected a number greater than 1 + eps_high = "
+                    f"{1 + self.eps_high:g}, got {self.dual_clip!r}"
+                )
+        if self.max_tokens is not None:
+            if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int):
+                raise TypeError(f"max_tokens: expected an int, got {describe(self.max_tokens)}")
+            if self.max_tokens < 1:
+                raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether a token with advantage 0 still matters, to the loss or to the metrics."""
+        return self.score_all or self.beta != 0 or self.entropy_coef != 0

@@ -1,0 +1,475 @@
+"""The kernels of the log-prob level: log-probs to loss, metrics and d loss / d logp.
+
+One launch computes everything, the group statistics included: each program finds its own group's
+statistics (G numbers), walks its share of one sequence, and leaves its sums; the last program to
+arrive adds all sums in a fixed order, so the order of arrival enters no result. The gradient it
+leaves lacks the two factors known only afterwards (the batch's denominator and the upstream
+gradient); the backward launch applies both.
+"""
+
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.advantages import group_moments, row_advantage
+from mapo_kernels.formula import (
+    clamp,
+    group_advantage,
+    k3,
+    rollout_weight,
+    token_loss,
+)
+
+
+@jit
+def load_row(X, offs, inside, live):
+    """One block of a row in float32; what is not live reads as 0, whatever lies there."""
+    # Loading under `inside` alone keeps the accesses wide; `live` is known per element only.
+    x = tl.load(X + offs, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(live, x, 0.0)
+
+
+@jit
+def live_tokens(Mask, offs, begin, end, limit, HAS_MASK: tl.constexpr):
+    """Which lanes lie in the row's allocation, and which are live tokens of the sequence."""
+    inside = offs < limit
+    live = inside & (offs >= begin) & (offs < end)
+    if HAS_MASK:
+        live = live & (tl.load(Mask + offs, mask=inside, other=0) != 0)
+    return inside, live
+
+
+@jit
+def sequence_statistics(
+    Logp,
+    Old,
+    Mask,
+    Weight,
+    Advantage,
+    begin,
+    end,
+    HAS_OLD: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ADVANTAGE: tl.constexpr,
+    SEQUENCE_LEVEL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Live tokens of a sequence, the mean of logp - old over them, and their largest |A w|."""
+    count = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    signal = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        offs = start + tl.arange(0, BLOCK_T)
+        inside, live = live_tokens(Mask, offs, begin, end, end, HAS_MASK)
+        count = count + live.to(tl.float32)
+        if SEQUENCE_LEVEL:
+            logp = load_row(Logp, offs, inside, live)
+            old = logp
+            if HAS_OLD:
+                old = load_row(Old, offs, inside, live)
+            total = total + (logp - old)
+            strength = live.to(tl.float32)
+            if ADVANTAGE == "token":
+                strength = strength * tl.abs(load_row(Advantage, offs, inside, live))
+            if HAS_WEIGHT:
+                strength = strength * tl.abs(load_row(Weight, offs, inside, live))
+            signal = tl.maximum(signal, strength)
+    n_live = tl.maximum(tl.sum(count, 0), 1.0)
+    return n_live, tl.sum(total, 0) / n_live, tl.max(signal, 0)
+
+
+@jit
+def finish(
+    Partials,
+    Normalizer,
+    Loss,
+    Results,
+    n_programs,
+    denominator,
+    NORMALIZER: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Add every program's sums in a fixed order and turn them into the loss and the metrics."""
+    slots = tl.arange(0, SLOTS)
+    sums = tl.zeros([SLOTS, BLOCK_P], tl.float32)
+    maxima = tl.zeros([SLOTS, BLOCK_P], tl.float32)
+    for start in range(0, n_programs, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)[None, :]
+        # Other programs wrote these: read them where they are coherent, in L2.
+        x = tl.load(
+            Partials + slots[:, None] * n_programs + offs_p,
+            mask=offs_p < n_programs,
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        sums = sums + x
+        maxima = tl.maximum(maxima, x)
+    totals = tl.sum(sums, 1)  # [SLOTS]
+    active = tl.sum(tl.where(slots == 1, totals, 0.0), 0)
+    scored = tl.sum(tl.where(slots == 2, totals, 0.0), 0)
+    n_groups = tl.sum(tl.where(slots == 13, totals, 0.0), 0)
+    if NORMALIZER == "tensor":
+        denominator = tl.load(Normalizer).to(tl.float32)
+    elif NORMALIZER == "count":
+        denominator = active
+    denominator = tl.where(denominator > 0, denominator, 1.0)
+    is_token_mean = (slots >= 3) & (slots <= 7)
+    is_group_mean = (slots == 9) | (slots == 10)
+    divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
+    results = totals / tl.maximum(divisor, 1.0)
+    results = tl.where(slots == 8, tl.max(maxima, 1), results)
+    results = tl.where(slots == 0, 1.0 / denominator, results)
+    tl.store(Results + slots, results)
+    tl.store(Loss, tl.sum(tl.where(slots == 0, totals, 0.0), 0) / denominator)
+
+
+@jit
+def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constexpr):
+    """Where a sequence's tokens begin and end, and the span of gradient its programs write."""
+    begin = 0
+    end = length
+    cover = 0
+    limit = length
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(CuSeqlens + sequence).to(tl.int32), 0), length)
+        end = tl.load(CuSeqlens + sequence + 1).to(tl.int32)
+        end = tl.minimum(tl.maximum(end, begin), length)
+        # Tokens before the first and after the last sequence get their gradient of 0 from these
+        # two.
+        cover = tl.where(sequence == 0, 0, begin)
+        limit = tl.where(sequence == n_sequences - 1, length, end)
+    return begin, end, cover, limit
+
+
+@jit
+def advantage_of_sequence(
+    Rewards,
+    Success,
+    GroupIds,
+    AdvantageOut,
+    sequence,
+    is_first,
+    n_sequences,
+    group_size,
+    success_threshold,
+    std_correction,
+    eps,
+    fixed_certainty,
+    max_abs,
+    SLOTS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_SUCCESS: tl.constexpr,
+    HAS_MAX_ABS: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    CERTAINTY: tl.constexpr,
+    APD: tl.constexpr,
+):
+    """A sequence's advantage from its group's rewards, and what its group adds to the metrics."""
+    index = sequence + tl.arange(0, 1)  # [1]
+    if LAYOUT == "match":
+        first = index * 0
+        size = first + n_sequences
+        own_id = tl.load(GroupIds + index)
+        span = n_sequences
+    else:
+        first = index // group_size * group_size
+        size = index * 0 + group_size
+        own_id = index
+        span = group_size
+    count, members, lowest, highest, offset, squares, successes, leader = group_moments(
+        Rewards, Success, GroupIds, GroupIds, first, size, own_id, span, success_threshold,
+        1, BLOCK_G, LAYOUT, HAS_SUCCESS,
+    )  # fmt: skip
+    factor, std, success_ratio, certainty = group_advantage(
+        count, lowest, highest, lowest + offset, squares, successes, std_correction, eps,
+        fixed_certainty, ESTIMATOR, CERTAINTY, APD,
+    )  # fmt: skip
+    reward = tl.load(Rewards + index).to(tl.float32)
+    advantage = row_advantage(reward, lowest, offset, factor, max_abs, HAS_MAX_ABS)
+    tl.store(AdvantageOut + index, advantage, mask=(index >= 0) & is_first)
+    # One program speaks for the group: the first of the group's first row.
+    speaks = ((leader == index) & is_first).to(tl.float32)
+    counted = speaks * (count > 0).to(tl.float32)
+    slots = tl.arange(0, SLOTS)
+    sums = tl.where(slots == 9, counted * success_ratio, 0.0)
+    sums = tl.where(slots == 10, counted * certainty, sums)
+    sums = tl.where(slots == 11, speaks * (factor == 0).to(tl.float32), sums)
+    sums = tl.where(slots == 12, speaks * (members - count), sums)
+    return tl.sum(advantage, 0), tl.where(slots == 13, counted, sums)
+
+
+@jit
+def score_tokens(
+    Logp,
+    Old,
+    Ref,
+    Rollout,
+    Weight,
+    Advantage,
+    offs,
+    inside,
+    scored,
+    sequence_advantage,
+    mean_log_ratio,
+    eps_low,
+    eps_high,
+    dual_clip,
+    eps_high_cispo,
+    sapo_tau_pos,
+    sapo_tau_neg,
+    beta,
+    rollout_cap,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ADVANTAGE: tl.constexpr,
+    SCORE_ALL: tl.constexpr,
+    SEQUENCE_LEVEL: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_CORRECTION: tl.constexpr,
+):
+    """Load one block of tokens and apply the formula; everything returned is 0 where not scored."""
+    advantage = tl.where(scored, sequence_advantage, 0.0)
+    if ADVANTAGE == "token":
+        advantage = load_row(Advantage, offs, inside, scored)
+    weight = scored.to(tl.float32)
+    if HAS_WEIGHT:
+        weight = load_row(Weight, offs, inside, scored)
+    if not SCORE_ALL and not SEQUENCE_LEVEL:
+        scored = scored & (advantage != 0) & (weight != 0)
+    logp = load_row(Logp, offs, inside, scored)
+    old = logp
+    if HAS_OLD:
+        old = load_row(Old, offs, inside, scored)
+    ref = logp
+    if HAS_REF:
+        ref = load_row(Ref, offs, inside, scored)
+    if HAS_ROLLOUT:
+        rollout = load_row(Rollout, offs, inside, scored)
+        weight = weight * rollout_weight(old, rollout, rollout_cap)
+    log_ratio = logp - old
+    level_ratio = log_ratio
+    if SEQUENCE_LEVEL:
+        level_ratio = tl.where(scored, mean_log_ratio, 0.0)
+    loss, d_log_ratio, d_logp, ratio, kl, clipped_low, clipped_high = token_loss(
+        logp, level_ratio, ref, advantage, weight, eps_low, eps_high, dual_clip,
+        eps_high_cispo, sapo_tau_pos, sapo_tau_neg, beta,
+        OBJECTIVE, HAS_DUAL_CLIP, HAS_REF, KL_ESTIMATOR, KL_CORRECTION,
+    )  # fmt: skip
+    return (
+        scored.to(tl.float32),
+        tl.where(scored, loss, 0.0),
+        tl.where(scored, d_log_ratio, 0.0),
+        tl.where(scored, d_logp, 0.0),
+        tl.where(scored, ratio, 0.0),
+        k3(-clamp(log_ratio, -20.0, 20.0)),
+        tl.where(scored, kl, 0.0),
+        (scored & clipped_low).to(tl.float32),
+        (scored & clipped_high).to(tl.float32),
+    )
+
+
+@jit
+def spread_slope(Grad, Mask, slope, begin, end, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Add a sequence's common slope to the gradient of its live tokens."""
+    tl.debug_barrier()
+    for start in range(begin, end, BLOCK_T):
+        offs = start + tl.arange(0, BLOCK_T)
+        inside, live = live_tokens(Mask, offs, begin, end, end, HAS_MASK)
+        grad = tl.load(Grad + offs, mask=inside, other=0.0)
+        tl.store(Grad + offs, grad + tl.where(live, slope, 0.0), mask=inside)
+
+
+@jit(do_not_specialize=["n_sequences", "n_splits", "group_size"])
+def token_loss_kernel(
+    Logp,  # [B, T] or [total], as every token tensor
+    Old,
+    Ref,
+    Rollout,
+    Weight,
+    Mask,
+    Advantage,  # [B] or per token
+    Rewards,  # [B]
+    Success,  # [B]
+    GroupIds,  # [B]
+    CuSeqlens,  # [B + 1]
+    Normalizer,  # []
+    Loss,  # []
+    Results,  # [SLOTS]
+    Partials,  # [SLOTS, programs]
+    AdvantageOut,  # [B]
+    Grad,  # like Logp, float32, contiguous
+    Counter,  # [1]
+    n_sequences,
+    length,  # T, or total if packed
+    n_splits,  # programs per sequence
+    group_size,
+    denominator,
+    max_tokens,
+    stride_logp,
+    stride_old,
+    stride_ref,
+    stride_rollout,
+    stride_weight,
+    stride_mask,
+    stride_advantage,
+    stride_grad,
+    success_threshold,
+    std_correction,
+    eps,
+    fixed_certainty,
+    max_abs,
+    eps_low,
+    eps_high,
+    dual_clip,
+    eps_high_cispo,
+    sapo_tau_pos,
+    sapo_tau_neg,
+    beta,
+    rollout_cap,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    PACKED: tl.constexpr,
+    ADVANTAGE: tl.constexpr,  # "group", "sequence" or "token"
+    LAYOUT: tl.constexpr,
+    NORMALIZER: tl.constexpr,  # "tensor", "number" or "count"
+    LENGTH_WEIGHT: tl.constexpr,  # "one", "mean" or "fixed"
+    SCORE_ALL: tl.constexpr,
+    SEQUENCE_LEVEL: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_CORRECTION: tl.constexpr,
+    HAS_SUCCESS: tl.constexpr,
+    HAS_MAX_ABS: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    CERTAINTY: tl.constexpr,
+    APD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One program's share of one sequence; the last program to arrive finishes the batch."""
+    pid = tl.program_id(0)
+    n_programs = n_sequences * n_splits
+    sequence = pid // n_splits
+    split = pid % n_splits
+    begin, end, cover, limit = sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED)
+    row = sequence.to(tl.int64)
+    Logp = Logp + row * stride_logp
+    Old = Old + row * stride_old if HAS_OLD else Old
+    Ref = Ref + row * stride_ref if HAS_REF else Ref
+    Rollout = Rollout + row * stride_rollout if HAS_ROLLOUT else Rollout
+    Weight = Weight + row * stride_weight if HAS_WEIGHT else Weight
+    Mask = Mask + row * stride_mask if HAS_MASK else Mask
+    Advantage = Advantage + row * stride_advantage if ADVANTAGE != "group" else Advantage
+    Grad = Grad + row * stride_grad if HAS_GRAD else Grad
+
+    slots = tl.arange(0, SLOTS)
+    sums = tl.zeros([SLOTS], tl.float32)
+    advantage = tl.full([], 1.0, tl.float32)
+    if ADVANTAGE == "group":
+        advantage, sums = advantage_of_sequence(
+            Rewards, Success, GroupIds, AdvantageOut, sequence, split == 0, n_sequences, group_size,
+            success_threshold, std_correction, eps, fixed_certainty, max_abs,
+            SLOTS, BLOCK_G, LAYOUT, HAS_SUCCESS, HAS_MAX_ABS, ESTIMATOR, CERTAINTY, APD,
+        )  # fmt: skip
+    elif ADVANTAGE == "sequence":
+        advantage = tl.load(Advantage).to(tl.float32)
+
+    n_live = 1.0
+    mean_log_ratio = 0.0
+    scale = 1.0
+    if SEQUENCE_LEVEL or LENGTH_WEIGHT == "mean":
+        n_live, mean_log_ratio, signal = sequence_statistics(
+            Logp, Old, Mask, Weight, Advantage, begin, end,
+            HAS_OLD, HAS_MASK, HAS_WEIGHT, ADVANTAGE, SEQUENCE_LEVEL, BLOCK_T,
+        )  # fmt: skip
+        if SEQUENCE_LEVEL:
+            advantage = tl.where(signal > 0, advantage, 0.0)
+    if LENGTH_WEIGHT == "mean":
+        scale = 1.0 / n_live
+    elif LENGTH_WEIGHT == "fixed":
+        scale = 1.0 / max_tokens
+
+    loss_sum = tl.zeros([BLOCK_T], tl.float32)
+    active_sum = tl.zeros([BLOCK_T], tl.float32)
+    scored_sum = tl.zeros([BLOCK_T], tl.float32)
+    low_sum = tl.zeros([BLOCK_T], tl.float32)
+    high_sum = tl.zeros([BLOCK_T], tl.float32)
+    ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+    approx_kl_sum = tl.zeros([BLOCK_T], tl.float32)
+    ref_kl_sum = tl.zeros([BLOCK_T], tl.float32)
+    ratio_max = tl.zeros([BLOCK_T], tl.float32)
+    slope_sum = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(cover + split * BLOCK_T, limit, n_splits * BLOCK_T):
+        offs = start + tl.arange(0, BLOCK_T)
+        inside, live = live_tokens(Mask, offs, begin, end, limit, HAS_MASK)
+        active_sum = active_sum + live.to(tl.float32)
+        candidates = live
+        if not SCORE_ALL:
+            candidates = live & (tl.where(live, advantage, 0.0) != 0)
+        grad = tl.zeros([BLOCK_T], tl.float32)
+        # A block without work (padding, or a sequence without signal) reads nothing but its mask.
+        if tl.max(candidates.to(tl.int32), 0) > 0:
+            scored, loss, d_log_ratio, d_logp, ratio, approx_kl, ref_kl, low, high = score_tokens(
+                Logp, Old, Ref, Rollout, Weight, Advantage, offs, inside, candidates, advantage,
+                mean_log_ratio, eps_low, eps_high, dual_clip, eps_high_cispo, sapo_tau_pos,
+                sapo_tau_neg, beta, rollout_cap, HAS_OLD, HAS_REF, HAS_ROLLOUT, HAS_WEIGHT,
+                ADVANTAGE, SCORE_ALL, SEQUENCE_LEVEL, OBJECTIVE, HAS_DUAL_CLIP, KL_ESTIMATOR,
+                KL_CORRECTION,
+            )  # fmt: skip
+            loss_sum = loss_sum + loss
+            scored_sum = scored_sum + scored
+            low_sum = low_sum + low
+            high_sum = high_sum + high
+            ratio_sum = ratio_sum + ratio
+            approx_kl_sum = approx_kl_sum + approx_kl
+            ref_kl_sum = ref_kl_sum + ref_kl
+            ratio_max = tl.maximum(ratio_max, ratio)
+            grad = d_logp
+            if SEQUENCE_LEVEL:
+                slope_sum = slope_sum + d_log_ratio
+            else:
+                grad = grad + d_log_ratio
+        if HAS_GRAD:
+            tl.store(Grad + offs, grad * scale, mask=inside)
+    if HAS_GRAD and SEQUENCE_LEVEL:
+        # The mean over a sequence is self-adjoint: every live token gets the mean of the slopes.
+        slope = tl.sum(slope_sum, 0) / n_live * scale
+        spread_slope(Grad, Mask, slope, begin, end, HAS_MASK, BLOCK_T)
+
+    sums = tl.where(slots == 0, tl.sum(loss_sum, 0) * scale, sums)
+    sums = tl.where(slots == 1, tl.sum(active_sum, 0), sums)
+    sums = tl.where(slots == 2, tl.sum(scored_sum, 0), sums)
+    sums = tl.where(slots == 3, tl.sum(low_sum, 0), sums)
+    sums = tl.where(slots == 4, tl.sum(high_sum, 0), sums)
+    sums = tl.where(slots == 5, tl.sum(ratio_sum, 0), sums)
+    sums = tl.where(slots == 6, tl.sum(approx_kl_sum, 0), sums)
+    sums = tl.where(slots == 7, tl.sum(ref_kl_sum, 0), sums)
+    sums = tl.where(slots == 8, tl.max(ratio_max, 0), sums)
+    tl.store(Partials + slots * n_programs + pid, sums)
+    # The barrier and the release make this program's sums visible before its arrival is.
+    tl.debug_barrier()
+    if tl.atomic_add(Counter, 1, sem="acq_rel") == n_programs - 1:
+        finish(
+            Partials, Normalizer, Loss, Results, n_programs, denominator, NORMALIZER, SLOTS, BLOCK_P
+        )
+        tl.store(Counter, 0)
+
+
+@jit
+def scale_kernel(Grad, Upstream, Results, Out, n, BLOCK: tl.constexpr):
+    """Backward: apply the upstream gradient and the batch's scale, both still on the device."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(Upstream).to(tl.float32) * tl.load(Results)
+    grad = tl.load(Grad + offs, mask=offs < n, other=0.0)
+    tl.store(Out + offs, grad * factor, mask=offs < n)

@@ -1,0 +1,46 @@
+"""The device functions of `mapo_kernels.formula`, run on torch tensors.
+
+Not a second copy: the same code objects, with `tl` bound to the few torch operations they use.
+Hence the eager backend works without Triton, on any device, in float64, under autograd and under
+`torch.compile`.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from mapo_kernels import formula
+from mapo_kernels._triton import is_device_function
+
+
+def _where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
+        # Two Python numbers would be promoted to float32, whatever the dtype of the computation.
+        x = torch.tensor(x, dtype=torch.float64, device=condition.device)
+    return torch.where(condition, x, y)
+
+
+_TORCH = SimpleNamespace(
+    abs=torch.abs,
+    exp=torch.exp,
+    exp2=torch.exp2,
+    floor=torch.floor,
+    log2=torch.log2,
+    sqrt=torch.sqrt,
+    where=_where,
+)
+
+_namespace: dict[str, Any] = dict(vars(formula), tl=_TORCH)
+for _name, _value in list(_namespace.items()):
+    if is_device_function(_value):
+        _namespace[_name] = FunctionType(_value.fn.__code__, _namespace, _name)
+
+token_loss = _namespace["token_loss"]
+rollout_weight = _namespace["rollout_weight"]
+group_advantage = _namespace["group_advantage"]
+certainty_weight = _namespace["certainty_weight"]
+k3 = _namespace["k3"]
+exp = _namespace["exp"]
