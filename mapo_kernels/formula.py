@@ -102,7 +102,8 @@ def policy_term(
         loss = d_logp * logp
         d_log_ratio = ratio * 0.0
     elif OBJECTIVE == "sapo":
-        tau = tl.where(advantage > 0, sapo_tau_pos, sapo_tau_neg)
+        # At least one branch must be a tensor: torch gives two numbers a dtype of its own choice.
+        tau = tl.where(advantage > 0, sapo_tau_pos + 0.0 * ratio, sapo_tau_neg)
         gate = 1.0 / (1.0 + exp(-tau * (ratio - 1.0)))
         loss = -4.0 / tau * gate * advantage
         d_log_ratio = -4.0 * gate * (1.0 - gate) * advantage * ratio_slope

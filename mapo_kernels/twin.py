@@ -16,13 +16,6 @@ from mapo_kernels import formula
 from mapo_kernels._triton import is_device_function
 
 
-def _where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
-    if not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
-        # Two Python numbers would be promoted to float32, whatever the dtype of the computation.
-        x = torch.tensor(x, dtype=torch.float64, device=condition.device)
-    return torch.where(condition, x, y)
-
-
 _TORCH = SimpleNamespace(
     abs=torch.abs,
     exp=torch.exp,
@@ -30,7 +23,7 @@ _TORCH = SimpleNamespace(
     floor=torch.floor,
     log2=torch.log2,
     sqrt=torch.sqrt,
-    where=_where,
+    where=torch.where,
 )
 
 _namespace: dict[str, Any] = dict(vars(formula), tl=_TORCH)

@@ -1,0 +1,1 @@
+"""Micro-benchmarks of mapo_kernels and its peers."""

@@ -1,0 +1,31 @@
+import os
+
+import pytest
+import torch
+
+# Before Triton is imported: without a GPU every kernel runs in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not INTERPRETS
+
+
+@pytest.fixture(params=["eager", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """Runs a test on the eager backend, in Triton's interpreter, and on a GPU; where its tensors go."""
+    import mapo_kernels
+
+    if request.param == "gpu" and not HAS_GPU:
+        pytest.skip("needs a GPU")
+    if request.param == "interpreter" and not INTERPRETS:
+        pytest.skip("Triton compiles here: the gpu variant runs instead")
+    mapo_kernels.set_backend("eager" if request.param == "eager" else "triton")
+    yield torch.device("cuda" if request.param == "gpu" else "cpu")
+    mapo_kernels.set_backend(None)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

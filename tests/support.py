@@ -1,0 +1,118 @@
+"""What several tests share: batches, the oracle on a batch, and the one accuracy rule."""
+
+import torch
+
+import mapo_kernels as mk
+import reference
+from benchmarks.peers import plain_loss
+
+NAN = float("nan")
+
+
+def assert_accurate(actual, exact, plain, floor=1e-6):
+    """SPEC 5: the error is at most twice that of plain PyTorch, plus a floor, both against float64.
+
+    `exact` is the oracle on the same rounded inputs, `plain` what PyTorch makes of them in the dtype of
+    the computation. A gradient in bfloat16 or float16 may be off by one more rounding of that dtype.
+    """
+    actual64, exact, plain = (x.detach().double().cpu() for x in (actual, exact, plain))
+    assert torch.isfinite(actual64).all()
+    scale = exact.abs().max() if exact.numel() else torch.zeros(())
+    allowed = 2 * (plain - exact).abs().max() + floor * scale if exact.numel() else scale
+    rounding = torch.zeros_like(exact)
+    if actual.dtype in (torch.bfloat16, torch.float16):
+        rounding = exact.abs() * torch.finfo(actual.dtype).eps
+        rounding = rounding + torch.finfo(actual.dtype).smallest_normal
+    excess = ((actual64 - exact).abs() - allowed - rounding).max() if exact.numel() else 0
+    assert excess <= 0, f"error exceeds 2 E + floor by {float(excess):.3g} (allowed {allowed:.3g})"
+
+
+def assert_close(actual, exact, tolerance):
+    """Equal within `tolerance` of the largest value."""
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    assert actual.shape == exact.shape
+    bound = tolerance * max(1.0, float(exact.abs().max()) if exact.numel() else 1.0)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=bound)
+
+
+def make_batch(n_sequences=5, length=7, dtype=torch.float64, mask="random", spread=0.4):
+    """A padded batch as a dict; masked positions are poisoned with NaN and inf."""
+    shape = (n_sequences, length)
+    logp = -torch.rand(shape, dtype=torch.float64) * 3
+    batch = {"logp": logp}
+    for name in ("old", "ref", "rollout"):
+        batch[name] = logp + torch.randn(shape, dtype=torch.float64) * spread
+    batch["weights"] = torch.rand(shape, dtype=torch.float64) + 0.5
+    live = {
+        "none": torch.ones(shape, dtype=torch.bool),
+        "random": torch.rand(shape) < 0.6,
+        "row": (torch.rand(shape) < 0.7) & (torch.arange(n_sequences) != 1)[:, None],
+        "all": torch.zeros(shape, dtype=torch.bool),
+    }[mask]
+    for i, name in enumerate(batch):
+        poison = torch.tensor([NAN, float("inf"), -float("inf")])[i % 3].double()
+        batch[name] = batch[name].where(live, poison).to(dtype)
+    batch["mask"] = live
+    advantages = torch.randn(n_sequences, dtype=torch.float64)
+    advantages[-1] = 0
+    batch["advantages"] = advantages.to(dtype)
+    return batch
+
+
+def tensors_of(batch, spec):
+    """The keyword arguments of the loss that `spec` has a use for."""
+    given = {"old_logprobs": batch["old"], "token_weights": batch["weights"]}
+    if spec.beta:
+        given["ref_logprobs"] = batch["ref"]
+    if spec.rollout_cap:
+        given["rollout_logprobs"] = batch["rollout"]
+    return given
+
+
+def oracle(batch, spec, upstream=1.0, **given):
+    """Loss, gradient and metrics of the float64 oracle."""
+    settings = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    logp = batch["logp"].detach().double().requires_grad_()
+    loss, metrics = reference.mapo_loss(
+        logp, batch["advantages"], batch["mask"], **given, **settings
+    )
+    (loss * upstream).backward()
+    return loss, logp.grad, metrics
+
+
+def plain(batch, spec, **given):
+    """Loss and gradient of vectorised PyTorch in the dtype of the batch (float32 for half types)."""
+    names = {
+        "old_logprobs": "old",
+        "ref_logprobs": "ref",
+        "token_weights": "weights",
+        "rollout_logprobs": "rollout",
+    }
+    logp = batch["logp"].detach().float().requires_grad_()
+    tensors = {names[k]: v.float() for k, v in given.items()}
+    loss = plain_loss(logp, batch["advantages"].float(), batch["mask"], spec, **tensors)
+    loss.backward()
+    return loss, logp.grad
+
+
+def run(batch, spec, device, upstream=1.0, **given):
+    """Loss, gradient and metrics of the package on `device`."""
+    logp = batch["logp"].detach().to(device, copy=True).requires_grad_()
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    out = mk.mapo_loss(
+        logp,
+        advantages=batch["advantages"].to(device),
+        mask=batch["mask"].to(device),
+        spec=spec,
+        **given,
+    )
+    (out.loss * upstream).backward()
+    return out.loss, logp.grad, out.metrics
+
+
+def pack(batch, lengths):
+    """The first `lengths[i]` tokens of each row, packed; and the boundaries."""
+    keep = torch.arange(batch["logp"].shape[1]) < torch.tensor(lengths)[:, None]
+    packed = {k: v[keep] if v.dim() == 2 else v for k, v in batch.items()}
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return packed, cu_seqlens, keep
