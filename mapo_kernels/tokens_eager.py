@@ -150,7 +150,7 @@ def eager_token_loss(
         mean_over_scored(clipped_low),
         mean_over_scored(clipped_high),
         mean_over_scored(ratio),
-        mean_over_scored(twin.k3(-log_ratio.clamp(-20.0, 20.0))),
+        mean_over_scored(twin.approx_kl(log_ratio)),
         mean_over_scored(ref_kl),
         ratios.amax(),
         *group_values,

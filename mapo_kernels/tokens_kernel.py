@@ -9,13 +9,7 @@ gradient); the backward launch applies both.
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.advantages import group_moments, row_advantage
-from mapo_kernels.formula import (
-    clamp,
-    group_advantage,
-    k3,
-    rollout_weight,
-    token_loss,
-)
+from mapo_kernels.formula import approx_kl, group_advantage, rollout_weight, token_loss
 
 
 @jit
@@ -231,7 +225,11 @@ def score_tokens(
     KL_ESTIMATOR: tl.constexpr,
     KL_CORRECTION: tl.constexpr,
 ):
-    """Load one block of tokens and apply the formula; everything returned is 0 where not scored."""
+    """Load one block of tokens and apply the formula; everything returned is 0 where not scored.
+
+    It is 0 there because whatever is loaded is: with advantage, weight and all log-probs 0 every
+    term of the formula is 0, but for the ratio.
+    """
     advantage = tl.where(scored, sequence_advantage, 0.0)
     if ADVANTAGE == "token":
         advantage = load_row(Advantage, offs, inside, scored)
@@ -260,15 +258,15 @@ def score_tokens(
         OBJECTIVE, HAS_DUAL_CLIP, HAS_REF, KL_ESTIMATOR, KL_CORRECTION,
     )  # fmt: skip
     return (
-        scored.to(tl.float32),
-        tl.where(scored, loss, 0.0),
-        tl.where(scored, d_log_ratio, 0.0),
-        tl.where(scored, d_logp, 0.0),
+        loss,
+        d_log_ratio,
+        d_logp,
         tl.where(scored, ratio, 0.0),
-        k3(-clamp(log_ratio, -20.0, 20.0)),
-        tl.where(scored, kl, 0.0),
-        (scored & clipped_low).to(tl.float32),
-        (scored & clipped_high).to(tl.float32),
+        approx_kl(log_ratio),
+        kl,
+        scored.to(tl.float32),
+        clipped_low.to(tl.float32),
+        clipped_high.to(tl.float32),
     )
 
 
@@ -420,7 +418,7 @@ def token_loss_kernel(
         grad = tl.zeros([BLOCK_T], tl.float32)
         # A block without work (padding, or a sequence without signal) reads nothing but its mask.
         if tl.max(candidates.to(tl.int32), 0) > 0:
-            scored, loss, d_log_ratio, d_logp, ratio, approx_kl, ref_kl, low, high = score_tokens(
+            loss, d_log_ratio, d_logp, ratio, new_kl, ref_kl, scored, low, high = score_tokens(
                 Logp, Old, Ref, Rollout, Weight, Advantage, offs, inside, candidates, advantage,
                 mean_log_ratio, eps_low, eps_high, dual_clip, eps_high_cispo, sapo_tau_pos,
                 sapo_tau_neg, beta, rollout_cap, HAS_OLD, HAS_REF, HAS_ROLLOUT, HAS_WEIGHT,
@@ -432,7 +430,7 @@ def token_loss_kernel(
             low_sum = low_sum + low
             high_sum = high_sum + high
             ratio_sum = ratio_sum + ratio
-            approx_kl_sum = approx_kl_sum + approx_kl
+            approx_kl_sum = approx_kl_sum + new_kl
             ref_kl_sum = ref_kl_sum + ref_kl
             ratio_max = tl.maximum(ratio_max, ratio)
             grad = d_logp
