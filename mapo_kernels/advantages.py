@@ -313,6 +313,11 @@ def advantage_flags(groups: GroupInputs | None, spec: AdvantageSpec) -> dict[str
     }
 
 
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """What the eager backend adds long runs of scattered values in; Apple's GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _segments(groups: GroupInputs) -> tuple[torch.Tensor, int]:
     """Each row's group counted from 0, and an upper bound of the number of groups."""
     n_rows = groups.rewards.shape[0]
@@ -338,7 +343,9 @@ def eager_advantages(
         if groups.group_ids is None:
             table = x.reshape(n_groups, groups.group_size)
             return table.sum(1) if how == "sum" else getattr(table, how)(1)
-        return torch.full_like(x, start).scatter_reduce(0, index, x, how)
+        # Scattered values are added one after the other, which costs float32 its last digits.
+        wide = x.to(accumulator_dtype(x.device))
+        return torch.full_like(wide, start).scatter_reduce(0, index, wide, how).to(dtype)
 
     finite = rewards.abs() < float("inf")
     if groups.success is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels.advantages import eager_advantages, group_metrics
+from mapo_kernels.advantages import accumulator_dtype, eager_advantages, group_metrics
 from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults, loss_arguments
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -34,7 +34,8 @@ class _Layout:
         """Sum of [N] over each sequence, [B]."""
         if not self.packed:
             return x.view(self.n_sequences, self.length).sum(1)
-        return x.new_zeros(self.n_sequences).index_add(0, self.sequence, x)
+        wide = x.to(accumulator_dtype(x.device))
+        return wide.new_zeros(self.n_sequences).index_add(0, self.sequence, wide).to(x.dtype)
 
 
 def _length_weight(n_live: torch.Tensor, spec: LossSpec, length: int) -> torch.Tensor:

@@ -1,0 +1,173 @@
+"""A character-level decoder of about 0.1M parameters, and cached sampling from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAD = 0
+END = 1
+
+Cache = list[tuple[Tensor, Tensor]]
+
+
+class Characters:
+    """Characters to token ids and back; prompts are padded on the left, answers on the right.
+
+    Every prompt then ends, and every answer starts, at the same position. Padding is an ordinary
+    token to the model: on the left it is learned to be ignored, on the right causality hides it.
+    """
+
+    def __init__(self, alphabet: str) -> None:
+        """Number the characters after the two special tokens."""
+        self.alphabet = alphabet
+        self.size = len(alphabet) + 2
+        self._ids = {character: index + 2 for index, character in enumerate(alphabet)}
+
+    def prompts(self, texts: Sequence[str], length: int) -> Tensor:
+        """[B, length] token ids of prompts."""
+        rows = [[self._ids[character] for character in text] for text in texts]
+        return torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+
+    def answers(self, texts: Sequence[str], length: int) -> Tensor:
+        """[B, length] token ids of answers, each closed by the end token."""
+        rows = [[self._ids[character] for character in text] + [END] for text in texts]
+        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+    def decode(self, tokens: Tensor) -> list[str | None]:
+        """The text before the end token; None where no end token came or padding came before it."""
+        texts: list[str | None] = []
+        for row in tokens.tolist():
+            answer = row[: row.index(END)] if END in row else [PAD]
+            texts.append(
+                None if PAD in answer else "".join(self.alphabet[token - 2] for token in answer)
+            )
+        return texts
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, S, width] -> the same shape, and the keys and values so far."""
+        rows, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(rows, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, S, width / heads]
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        # With a cache there is one query, the newest token, and it sees every key.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(rows, length, width))
+        return x + self.mlp(x), (k, v)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with learned positions.
+
+    Args:
+        vocabulary: number of tokens V.
+        length: the longest sequence.
+        width: hidden size.
+        layers: number of blocks.
+        heads: attention heads.
+    """
+
+    def __init__(
+        self, vocabulary: int, length: int, width: int = 64, layers: int = 2, heads: int = 4
+    ) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """[B, S] token ids -> logits [B, S, V] and the new cache.
+
+        With `cache`, `tokens` is [B, 1]: the token after those in the cache.
+        """
+        start = cache[0][0].shape[2] if cache else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.token(tokens) + self.position(positions)
+        new_cache: Cache = []
+        for index, block in enumerate(self.blocks):
+            x, keys_values = block(x, cache[index] if cache else None)
+            new_cache.append(keys_values)
+        return self.head(self.norm(x)), new_cache
+
+
+class Rollouts(NamedTuple):
+    """Sampled answers: tokens, their log-probs and mask, each [B, T]; prompts [B, P]."""
+
+    prompts: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    mask: Tensor
+
+
+@torch.no_grad()
+def sample(
+    model: Decoder,
+    prompts: Tensor,
+    max_tokens: int,
+    *,
+    copies: int = 1,
+    generator: torch.Generator | None = None,
+) -> Rollouts:
+    """Continue each prompt [Q, P] `copies` times: at temperature 1, or greedily with no generator.
+
+    Rows come in groups of `copies` per prompt; the prompt is read once per group. Tokens after the
+    end token are padding and masked.
+    """
+    logits, cache = model(prompts)
+    next_logits = logits[:, -1].repeat_interleave(copies, dim=0)
+    cache = [
+        (k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)) for k, v in cache
+    ]
+    ended = torch.zeros(len(next_logits), dtype=torch.bool, device=prompts.device)
+    tokens, logprobs, mask = [], [], []
+    for step in range(max_tokens):
+        logp = next_logits.log_softmax(dim=-1)
+        if generator is None:
+            choice = logp.argmax(dim=-1, keepdim=True)
+        else:
+            choice = torch.multinomial(logp.exp(), 1, generator=generator)
+        mask.append(~ended)
+        logprobs.append(logp.gather(1, choice).squeeze(1).masked_fill(ended, 0.0))
+        tokens.append(choice.squeeze(1).masked_fill(ended, PAD))
+        ended = ended | (tokens[-1] == END)
+        if step + 1 < max_tokens:
+            logits, cache = model(tokens[-1][:, None], cache)
+            next_logits = logits[:, -1]
+    return Rollouts(
+        prompts.repeat_interleave(copies, dim=0),
+        torch.stack(tokens, dim=1),
+        torch.stack(logprobs, dim=1),
+        torch.stack(mask, dim=1),
+    )
+
+
+def answer_logprobs(model: Decoder, prompts: Tensor, answers: Tensor) -> Tensor:
+    """Log-probs [B, T] of the tokens of `answers` [B, T] after `prompts` [B, P]."""
+    logits, _ = model(torch.cat((prompts, answers[:, :-1]), dim=1))
+    logp = logits[:, prompts.shape[1] - 1 :].log_softmax(dim=-1)
+    return logp.gather(-1, answers[..., None]).squeeze(-1)

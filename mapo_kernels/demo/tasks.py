@@ -1,0 +1,212 @@
+"""Verifiable tasks: reasoning-gym problems, written in a few characters for a tiny model.
+
+reasoning-gym generates the problems and scores the answers. A `Task` translates between its text
+and a compact form (`5276<` instead of a paragraph of instructions), so that a model of 0.1M
+parameters with one token per character can learn the task in a minute.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Entry = dict[str, Any]
+
+HELD_OUT_SHARE = 5  # one compact prompt in five is never trained on
+SEED_STRIDE = 10**7  # reasoning-gym draws problem i from seed + i: neighbouring seeds would overlap
+HELD_OUT_SEED = -1
+VIRTUAL_SIZE = 2**31  # problems are generated on demand, so a stream has no end
+PARTIAL_CREDIT_CAP = 0.99
+
+
+@dataclass(frozen=True)
+class Task:
+    """One reasoning-gym dataset and its compact form.
+
+    Args:
+        name: the reasoning-gym dataset.
+        description: one line for the help text.
+        alphabet: every character of compact prompts and answers.
+        prompt_length: the longest compact prompt, in characters.
+        answer_length: the longest compact answer, in characters.
+        partial_credit: reward scores between 0 and 1 too. Off where the scorer pays for answers
+            that merely contain the right one: RL learns to write those, and success falls.
+        options: what `reasoning_gym.create_dataset` gets.
+        prompt: entry -> compact prompt.
+        solution: entry -> a compact right answer, for the supervised warm-up.
+        expand: compact answer -> the text that the scorer expects.
+        scored_entry: entry -> the entry that the scorer sees.
+    """
+
+    name: str
+    description: str
+    alphabet: str
+    prompt_length: int
+    answer_length: int
+    prompt: Callable[[Entry], str]
+    solution: Callable[[Entry], str]
+    expand: Callable[[str], str] = str
+    scored_entry: Callable[[Entry], Entry] = dict
+    partial_credit: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A compact prompt, its compact solution, and the reasoning-gym entry that scores answers."""
+
+    prompt: str
+    solution: str
+    entry: Entry
+
+
+def _digits(numbers: list[str]) -> str:
+    return "".join(str(round(float(number))) for number in numbers)
+
+
+def _sorting_prompt(entry: Entry) -> str:
+    direction = "<" if entry["metadata"]["direction"] == "ascending" else ">"
+    return _digits(entry["metadata"]["original_numbers"]) + direction
+
+
+def _as_tens(digits: str) -> str:
+    return str([f"{digit}0" for digit in digits])
+
+
+def _sorting_scored_entry(entry: Entry) -> Entry:
+    # The scorer forgives an error of 1 in every number: on single digits that accepts wrong answers
+    # (and a policy finds them). Ten times the numbers is the same problem without the loophole.
+    return {**entry, "answer": _as_tens(_digits(entry["metadata"]["sorted_numbers"]))}
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="number_sorting",
+            description="3 to 6 digits, ascending or descending: 5276< -> 2567",
+            alphabet="0123456789<>",
+            prompt_length=7,
+            answer_length=6,
+            prompt=_sorting_prompt,
+            solution=lambda entry: _digits(entry["metadata"]["sorted_numbers"]),
+            expand=_as_tens,
+            scored_entry=_sorting_scored_entry,
+            options={
+                "min_numbers": 3,
+                "max_numbers": 6,
+                "min_decimals": 0,
+                "max_decimals": 0,
+                "min_value": 0.0,
+                "max_value": 9.0,
+            },
+        ),
+        Task(
+            name="spell_backward",
+            description="words of 3 to 6 letters: stone< -> enots",
+            alphabet="abcdefghijklmnopqrstuvwxyz<",
+            prompt_length=7,
+            answer_length=6,
+            prompt=lambda entry: entry["metadata"]["word"].lower() + "<",
+            solution=lambda entry: entry["answer"].lower(),
+            partial_credit=True,
+            options={"min_word_len": 3, "max_word_len": 6},
+        ),
+        Task(
+            name="chain_sum",
+            description="sums and differences of 2 or 3 digits: 4-9+2= -> -3",
+            alphabet="0123456789+-=",
+            prompt_length=6,
+            answer_length=3,
+            prompt=lambda entry: entry["metadata"]["expression"].replace(" ", "") + "=",
+            solution=lambda entry: entry["answer"],
+            options={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+        ),
+        Task(
+            name="palindrome_generation",
+            description="3 to 6 letters in any order, to a palindrome: aabcb< -> abcba or bacab",
+            alphabet="abcdefghijklmnopqrstuvwxyz<",
+            prompt_length=7,
+            answer_length=6,
+            prompt=lambda entry: "".join(entry["metadata"]["letters"]) + "<",
+            solution=lambda entry: entry["answer"],
+            options={"min_length": 3, "max_length": 6},
+        ),
+    )
+}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a compact prompt belongs to the held-out split: a fixed property of its text."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+
+
+class ProblemStream:
+    """Endless problems of one task and one split; `position` is all its state.
+
+    Args:
+        task: which task.
+        seed: streams of different seeds draw different problems.
+        held_out: yield the held-out problems instead of the training problems.
+    """
+
+    def __init__(self, task: Task, seed: int, *, held_out: bool = False) -> None:
+        """Create the reasoning-gym dataset behind the stream."""
+        from reasoning_gym import create_dataset
+
+        self.task = task
+        self.held_out = held_out
+        self.position = 0
+        self._dataset = create_dataset(
+            task.name, seed=(seed + 1) * SEED_STRIDE, size=VIRTUAL_SIZE, **task.options
+        )
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems of the split."""
+        problems: list[Problem] = []
+        while len(problems) < count:
+            entry = self._dataset[self.position]
+            self.position += 1
+            prompt = self.task.prompt(entry)
+            if is_held_out(prompt) == self.held_out:
+                problems.append(Problem(prompt, self.task.solution(entry), entry))
+        return problems
+
+
+def held_out_problems(task: Task, count: int) -> list[Problem]:
+    """Up to `count` distinct held-out problems, the same ones for every seed and estimator."""
+    stream = ProblemStream(task, HELD_OUT_SEED, held_out=True)
+    distinct: dict[str, Problem] = {}
+    for problem in stream.take(4 * count):
+        distinct.setdefault(problem.prompt, problem)
+    return list(distinct.values())[:count]
+
+
+class Verifier:
+    """Rewards compact answers by reasoning-gym's score, cached by problem and answer."""
+
+    def __init__(self, task: Task) -> None:
+        """Create the reasoning-gym dataset that scores."""
+        from reasoning_gym import create_dataset
+
+        self.task = task
+        self._dataset = create_dataset(task.name, seed=0, size=1, **task.options)
+        self._cache: dict[tuple[str, str], float] = {}
+
+    def reward(self, problem: Problem, answer: str | None) -> float:
+        """1 for the right answer, partial credit (if the task has it) or 0 otherwise.
+
+        `None`, an answer that never ended, gets 0. Partial credit is capped: reasoning-gym sums it
+        in floats, and the 0.9999999999999999 of a wrong answer rounds to a success in float32.
+        """
+        if answer is None:
+            return 0.0
+        key = (problem.prompt, answer)
+        if key not in self._cache:
+            entry = self.task.scored_entry(problem.entry)
+            score = float(self._dataset.score_answer(self.task.expand(answer), entry))
+            partial = min(score, PARTIAL_CREDIT_CAP) if self.task.partial_credit else 0.0
+            self._cache[key] = 1.0 if score >= 1.0 else partial
+        return self._cache[key]
