@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,17 @@ except ImportError:
         if fn is None:
             return lambda function: jit(function, **options)
         return SimpleNamespace(fn=fn, __name__=fn.__name__)
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+@cache
+def warp_size() -> int:
+    """Threads per warp of the GPU at hand."""
+    return 32 if interprets() else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def is_device_function(value: Any) -> bool:

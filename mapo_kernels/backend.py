@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from mapo_kernels._triton import HAS_TRITON
+from mapo_kernels._triton import HAS_TRITON, interprets
 
 BACKENDS = ("auto", "triton", "eager")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
@@ -27,10 +27,6 @@ def set_backend(name: str | None) -> None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"name: expected one of {list(BACKENDS)} or None, got {name!r}")
     _chosen = name
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 # The environment cannot be traced by torch.compile, and need not be: the backend is settled at
@@ -61,7 +57,7 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
     if choice == "triton":
         if not HAS_TRITON:
             raise RuntimeError("backend 'triton': expected Triton to be installed, it is not")
-        if not on_gpu and not _interpreting():
+        if not on_gpu and not interprets():
             raise RuntimeError(
                 f"backend 'triton': expected tensors on a GPU (or TRITON_INTERPRET=1), got "
                 f"{device_type}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mapo_kernels._triton import triton
+from mapo_kernels._triton import triton, warp_size
 from mapo_kernels.advantages import advantage_arguments, advantage_flags
 from mapo_kernels.inputs import (
     SLOTS,
@@ -17,6 +17,8 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_kernel import scale_kernel, token_loss_kernel
 
 _MAX_PROGRAMS = 2048
+# 16 bytes of float32. Twice as many sums per thread do not fit its registers.
+_TOKENS_PER_THREAD = 4
 _LENGTH_WEIGHTS = {
     "token-mean": "one",
     "seq-mean-token-mean": "mean",
@@ -172,6 +174,7 @@ def launch_token_loss(
         SLOTS=SLOTS,
         BLOCK_T=block_t,
         BLOCK_P=128,
+        num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
         **group_choices,
     )
     return out._replace(results=results)

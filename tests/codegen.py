@@ -1,0 +1,198 @@
+"""Compiles what the public functions launch, for a GPU that is not there; run as a subprocess.
+
+    python tests/codegen.py TARGET
+
+prints one JSON object: for each case what it launches, and for each kernel its variants' registers,
+stack, memory accesses and instruction counts. The real launchers run, so sizes, strides and alignments
+are what a user gets; only the driver is replaced, and a launch ends after compilation.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import jit
+from triton.runtime.driver import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class CompileOnlyDriver:
+    """Answers the questions that Triton asks before it compiles."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def record_compilations(target):
+    """Make every launch compile for `target` and stop there; the list that it fills."""
+    driver.set_active(CompileOnlyDriver(target))
+    compiled = []
+    original = jit.JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    jit.JITFunction.run = run
+    return compiled
+
+
+def batch(shape, packed=False):
+    """Tensors for a call of the loss; their contents do not matter, their alignment does."""
+    n_sequences, length = shape
+    size = (n_sequences * length,) if packed else shape
+    tensors = {
+        "old_logprobs": torch.zeros(size),
+        "ref_logprobs": torch.zeros(size),
+        "mask": torch.zeros(size, dtype=torch.bool),
+    }
+    if packed:
+        tensors["cu_seqlens"] = torch.arange(n_sequences + 1, dtype=torch.int32) * length
+    return torch.zeros(size, requires_grad=True), tensors
+
+
+def loss(shape, packed=False, dtype=torch.float32, reference=True, **settings):
+    import mapo_kernels as mk
+
+    logprobs, tensors = batch(shape, packed)
+    if not reference:
+        del tensors["ref_logprobs"]
+    spec = mk.LossSpec(**{"beta": 0.1 if reference else 0.0, **settings})
+    logprobs = logprobs.detach().to(dtype).requires_grad_()
+    rewards = torch.zeros(shape[0])
+    out = mk.mapo_loss(logprobs, rewards=rewards, group_size=4, spec=spec, **tensors)
+    out.loss.backward()
+
+
+def advantages(n, **grouping):
+    import mapo_kernels as mk
+
+    if grouping.pop("ids", False):
+        grouping["group_ids"] = torch.zeros(n, dtype=torch.int64)
+    mk.group_advantages(torch.zeros(n), return_stats="group_ids" not in grouping, **grouping)
+
+
+CASES = {
+    "clip": lambda: loss((16, 1024)),
+    "no reference": lambda: loss((16, 1024), reference=False),
+    "bfloat16": lambda: loss((16, 1024), dtype=torch.bfloat16),
+    "odd length": lambda: loss((16, 1001)),
+    "packed": lambda: loss((16, 1000), packed=True),
+    "sequence level": lambda: loss((16, 1024), importance_level="sequence"),
+    "sapo": lambda: loss((16, 1024), objective="sapo", kl_importance_correction=True),
+    "cispo": lambda: loss((16, 1024), objective="cispo", aggregation="seq-mean-token-mean"),
+    "groups of 16": lambda: advantages(1 << 20, group_size=16),
+    "groups of 4096": lambda: advantages(1 << 14, group_size=4096),
+    "ids": lambda: advantages(1000, ids=True),
+    "many ids": lambda: advantages(10000, ids=True),
+}
+
+
+def ten_lengths():
+    """Lengths, batches and hyper-parameters change; nothing should be compiled again for it."""
+    for i, length in enumerate((1001, 513, 700, 999, 1500, 4095, 2047, 777, 3333, 5001)):
+        loss((4 * (i + 3), length), eps_low=0.1 + i / 50, eps_high=0.2 + i / 50, beta=0.01 * (i + 1))
+
+
+CASES["ten lengths"] = ten_lengths
+
+
+def nvidia_report(kernel):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage = tool("cuobjdump", "-res-usage", path)
+        sass = tool("nvdisasm", "-c", path)
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", sass, re.M)
+    return {
+        "registers": int(numbers["REG"]),
+        "stack": int(numbers["STACK"]),
+        "local": int(numbers["LOCAL"]),
+        "spills": sum(1 for name in instructions if name.startswith(("LDL", "STL"))),
+        "accesses": Counter(name for name in instructions if name.startswith(("LDG", "STG"))),
+        "exponentials": sum(1 for name in instructions if name == "MUFU.EX2"),
+        "loops": loop_sizes(sass),
+    }
+
+
+def loop_sizes(sass):
+    """Instructions between each backward branch and its label."""
+    labels, sizes, position = {}, [], 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = position
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            position += 1
+            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if branch and branch.group(1) in labels:
+                sizes.append(position - labels[branch.group(1)])
+    return sizes
+
+
+def tool(name, *arguments):
+    done = subprocess.run(
+        [NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def amd_report(kernel):
+    text = kernel.asm["amdgcn"]
+    numbers = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
+    return {
+        "stack": int(numbers["private_segment_fixed_size"]),
+        "spills": int(numbers["vgpr_spill_count"]),
+        "accesses": Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)),
+    }
+
+
+def main(target):
+    compiled = record_compilations(TARGETS[target])
+    import mapo_kernels as mk
+    from mapo_kernels import ops
+
+    mk.set_backend("triton")
+    # The tensors are on the CPU; what would run on them is compiled for the target instead.
+    ops._is_eager = lambda x: False
+    report = amd_report if target == "gfx942" else nvidia_report
+    results = {}
+    for case, launch in CASES.items():
+        compiled.clear()
+        launch()
+        variants = {}
+        for name, kernel in compiled:
+            variants.setdefault(name, {})[kernel.hash] = kernel
+        results[case] = {
+            "launches": [name for name, _ in compiled],
+            "kernels": {k: [report(v) for v in found.values()] for k, found in variants.items()},
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
