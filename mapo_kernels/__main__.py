@@ -17,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         version = f"mapo-kernels {__version__}, backend {describe_backend()}"
         parser.add_argument("--version", action="version", version=version)
         commands = parser.add_subparsers(dest="command", required=True)
-        demo.add_arguments(commands.add_parser("demo", help="train a small model with MAPO and GRPO"))
+        demo.add_arguments(
+            commands.add_parser("demo", help="train a small model with MAPO and GRPO")
+        )
         return demo.main(parser.parse_args(arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -144,12 +144,9 @@ def _gather_inputs(
 ) -> tuple[TokenInputs, LossSpec]:
     """Validated inputs from the arguments of a loss call, or from the plan that stands for them."""
     if plan is not None:
-        given = dict(
-            zip(("group_size", "group_ids", "success"), groups, strict=True),
-            rewards=rewards,
-            advantages=advantages,
-            **layout,
-        )
+        names = ("group_size", "group_ids", "success")
+        given = {**dict(zip(names, groups, strict=True)), **layout}
+        given = {**given, "rewards": rewards, "advantages": advantages}
         spec = _check_plan(plan, spec, given)
         advantages, layout = plan.advantages, {name: getattr(plan, name) for name in layout}
         group_inputs: GroupInputs | None = None
@@ -256,7 +253,7 @@ def mapo_loss(
             f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
         )
     loss, results, computed = MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)
-    values = dict(zip(RESULTS, results.unbind(0), strict=False))
+    values = dict(zip(RESULTS, results[: len(RESULTS)].unbind(0), strict=True))
     del values["gradient_scale"]
     if ref_logprobs is None:
         del values["ref_kl"]

@@ -41,26 +41,26 @@ def _groups(
     schema="(Tensor logprobs, Tensor? old_logprobs, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor? token_weights, Tensor? mask, Tensor? advantages, "
     "Tensor? cu_seqlens, Tensor? normalizer, float normalizer_value, Tensor? rewards, "
-    "int group_size, Tensor? group_ids, Tensor? success, bool need_grad, str spec, "
-    "str advantage_spec) "
+    "int group_size, Tensor? group_ids, Tensor? success, bool need_grad, "
+    "float[] spec_numbers, str spec_kinds, float[] advantage_numbers, str advantage_kinds) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _token_loss(  # type: ignore[no-untyped-def]
     logprobs, old, ref, rollout, weights, mask, given, cu_seqlens, normalizer, normalizer_value,
-    rewards, group_size, group_ids, success, need_grad, spec, advantage_spec,
+    rewards, group_size, group_ids, success, need_grad, *specs,
 ):  # fmt: skip
     groups = _groups(rewards, group_size, group_ids, success)
     if normalizer is None and normalizer_value > 0:
         normalizer = normalizer_value
     inputs = TokenInputs(old, ref, rollout, weights, mask, given, groups, cu_seqlens, normalizer)
-    specs = LossSpec.from_key(spec), AdvantageSpec.from_key(advantage_spec)
-    return tuple(tokens.launch_token_loss(logprobs, inputs, *specs, need_grad))
+    spec, advantage_spec = LossSpec.unpack(*specs[:2]), AdvantageSpec.unpack(*specs[2:])
+    return tuple(tokens.launch_token_loss(logprobs, inputs, spec, advantage_spec, need_grad))
 
 
 @_token_loss.register_fake
 def _token_loss_fake(  # type: ignore[no-untyped-def]
     logprobs, old, ref, rollout, weights, mask, given, cu_seqlens, normalizer, normalizer_value,
-    rewards, group_size, group_ids, success, need_grad, spec, advantage_spec,
+    rewards, group_size, group_ids, success, need_grad, *specs,
 ):  # fmt: skip
     groups = _groups(rewards, group_size, group_ids, success)
     return tuple(
@@ -88,14 +88,22 @@ def token_loss(
     is_tensor = isinstance(normalizer, torch.Tensor)
     out = _token_loss(
         logprobs,
-        *inputs[:6],
+        inputs.old_logprobs,
+        inputs.ref_logprobs,
+        inputs.rollout_logprobs,
+        inputs.token_weights,
+        inputs.mask,
+        inputs.advantages,
         inputs.cu_seqlens,
         normalizer if is_tensor else None,
         0.0 if is_tensor or normalizer is None else float(normalizer),
-        *(groups or (None, 0, None, None)),
+        None if groups is None else groups.rewards,
+        0 if groups is None else groups.group_size,
+        None if groups is None else groups.group_ids,
+        None if groups is None else groups.success,
         need_grad,
-        spec.key,
-        advantage_spec.key,
+        *spec.pack(),
+        *advantage_spec.pack(),
     )
     return TokenResults(*out)
 
@@ -145,16 +153,16 @@ def scale_gradient(
 @torch.library.custom_op(
     "mapo_kernels::group_advantages",
     mutates_args=(),
-    schema="(Tensor rewards, int group_size, Tensor? group_ids, Tensor? success, str spec, "
-    "bool want_stats) -> (Tensor, Tensor)",
+    schema="(Tensor rewards, int group_size, Tensor? group_ids, Tensor? success, bool want_stats, "
+    "float[] numbers, str kinds) -> (Tensor, Tensor)",
 )
-def _group_advantages(rewards, group_size, group_ids, success, spec, want_stats):  # type: ignore[no-untyped-def]
+def _group_advantages(rewards, group_size, group_ids, success, want_stats, *spec):  # type: ignore[no-untyped-def]
     groups = GroupInputs(rewards, group_size, group_ids, success)
-    return advantages.launch_advantages(groups, AdvantageSpec.from_key(spec), want_stats)
+    return advantages.launch_advantages(groups, AdvantageSpec.unpack(*spec), want_stats)
 
 
 @_group_advantages.register_fake
-def _group_advantages_fake(rewards, group_size, group_ids, success, spec, want_stats):  # type: ignore[no-untyped-def]
+def _group_advantages_fake(rewards, group_size, group_ids, success, want_stats, *spec):  # type: ignore[no-untyped-def]
     return advantages.empty_advantages(
         GroupInputs(rewards, group_size, group_ids, success), want_stats
     )
@@ -168,4 +176,11 @@ def group_advantages(
         return advantages.eager_advantages(groups, spec)
     if not torch.compiler.is_compiling():
         return advantages.launch_advantages(groups, spec, want_stats)
-    return _group_advantages(*groups, spec.key, want_stats)
+    return _group_advantages(
+        groups.rewards,
+        groups.group_size,
+        groups.group_ids,
+        groups.success,
+        want_stats,
+        *spec.pack(),
+    )

@@ -6,11 +6,10 @@ combinations of settings make sense. Everything downstream takes a spec as given
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -42,15 +41,14 @@ def require_number(
     *,
     open_low: bool = False,
     open_high: bool = False,
-    finite: bool = True,
 ) -> None:
-    """Raise unless `value` is a real number in the interval (ends excluded where `open_*`)."""
+    """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     inside = (value > low if open_low else value >= low) and (
         value < high if open_high else value <= high
     )
-    if not inside or (finite and math.isinf(value)):
+    if not inside or abs(value) == math.inf:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
@@ -67,24 +65,38 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text}" if len(text) <= 60 else type(value).__name__
 
 
-class _Keyed:
-    """Gives a spec a `key`: its fields in one string, as a compiled graph carries it."""
+class _Packable:
+    """Lets a spec travel through a compiled graph, which may hold its numbers as symbols."""
 
-    key: str
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def _set_key(self) -> None:
-        # Made once, when the spec is built: a traced function cannot serialise, but it can read
-        # this.
-        object.__setattr__(self, "key", json.dumps(asdict(self)))  # type: ignore[call-overload]
+    def pack(self) -> tuple[list[float], str]:
+        """The fields in order: numbers (0 for other fields), and their kinds or other values."""
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        numbers = [
+            0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
+        ]
+        return numbers, ",".join([_kind(value) for value in values])
 
     @classmethod
-    def from_key(cls, key: str) -> Any:
-        """The spec whose `key` this is."""
-        return cls(**json.loads(key))
+    def unpack(cls, numbers: list[float], kinds: str) -> Any:
+        """The spec that was packed."""
+        words = {"None": None, "True": True, "False": False}
+        values = [
+            int(number) if kind == "int" else number if kind == "float" else words.get(kind, kind)
+            for number, kind in zip(numbers, kinds.split(","), strict=True)
+        ]
+        return cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, (bool, str)):
+        return str(value)
+    return "int" if isinstance(value, int) else "float"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvantageSpec(_Keyed):
+class AdvantageSpec(_Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
 
     Args:
@@ -131,7 +143,6 @@ class AdvantageSpec(_Keyed):
         require_choice("apd", self.apd, APD_DENOMINATORS)
         if self.max_abs is not None:
             require_number("max_abs", self.max_abs, 0.0, open_low=True)
-        self._set_key()
 
     @property
     def certainty_mode(self) -> str:
@@ -150,7 +161,7 @@ class AdvantageSpec(_Keyed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSpec(_Keyed):
+class LossSpec(_Packable):
     """Which token loss, and how it is aggregated.
 
     Args:
@@ -213,7 +224,6 @@ class LossSpec(_Keyed):
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
         self._check_combinations()
-        self._set_key()
 
     def _check_combinations(self) -> None:
         if self.dual_clip is not None:

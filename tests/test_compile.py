@@ -1,0 +1,154 @@
+"""torch.compile(fullgraph=True) and CUDA graphs around the public functions."""
+
+import pytest
+import torch
+from support import assert_close, make_batch
+
+import mapo_kernels as mk
+
+
+def step(logp, old, mask, rewards, ids, ref):
+    out = mk.mapo_loss(
+        logp * 1.5,
+        rewards=rewards,
+        group_size=4,
+        mask=mask,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        spec=SPEC,
+    )
+    advantages = mk.group_advantages(rewards, group_ids=ids)
+    return out.loss * 2 + advantages.sum(), out.metrics["approx_kl"], out.advantages
+
+
+SPEC = mk.LossSpec(beta=0.1, importance_level="sequence", kl_importance_correction=True)
+
+
+def arguments(device, length=9):
+    batch = make_batch(n_sequences=12, length=length, dtype=torch.float32)
+    rewards = torch.tensor([1, 0, 0, 0.5, 1, 1, 0, 1, 0.1, 0, 0, 1], device=device)
+    ids = torch.arange(12, device=device) % 3
+    tensors = [batch[name].to(device) for name in ("logp", "old", "mask", "ref")]
+    logp, old, mask, ref = tensors
+    return logp.requires_grad_(), old, mask, rewards, ids, ref
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fullgraph(dynamic, device):
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (9, 12, 17):
+        given = arguments(device, length)
+        expected = step(*given)
+        expected_grad = torch.autograd.grad(expected[0], given[0])[0]
+        actual = compiled(*given)
+        grad = torch.autograd.grad(actual[0], given[0])[0]
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, 1e-6)
+        assert_close(grad, expected_grad, 1e-6)
+
+
+@pytest.mark.parametrize("normalizer", [20.0, torch.tensor(20.0)])
+def test_fullgraph_with_a_plan_and_normalizers(normalizer, device):
+    torch.compiler.reset()
+    if isinstance(normalizer, torch.Tensor):
+        normalizer = normalizer.to(device)
+    logp, old, mask, rewards, _, _ = arguments(device)
+    advantages = mk.group_advantages(rewards, group_size=4)
+    plan = mk.make_plan(advantages=advantages, mask=mask, normalizer=normalizer)
+
+    def with_plan(x):
+        return mk.mapo_loss(x, old_logprobs=old, plan=plan).loss
+
+    def without(x):
+        given = {"advantages": advantages, "mask": mask, "normalizer": normalizer}
+        return mk.mapo_loss(x, old_logprobs=old, **given).loss
+
+    for function in (with_plan, without):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(logp), function(logp), 1e-6)
+
+
+def test_operators_are_sound(device):
+    if mk.resolve_backend(device.type) != "triton":
+        pytest.skip("the eager backend has no operators")
+    rewards = torch.rand(12, device=device)
+    packed = mk.AdvantageSpec().pack()
+    for want_stats in (False, True):
+        torch.library.opcheck(
+            torch.ops.mapo_kernels.group_advantages.default,
+            (rewards, 4, None, None, want_stats, *packed),
+        )
+    logp, old, mask, _, _, ref = arguments(device)
+    torch.library.opcheck(
+        torch.ops.mapo_kernels.token_loss.default,
+        (logp.detach(), old, ref, None, None, mask, None, None, None, 0.0)
+        + (rewards, 4, None, None, True, *SPEC.pack(), *packed),
+    )
+    results = torch.rand(16, device=device)
+    torch.library.opcheck(
+        torch.ops.mapo_kernels.scale_gradient.default,
+        (torch.rand(5, 3, device=device), results[0].clone(), results, torch.bfloat16),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_inductor_on_a_gpu(device):
+    torch.compiler.reset()
+    given = arguments(device)
+    actual = torch.compile(step, fullgraph=True)(*given)
+    for a, e in zip(actual, step(*given), strict=True):
+        assert_close(a, e, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_cuda_graph_capture(device, level):
+    logp, old, mask, rewards, _, _ = arguments(device, 3000)
+    spec = mk.LossSpec(importance_level=level)
+
+    def run():
+        out = mk.mapo_loss(
+            logp, rewards=rewards, group_size=4, mask=mask, old_logprobs=old, spec=spec
+        )
+        return out.loss, torch.autograd.grad(out.loss, logp)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = run()
+    for _ in range(3):
+        with torch.no_grad():
+            old.copy_(logp.detach() + 0.1 * torch.randn_like(old))
+        graph.replay()
+        expected_loss, expected_grad = run()
+        assert torch.equal(loss, expected_loss)
+        assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_nothing_waits_for_the_device(device):
+    logp, old, mask, rewards, ids, _ = arguments(device)
+    large = torch.rand(10000, device=device)
+    large_ids = torch.randint(0, 1000, (10000,), device=device)
+
+    def run():
+        out = mk.mapo_loss(logp, rewards=rewards, group_size=4, mask=mask, old_logprobs=old)
+        out.loss.backward()
+        mk.mapo_loss(logp, rewards=rewards, group_ids=ids, mask=mask)
+        mk.group_advantages(large, group_ids=large_ids)
+        mk.make_plan(rewards=rewards, group_ids=ids, mask=mask)
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,109 @@
+"""The package as a whole: what it exports, documents and imports."""
+
+import inspect
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import mapo_kernels as mk
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = [name for name in mk.__all__ if not name.startswith("__")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_says_what_it_takes(name):
+    thing = getattr(mk, name)
+    text = inspect.getdoc(thing)
+    assert text and len(text.splitlines()[0]) <= 100
+    takes_tensors = name not in (
+        "AdvantageSpec",
+        "LossSpec",
+        "describe_backend",
+        "resolve_backend",
+        "set_backend",
+    )
+    # Shapes are written [B], [B, T], [total], [Q] or [].
+    assert "[" in text or not takes_tensors, f"{name}: no shapes in its docstring"
+    if inspect.isfunction(thing) and inspect.signature(thing).parameters:
+        assert "Args:" in text and "Raises:" in text
+        for parameter in inspect.signature(thing).parameters:
+            assert f"{parameter}:" in text, f"{name}: {parameter} is not documented"
+    for member in ("forward", "backward", "micro_batch"):
+        if hasattr(thing, member):
+            assert inspect.getdoc(getattr(thing, member))
+
+
+def test_fields_are_documented():
+    for spec in (mk.LossSpec, mk.AdvantageSpec):
+        for field in spec.__dataclass_fields__:
+            assert f"{field}:" in inspect.getdoc(spec)
+    for result in (mk.LossOutput, mk.GroupStats, mk.Plan):
+        names = getattr(result, "_fields", None) or result.__dataclass_fields__
+        assert all(f"{name}:" in inspect.getdoc(result) for name in names)
+
+
+def run_python(code, **environment):
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_triton_everything_runs_on_the_eager_backend():
+    out = run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, mapo_kernels as mk\n"
+        "logp = torch.zeros(4, 3, requires_grad=True)\n"
+        "out = mk.mapo_loss(logp, rewards=torch.tensor([1., 0, 0, 1]), group_size=2)\n"
+        "out.loss.backward()\n"
+        "mk.make_plan(rewards=torch.rand(4), group_size=2, mask=torch.ones(4, 3)).live_rows\n"
+        "print(mk.describe_backend())\n"
+        "try:\n"
+        "    mk.set_backend('triton'); mk.group_advantages(torch.rand(4), group_size=2)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert "eager (setting auto; Triton is not installed)" in out
+    assert "backend 'triton': expected Triton to be installed" in out
+
+
+def test_importing_does_no_work():
+    out = run_python(
+        "import torch, sys\n"
+        "before = torch.cuda.is_initialized(), torch.initial_seed(), torch.get_num_threads()\n"
+        "import mapo_kernels\n"
+        "assert before == (torch.cuda.is_initialized(), torch.initial_seed(), "
+        "torch.get_num_threads())\n"
+        "heavy = {'matplotlib', 'rich', 'reasoning_gym', 'pytest', 'trl', 'verl', 'transformers'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    assert out.strip() == "[]"
+
+
+def test_version():
+    assert mk.__version__ == metadata.version("mapo-kernels")
+    out = run_python("from mapo_kernels.__main__ import main; main(['--version'])")
+    assert f"mapo-kernels {mk.__version__}, backend eager" in out or mk.HAS_GPU
+
+
+def test_kernels_do_not_validate_and_the_api_does_not_compute():
+    for name in ("formula", "tokens_kernel", "tokens_eager", "advantages", "twin"):
+        text = (ROOT / f"mapo_kernels/{name}.py").read_text()
+        assert "raise " not in text
+    assert "torch.exp" not in (ROOT / "mapo_kernels/api.py").read_text()
+
+
+def test_files_stay_readable():
+    for path in [*ROOT.glob("mapo_kernels/**/*.py"), *ROOT.glob("reference/*.py")]:
+        if path.name != "tokens_kernel.py":
+            assert len(path.read_text().splitlines()) <= 400, path

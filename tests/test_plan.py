@@ -1,0 +1,109 @@
+import pytest
+import torch
+from support import assert_close, make_batch, pack
+
+import mapo_kernels as mk
+from mapo_kernels.spec import AGGREGATIONS
+
+REWARDS = torch.tensor([1, 0, 0, 0.0, 1, 1, 1, 1, 0.1, 0, 0, 1])
+
+
+def batch_of(device, **kwargs):
+    batch = make_batch(n_sequences=12, length=9, dtype=torch.float32, mask="row", **kwargs)
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_of_a_plan_add_up_to_the_batch(aggregation, device):
+    batch = batch_of(device)
+    rewards = REWARDS.to(device)
+    spec = mk.LossSpec(aggregation=aggregation, eps_high=0.28)
+    logp = batch["logp"].clone().requires_grad_()
+    whole = mk.mapo_loss(
+        logp, rewards=rewards, group_size=4, mask=batch["mask"], old_logprobs=batch["old"], spec=spec
+    )
+    whole.loss.backward()
+    plan = mk.make_plan(rewards=rewards, group_size=4, mask=batch["mask"], spec=spec)
+    assert torch.equal(plan.advantages, whole.advantages)
+    for name, value in plan.metrics.items():
+        assert_close(value, whole.metrics[name], 1e-6)
+    parts = torch.zeros((), device=device)
+    again = batch["logp"].clone().requires_grad_()
+    order = torch.randperm(12, device=device)
+    for rows in (slice(0, 3), slice(3, 12)) if aggregation == "token-mean" else order.split(5):
+        out = mk.mapo_loss(
+            again[rows], old_logprobs=batch["old"][rows], plan=plan.micro_batch(rows)
+        )
+        out.loss.backward()
+        parts = parts + out.loss.detach()
+        assert out.metrics["zero_advantage_groups"] == 1
+    assert_close(parts, whole.loss, 1e-6)
+    assert_close(again.grad, logp.grad, 1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_plans(masked, device):
+    lengths = [3, 9, 0, 4, 5, 1, 2, 9, 9, 6, 7, 8]
+    packed, cu_seqlens, _ = pack(make_batch(12, 9, torch.float32, "none"), lengths)
+    mask = torch.rand(sum(lengths)) < 0.7 if masked else None
+    packed["mask"] = torch.ones(sum(lengths)).bool() if mask is None else mask
+    given = {"cu_seqlens": cu_seqlens, "mask": mask, "rewards": REWARDS, "group_size": 4}
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    plan = mk.make_plan(**given)
+    logp, old = packed["logp"].to(device), packed["old"].to(device)
+    whole = mk.mapo_loss(logp, old_logprobs=old, **given)
+    parts = []
+    for rows, tokens in ((slice(0, 4), slice(0, 16)), (slice(4, 12), slice(16, None))):
+        part = plan.micro_batch(rows)
+        parts.append(mk.mapo_loss(logp[tokens], old_logprobs=old[tokens], plan=part).loss)
+    assert_close(sum(parts), whole.loss, 1e-6)
+    sequence = torch.arange(12).repeat_interleave(torch.tensor(lengths))
+    live = packed["mask"] & (whole.advantages.cpu() != 0)[sequence]
+    assert torch.equal(plan.live_rows.cpu(), live.nonzero().squeeze(1))
+    with pytest.raises(ValueError, match="sequences: expected a plain slice"):
+        plan.micro_batch(torch.tensor([1, 2]))
+
+
+def test_live_rows_are_the_tokens_that_get_gradient(device):
+    batch = batch_of(device)
+    for spec in (mk.LossSpec(), mk.LossSpec(importance_level="sequence")):
+        for shape in ("sequence", "token"):
+            advantages = batch["advantages"].clone()
+            advantages[3] = 0
+            if shape == "token":
+                keep = torch.rand(12, 9, device=device) < 0.5
+                advantages = advantages[:, None] * keep
+            plan = mk.make_plan(advantages=advantages, mask=batch["mask"], spec=spec)
+            logp = batch["logp"].clone().requires_grad_()
+            mk.mapo_loss(logp, plan=plan).loss.backward()
+            touched = (logp.grad != 0).reshape(-1).nonzero().squeeze(1)
+            assert torch.equal(plan.live_rows, touched)
+    plan = mk.make_plan(
+        advantages=advantages, mask=batch["mask"], spec=mk.LossSpec(score_all=True)
+    )
+    assert len(plan.live_rows) == batch["mask"].sum()
+
+
+def test_a_given_normalizer_is_kept(device):
+    batch = batch_of(device)
+    given = {"advantages": batch["advantages"], "mask": batch["mask"]}
+    for normalizer in (17.0, torch.tensor(17, device=device)):
+        plan = mk.make_plan(normalizer=normalizer, **given)
+        assert plan.normalizer == 17
+        with_plan = mk.mapo_loss(batch["logp"], plan=plan).loss
+        assert torch.equal(with_plan, mk.mapo_loss(batch["logp"], normalizer=17.0, **given).loss)
+
+
+def test_a_plan_is_not_contradicted():
+    advantages, mask = torch.ones(4), torch.ones(4, 3)
+    plan = mk.make_plan(advantages=advantages, mask=mask, spec=mk.LossSpec(eps_high=0.28))
+    logp = torch.zeros(4, 3)
+    for name, value in (("advantages", advantages), ("mask", mask), ("group_size", 2)):
+        with pytest.raises(ValueError, match=f"{name}: expected None with a plan"):
+            mk.mapo_loss(logp, plan=plan, **{name: value})
+    with pytest.raises(ValueError, match="spec: expected the plan's spec"):
+        mk.mapo_loss(logp, plan=plan, spec=mk.LossSpec(eps_high=0.3))
+    same = mk.mapo_loss(logp, plan=plan, spec=mk.LossSpec(eps_high=0.28))
+    assert torch.equal(same.loss, mk.mapo_loss(logp, plan=plan).loss)
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        mk.mapo_loss(torch.zeros(4, 2), plan=plan)
