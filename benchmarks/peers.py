@@ -1,7 +1,7 @@
 """What mapo_kernels is measured against: the same loss in vectorised PyTorch, in the input's dtype.
 
-`plain_*` is what a trainer writes by hand. The tests use it too: the error that it makes in a dtype is the
-yardstick for the error a kernel may make.
+`plain_*` is what a trainer writes by hand. The tests use it too: the error that it makes in a dtype
+is the yardstick for the error a kernel may make.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def token_loss(
 
 @jit
 def approx_kl(log_ratio):
-    """The k3 estimate of KL(new || old) of one token, from its log ratio clamped as the loss does."""
+    """The k3 estimate of KL(new || old) of a token, from its log ratio clamped as in the loss."""
     d = -clamp(log_ratio, -20.0, 20.0)
     return k3(d, tl.exp(d))
 

@@ -8,8 +8,8 @@ gradient); the backward launch applies both.
 """
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.advantages import group_moments, row_advantage
-from mapo_kernels.formula import approx_kl, group_advantage, rollout_weight, token_loss
+from mapo_kernels.advantages_kernel import advantage_of_sequence
+from mapo_kernels.formula import approx_kl, rollout_weight, token_loss
 
 
 @jit
@@ -132,64 +132,6 @@ def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constex
         cover = tl.where(sequence == 0, 0, begin)
         limit = tl.where(sequence == n_sequences - 1, length, end)
     return begin, end, cover, limit
-
-
-@jit
-def advantage_of_sequence(
-    Rewards,
-    Success,
-    GroupIds,
-    AdvantageOut,
-    sequence,
-    is_first,
-    n_sequences,
-    group_size,
-    success_threshold,
-    std_correction,
-    eps,
-    fixed_certainty,
-    max_abs,
-    SLOTS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    HAS_SUCCESS: tl.constexpr,
-    HAS_MAX_ABS: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
-    CERTAINTY: tl.constexpr,
-    APD: tl.constexpr,
-):
-    """A sequence's advantage from its group's rewards, and what its group adds to the metrics."""
-    index = sequence + tl.arange(0, 1)  # [1]
-    if LAYOUT == "match":
-        first = index * 0
-        size = first + n_sequences
-        own_id = tl.load(GroupIds + index)
-        span = n_sequences
-    else:
-        first = index // group_size * group_size
-        size = index * 0 + group_size
-        own_id = index
-        span = group_size
-    count, members, lowest, highest, offset, squares, successes, leader = group_moments(
-        Rewards, Success, GroupIds, GroupIds, first, size, own_id, span, success_threshold,
-        1, BLOCK_G, LAYOUT, HAS_SUCCESS,
-    )  # fmt: skip
-    factor, std, success_ratio, certainty = group_advantage(
-        count, lowest, highest, lowest + offset, squares, successes, std_correction, eps,
-        fixed_certainty, ESTIMATOR, CERTAINTY, APD,
-    )  # fmt: skip
-    reward = tl.load(Rewards + index).to(tl.float32)
-    advantage = row_advantage(reward, lowest, offset, factor, max_abs, HAS_MAX_ABS)
-    tl.store(AdvantageOut + index, advantage, mask=(index >= 0) & is_first)
-    # One program speaks for the group: the first of the group's first row.
-    speaks = ((leader == index) & is_first).to(tl.float32)
-    counted = speaks * (count > 0).to(tl.float32)
-    slots = tl.arange(0, SLOTS)
-    sums = tl.where(slots == 9, counted * success_ratio, 0.0)
-    sums = tl.where(slots == 10, counted * certainty, sums)
-    sums = tl.where(slots == 11, speaks * (factor == 0).to(tl.float32), sums)
-    sums = tl.where(slots == 12, speaks * (members - count), sums)
-    return tl.sum(advantage, 0), tl.where(slots == 13, counted, sums)
 
 
 @jit

@@ -15,7 +15,6 @@ import torch
 from mapo_kernels import formula
 from mapo_kernels._triton import is_device_function
 
-
 _TORCH = SimpleNamespace(
     abs=torch.abs,
     exp=torch.exp,

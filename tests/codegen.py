@@ -3,8 +3,8 @@
     python tests/codegen.py TARGET
 
 prints one JSON object: for each case what it launches, and for each kernel its variants' registers,
-stack, memory accesses and instruction counts. The real launchers run, so sizes, strides and alignments
-are what a user gets; only the driver is replaced, and a launch ends after compilation.
+stack, memory accesses and instruction counts. The real launchers run, so sizes, strides and
+alignments are what a user gets; only the driver is replaced, and a launch ends after compilation.
 """
 
 import json
@@ -115,7 +115,9 @@ CASES = {
 def ten_lengths():
     """Lengths, batches and hyper-parameters change; nothing should be compiled again for it."""
     for i, length in enumerate((1001, 513, 700, 999, 1500, 4095, 2047, 777, 3333, 5001)):
-        loss((4 * (i + 3), length), eps_low=0.1 + i / 50, eps_high=0.2 + i / 50, beta=0.01 * (i + 1))
+        loss(
+            (4 * (i + 3), length), eps_low=0.1 + i / 50, eps_high=0.2 + i / 50, beta=0.01 * (i + 1)
+        )
 
 
 CASES["ten lengths"] = ten_lengths

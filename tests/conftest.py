@@ -14,7 +14,7 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETS
 
 @pytest.fixture(params=["eager", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
-    """Runs a test on the eager backend, in Triton's interpreter, and on a GPU; where its tensors go."""
+    """Each backend that can run here, eager, interpreted or on a GPU; where its tensors go."""
     import mapo_kernels
 
     if request.param == "gpu" and not HAS_GPU:

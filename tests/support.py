@@ -12,8 +12,9 @@ NAN = float("nan")
 def assert_accurate(actual, exact, plain, floor=1e-6):
     """SPEC 5: the error is at most twice that of plain PyTorch, plus a floor, both against float64.
 
-    `exact` is the oracle on the same rounded inputs, `plain` what PyTorch makes of them in the dtype of
-    the computation. A gradient in bfloat16 or float16 may be off by one more rounding of that dtype.
+    `exact` is the oracle on the same rounded inputs, `plain` what PyTorch makes of them in the
+    dtype of the computation. A gradient in bfloat16 or float16 may be off by one more rounding of
+    that dtype.
     """
     actual64, exact, plain = (x.detach().double().cpu() for x in (actual, exact, plain))
     assert torch.isfinite(actual64).all()
@@ -81,7 +82,7 @@ def oracle(batch, spec, upstream=1.0, **given):
 
 
 def plain(batch, spec, **given):
-    """Loss and gradient of vectorised PyTorch in the dtype of the batch (float32 for half types)."""
+    """Loss and gradient of vectorised PyTorch in float32, whatever the dtype of the batch."""
     names = {
         "old_logprobs": "old",
         "ref_logprobs": "ref",

@@ -22,7 +22,7 @@ GOLDEN_NAMES = {
 
 
 def interprets(device):
-    """Whether kernels run in the interpreter, where a program for each of 3000 rows takes a minute."""
+    """Whether kernels run in the interpreter, where 3000 programs take a minute."""
     return mk.resolve_backend(device.type) == "triton" and device.type == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Every error of SPEC 6: what is wrong, what was expected and what came, before anything is launched."""
+"""Every error of SPEC 6, raised before anything is launched: what was expected and what came."""
 
 import pytest
 import torch

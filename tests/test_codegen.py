@@ -60,7 +60,7 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(target):
     assert wide(loss["accesses"]) >= 4
     (scale,) = kernels["scale_kernel"]
     assert wide(scale["accesses"]) >= 2
-    (groups,) = compile_case(target, "groups of 4096")["kernels"]["_advantages_kernel"]
+    (groups,) = compile_case(target, "groups of 4096")["kernels"]["advantages_kernel"]
     assert wide(groups["accesses"]) > 0
 
 
@@ -79,7 +79,7 @@ def test_a_loss_is_two_launches():
     for case in ("clip", "sequence level", "packed"):
         launches = compile_case("sm_90", case)["launches"]
         assert launches == ["token_loss_kernel", "scale_kernel"]
-    assert compile_case("sm_90", "groups of 16")["launches"] == ["_advantages_kernel"]
+    assert compile_case("sm_90", "groups of 16")["launches"] == ["advantages_kernel"]
 
 
 def test_lengths_and_hyper_parameters_do_not_recompile():

@@ -24,8 +24,12 @@ def points(dtype):
 
 
 def test_exp_is_accurate_far_from_zero():
-    assert relative_error(twin.exp(points(torch.float64)), mpmath.exp, points(torch.float64)) < 1e-15
-    assert relative_error(twin.exp(points(torch.float32)), mpmath.exp, points(torch.float32)) < 1.5e-7
+    assert (
+        relative_error(twin.exp(points(torch.float64)), mpmath.exp, points(torch.float64)) < 1e-15
+    )
+    assert (
+        relative_error(twin.exp(points(torch.float32)), mpmath.exp, points(torch.float32)) < 1.5e-7
+    )
     extremes = torch.tensor([-200.0, 200.0, float("inf"), -float("inf"), float("nan")])
     torch.testing.assert_close(twin.exp(extremes), extremes.exp(), equal_nan=True)
 
@@ -56,7 +60,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_derivatives_are_those_of_the_value(case):
-    """Both derivatives against autograd through the value: the formula is its own reference here."""
+    """Both against autograd through the value: the formula is its own reference here."""
     log_ratio = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64).repeat(2).requires_grad_()
     logp = torch.linspace(-3.0, -0.1, 82, dtype=torch.float64).requires_grad_()
     ref = logp.detach() + torch.linspace(-1, 1, 82, dtype=torch.float64).flip(0)
@@ -65,7 +69,9 @@ def test_derivatives_are_those_of_the_value(case):
     out = twin.token_loss(logp, log_ratio, ref, advantage, weight, *settings(*case))
     loss, d_log_ratio, d_logp = out[:3]
     grads = torch.autograd.grad(loss.sum(), (log_ratio, logp), allow_unused=True)
-    expected = [torch.zeros_like(g) if e is None else e for e, g in zip(grads, out[1:3], strict=True)]
+    expected = [
+        torch.zeros_like(g) if e is None else e for e, g in zip(grads, out[1:3], strict=True)
+    ]
     if case[0] == "cispo":
         # The ratio is a constant of the objective; autograd through the value does not know.
         d_policy = -weight * log_ratio.exp().clamp(max=1.4).detach() * advantage

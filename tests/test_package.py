@@ -97,7 +97,7 @@ def test_version():
 
 
 def test_kernels_do_not_validate_and_the_api_does_not_compute():
-    for name in ("formula", "tokens_kernel", "tokens_eager", "advantages", "twin"):
+    for name in ("formula", "advantages_kernel", "tokens_kernel", "tokens_eager", "twin"):
         text = (ROOT / f"mapo_kernels/{name}.py").read_text()
         assert "raise " not in text
     assert "torch.exp" not in (ROOT / "mapo_kernels/api.py").read_text()
@@ -105,5 +105,6 @@ def test_kernels_do_not_validate_and_the_api_does_not_compute():
 
 def test_files_stay_readable():
     for path in [*ROOT.glob("mapo_kernels/**/*.py"), *ROOT.glob("reference/*.py")]:
-        if path.name != "tokens_kernel.py":
-            assert len(path.read_text().splitlines()) <= 400, path
+        # The signature of the loss kernel alone takes 70 lines.
+        limit = 430 if path.name == "tokens_kernel.py" else 400
+        assert len(path.read_text().splitlines()) <= limit, path

@@ -20,7 +20,12 @@ def test_micro_batches_of_a_plan_add_up_to_the_batch(aggregation, device):
     spec = mk.LossSpec(aggregation=aggregation, eps_high=0.28)
     logp = batch["logp"].clone().requires_grad_()
     whole = mk.mapo_loss(
-        logp, rewards=rewards, group_size=4, mask=batch["mask"], old_logprobs=batch["old"], spec=spec
+        logp,
+        rewards=rewards,
+        group_size=4,
+        mask=batch["mask"],
+        old_logprobs=batch["old"],
+        spec=spec,
     )
     whole.loss.backward()
     plan = mk.make_plan(rewards=rewards, group_size=4, mask=batch["mask"], spec=spec)
@@ -78,9 +83,7 @@ def test_live_rows_are_the_tokens_that_get_gradient(device):
             mk.mapo_loss(logp, plan=plan).loss.backward()
             touched = (logp.grad != 0).reshape(-1).nonzero().squeeze(1)
             assert torch.equal(plan.live_rows, touched)
-    plan = mk.make_plan(
-        advantages=advantages, mask=batch["mask"], spec=mk.LossSpec(score_all=True)
-    )
+    plan = mk.make_plan(advantages=advantages, mask=batch["mask"], spec=mk.LossSpec(score_all=True))
     assert len(plan.live_rows) == batch["mask"].sum()
 
 
