@@ -6,6 +6,8 @@ is the yardstick for the error a kernel may make.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,3 +85,57 @@ def plain_loss(
     elif spec.aggregation == "seq-mean-token-sum-norm":
         per_sequence = per_sequence / (spec.max_tokens or logp.shape[1])
     return per_sequence.mean()
+
+
+def looped_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """MAPO advantages [B] the way published trainers do it: one group at a time, in Python."""
+    groups = rewards.view(-1, group_size)
+    return torch.cat([plain_advantages(group, group_size) for group in groups])
+
+
+class _TrlState:
+    """What TRL's loss reads from its trainer, for log-probs that are there already."""
+
+    def __init__(self, logp: torch.Tensor, spec: Any) -> None:
+        self._logp = logp
+        self.loss_type = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo"}[spec.aggregation]
+        self.epsilon_low, self.epsilon_high = spec.eps_low, spec.eps_high
+        self.importance_sampling_level = spec.importance_level
+        self.beta = spec.beta
+        self.current_gradient_accumulation_steps = 1
+        self.model = SimpleNamespace(training=True)
+        self.args = SimpleNamespace(
+            delta=spec.dual_clip, use_bias_correction_kl=spec.kl_importance_correction
+        )
+        self.accelerator = SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
+        )
+        self._metrics = defaultdict(lambda: defaultdict(list))
+        self.top_entropy_quantile = 1.0
+        self.off_policy_mask_threshold = None
+        self.use_vllm = self.aux_loss_enabled = self._entropy_bonus_enabled = False
+
+    def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple[Any, Any, Any]:
+        return self._logp, torch.zeros_like(self._logp), None
+
+
+def trl_loss(
+    logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    spec: Any,
+    old: torch.Tensor,
+) -> torch.Tensor:
+    """TRL's own loss [] (its metrics included, as in training) on log-probs [B, T]."""
+    from trl import GRPOTrainer
+
+    empty = mask[:, :0]
+    inputs = {
+        "prompt_ids": empty,
+        "prompt_mask": empty,
+        "completion_ids": mask,
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old,
+    }
+    return GRPOTrainer._compute_loss(_TrlState(logp, spec), None, inputs)

@@ -170,7 +170,7 @@ def score_tokens(
     """Load one block of tokens and apply the formula; everything returned is 0 where not scored.
 
     It is 0 there because whatever is loaded is: with advantage, weight and all log-probs 0 every
-    term of the formula is 0, but for the ratio.
+    term of the formula is 0, but for the ratio and the slope of k1, both of them 1.
     """
     advantage = tl.where(scored, sequence_advantage, 0.0)
     if ADVANTAGE == "token":
@@ -202,7 +202,7 @@ def score_tokens(
     return (
         loss,
         d_log_ratio,
-        d_logp,
+        tl.where(scored, d_logp, 0.0),
         tl.where(scored, ratio, 0.0),
         approx_kl(log_ratio),
         kl,
