@@ -2,8 +2,8 @@
 
     pytest benchmarks --benchmark-only
 
-Every provider's result is compared with ours before it is timed: a peer that computes something else
-is a failure, not a fast row. A peer that is not installed is a skip that says so.
+Every provider's result is compared with ours before it is timed: a peer that computes something
+else is a failure, not a fast row. A peer that is not installed is a skip that says so.
 """
 
 import pytest
