@@ -142,13 +142,24 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _segments(groups: GroupInputs) -> tuple[torch.Tensor, int]:
-    """Each row's group counted from 0, and an upper bound of the number of groups."""
-    n_rows = groups.rewards.shape[0]
-    if groups.group_ids is not None:
-        return order_by_group(groups.group_ids)[2], n_rows
-    rows = torch.arange(n_rows, device=groups.rewards.device)
-    return rows // groups.group_size, n_rows // groups.group_size
+class _Groups:
+    """Goes between rows and groups: contiguous groups as a table [Q, G], others by scattering."""
+
+    def __init__(self, groups: GroupInputs) -> None:
+        self._index = None if groups.group_ids is None else order_by_group(groups.group_ids)[2]
+        self.shape = (-1,) if self._index is not None else (-1, groups.group_size)
+
+    def reduce(self, x: torch.Tensor, how: str, start: float = 0.0) -> torch.Tensor:
+        """Reduce rows by `sum`, `amin` or `amax` to [Q], or [B] of which the last may be empty."""
+        if self._index is None:
+            return getattr(x, how)(1)
+        # Scattered values are added one after the other, which costs float32 its last digits.
+        wide = x.to(accumulator_dtype(x.device))
+        return torch.full_like(wide, start).scatter_reduce(0, self._index, wide, how).to(x.dtype)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of groups in a shape that broadcasts against rows."""
+        return x[:, None] if self._index is None else x[self._index]
 
 
 def eager_advantages(
@@ -158,34 +169,28 @@ def eager_advantages(
 
     For group ids the table is [7, B]: groups by ascending id, empty ones last.
     """
-    index, n_groups = _segments(groups)
+    by_group = _Groups(groups)
+    reduce, spread = by_group.reduce, by_group.spread
     if dtype is None:
         dtype = torch.float64 if groups.rewards.dtype == torch.float64 else torch.float32
-    rewards = groups.rewards.to(dtype)
-
-    def reduce(x: torch.Tensor, how: str, start: float = 0.0) -> torch.Tensor:
-        if groups.group_ids is None:
-            table = x.reshape(n_groups, groups.group_size)
-            return table.sum(1) if how == "sum" else getattr(table, how)(1)
-        # Scattered values are added one after the other, which costs float32 its last digits.
-        wide = x.to(accumulator_dtype(x.device))
-        return torch.full_like(wide, start).scatter_reduce(0, index, wide, how).to(dtype)
+    given = groups.rewards.reshape(by_group.shape)
+    rewards = given.to(dtype)
 
     finite = rewards.abs() < float("inf")
     if groups.success is None:
         # In the rewards' own dtype: a float32 reward of 0.9 passes a threshold of 0.9.
-        success = finite & (groups.rewards >= spec.success_threshold)
+        success = finite & (given >= spec.success_threshold)
     else:
-        success = finite & groups.success
+        success = finite & groups.success.reshape(by_group.shape)
     inf = float("inf")
     count = reduce(finite.to(rewards.dtype), "sum")
     nonfinite = reduce((~finite).to(rewards.dtype), "sum")
     successes = reduce(success.to(rewards.dtype), "sum")
     lowest = reduce(rewards.where(finite, inf), "amin", inf).where(count > 0, 0.0)
     highest = reduce(rewards.where(finite, -inf), "amax", -inf).where(count > 0, 0.0)
-    above = (rewards - lowest[index]).where(finite, 0.0)
+    above = (rewards - spread(lowest)).where(finite, 0.0)
     offset = reduce(above, "sum") / count.clamp(min=1.0)
-    deviation = (above - offset[index]).where(finite, 0.0)
+    deviation = (above - spread(offset)).where(finite, 0.0)
     mean = lowest + offset
     factor, std, success_ratio, certainty = twin.group_advantage(
         count,
@@ -201,12 +206,12 @@ def eager_advantages(
         spec.certainty_mode,
         spec.apd,
     )
-    advantages = deviation * factor[index]
+    advantages = deviation * spread(factor)
     if spec.max_abs is not None:
         advantages = advantages.clamp(-spec.max_abs, spec.max_abs)
-    advantages = advantages.where(finite & (factor[index] != 0), 0.0)
+    advantages = advantages.where(finite & spread(factor != 0), 0.0)
     table = [mean, std, success_ratio, certainty, count, nonfinite, factor]
-    return advantages, torch.stack(table)
+    return advantages.reshape(-1), torch.stack(table)
 
 
 def group_metrics(table: torch.Tensor) -> list[torch.Tensor]:
