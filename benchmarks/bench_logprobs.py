@@ -71,20 +71,16 @@ def plain(logp, old, rewards, mask):
     return peers.plain_loss(logp, advantages, mask, SPEC, old=old)
 
 
-def compiled_plain(logp, old, rewards, mask):
-    return COMPILED(logp, old, rewards, mask)
-
-
 def trl(logp, old, rewards, mask):
     advantages = peers.plain_advantages(rewards, GROUP_SIZE)
     return peers.trl_loss(logp, advantages, mask, SPEC, old)
 
 
-COMPILED = torch.compile(plain)
 LOSSES = {
     "mapo_kernels": ours,
+    "torch.compile of mapo_kernels": torch.compile(ours),
     "plain PyTorch": plain,
-    "torch.compile of it": compiled_plain,
+    "torch.compile of plain PyTorch": torch.compile(plain),
     "TRL": trl,
 }
 

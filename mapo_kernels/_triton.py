@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -34,6 +37,13 @@ def interprets() -> bool:
 def warp_size() -> int:
     """Threads per warp of the GPU at hand."""
     return 32 if interprets() else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of `x` the current one: Triton launches there, wherever the tensors are."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def is_device_function(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels._triton import triton
+from mapo_kernels._triton import on_device_of, triton
 from mapo_kernels.advantages_kernel import advantages_kernel
 from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec
@@ -94,24 +94,25 @@ def launch_advantages(
         layout, n_groups, tile, block_g = "order", n_rows, 16, 64
         order, starts, _ = order_by_group(groups.group_ids)
     advantages, table = empty_advantages(groups, want_stats)
-    advantages_kernel[(triton.cdiv(n_groups, tile),)](
-        groups.rewards.contiguous(),
-        None if groups.success is None else groups.success.contiguous(),
-        ids,
-        order,
-        starts,
-        advantages,
-        table,
-        n_groups,
-        groups.group_size,
-        *advantage_arguments(spec),
-        TILE=tile,
-        BLOCK_G=block_g,
-        LAYOUT=layout,
-        HAS_STATS=want_stats,
-        num_warps=min(16, max(4, tile * block_g // 256)),
-        **advantage_flags(groups, spec),
-    )
+    with on_device_of(advantages):
+        advantages_kernel[(triton.cdiv(n_groups, tile),)](
+            groups.rewards.contiguous(),
+            None if groups.success is None else groups.success.contiguous(),
+            ids,
+            order,
+            starts,
+            advantages,
+            table,
+            n_groups,
+            groups.group_size,
+            *advantage_arguments(spec),
+            TILE=tile,
+            BLOCK_G=block_g,
+            LAYOUT=layout,
+            HAS_STATS=want_stats,
+            num_warps=min(16, max(4, tile * block_g // 256)),
+            **advantage_flags(groups, spec),
+        )
     return advantages, table
 
 

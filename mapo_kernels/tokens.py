@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mapo_kernels._triton import triton, warp_size
+from mapo_kernels._triton import on_device_of, triton, warp_size
 from mapo_kernels.advantages import advantage_arguments, advantage_flags
 from mapo_kernels.inputs import (
     SLOTS,
@@ -130,54 +130,54 @@ def launch_token_loss(
     source, normalizer, denominator = _normalizer(inputs, spec, n_sequences)
     group_tensors, group_size, group_choices = _group_arguments(inputs, advantage_spec)
 
-    workspace = torch.empty(SLOTS * (n_programs + 1), dtype=torch.float32, device=device)
-    results, partials = workspace[:SLOTS], workspace[SLOTS:]
+    partials = torch.empty(SLOTS * n_programs, dtype=torch.float32, device=device)
     out = empty_results(logprobs, inputs, need_grad)
-    token_loss_kernel[(n_programs,)](
-        *tokens,
-        advantage,
-        *group_tensors,
-        inputs.cu_seqlens,
-        normalizer,
-        out.loss,
-        results,
-        partials,
-        out.advantages,
-        out.grad,
-        _counters.get(device),
-        n_sequences,
-        length,
-        n_splits,
-        group_size,
-        denominator,
-        float(spec.max_tokens or length),
-        *strides,
-        0 if packed else length,
-        *advantage_arguments(advantage_spec),
-        *loss_arguments(spec),
-        HAS_OLD=inputs.old_logprobs is not None,
-        HAS_REF=inputs.ref_logprobs is not None,
-        HAS_ROLLOUT=inputs.rollout_logprobs is not None,
-        HAS_WEIGHT=inputs.token_weights is not None,
-        HAS_MASK=inputs.mask is not None,
-        HAS_GRAD=need_grad,
-        PACKED=packed,
-        ADVANTAGE=kind,
-        NORMALIZER=source,
-        LENGTH_WEIGHT=_LENGTH_WEIGHTS[spec.aggregation],
-        SCORE_ALL=spec.needs_every_token,
-        SEQUENCE_LEVEL=sequence_level,
-        OBJECTIVE=spec.objective,
-        HAS_DUAL_CLIP=spec.dual_clip is not None,
-        KL_ESTIMATOR=spec.kl_estimator,
-        KL_CORRECTION=spec.kl_importance_correction,
-        SLOTS=SLOTS,
-        BLOCK_T=block_t,
-        BLOCK_P=128,
-        num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
-        **group_choices,
-    )
-    return out._replace(results=results)
+    with on_device_of(logprobs):
+        token_loss_kernel[(n_programs,)](
+            *tokens,
+            advantage,
+            *group_tensors,
+            inputs.cu_seqlens,
+            normalizer,
+            out.loss,
+            out.results,
+            partials,
+            out.advantages,
+            out.grad,
+            _counters.get(device),
+            n_sequences,
+            length,
+            n_splits,
+            group_size,
+            denominator,
+            float(spec.max_tokens or length),
+            *strides,
+            0 if packed else length,
+            *advantage_arguments(advantage_spec),
+            *loss_arguments(spec),
+            HAS_OLD=inputs.old_logprobs is not None,
+            HAS_REF=inputs.ref_logprobs is not None,
+            HAS_ROLLOUT=inputs.rollout_logprobs is not None,
+            HAS_WEIGHT=inputs.token_weights is not None,
+            HAS_MASK=inputs.mask is not None,
+            HAS_GRAD=need_grad,
+            PACKED=packed,
+            ADVANTAGE=kind,
+            NORMALIZER=source,
+            LENGTH_WEIGHT=_LENGTH_WEIGHTS[spec.aggregation],
+            SCORE_ALL=spec.needs_every_token,
+            SEQUENCE_LEVEL=sequence_level,
+            OBJECTIVE=spec.objective,
+            HAS_DUAL_CLIP=spec.dual_clip is not None,
+            KL_ESTIMATOR=spec.kl_estimator,
+            KL_CORRECTION=spec.kl_importance_correction,
+            SLOTS=SLOTS,
+            BLOCK_T=block_t,
+            BLOCK_P=128,
+            num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
+            **group_choices,
+        )
+    return out
 
 
 def launch_scale(
@@ -187,5 +187,6 @@ def launch_scale(
     out = torch.empty_like(grad, dtype=dtype)
     n = grad.numel()
     if n:
-        scale_kernel[(triton.cdiv(n, 1024),)](grad, upstream, results, out, n, BLOCK=1024)
+        with on_device_of(grad):
+            scale_kernel[(triton.cdiv(n, 1024),)](grad, upstream, results, out, n, BLOCK=1024)
     return out

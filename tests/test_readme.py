@@ -1,0 +1,100 @@
+"""The README's code runs, and its numbers are those of the committed result files."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+class TinyModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(11, 11)
+
+    def forward(self, input_ids):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+def batch_for(length=5, n_sequences=16):
+    ids = torch.randint(0, 11, (n_sequences, 3 + length))
+    logp = -torch.rand(n_sequences, length)
+    return {
+        "input_ids": ids,
+        "completion_ids": ids[:, -length:],
+        "mask": torch.rand(n_sequences, length) < 0.8,
+        "rewards": (torch.rand(n_sequences) < 0.5).float(),
+        "old_logprobs": logp,
+        "ref_logprobs": logp - 0.1,
+    }
+
+
+def test_the_trainer_example_trains():
+    scope = {}
+    exec(BLOCKS[0], scope)
+    model = TinyModel()
+    metrics = scope["training_step"](model, batch_for())
+    assert model.table.weight.grad.abs().sum() > 0
+    assert metrics["ref_kl"] > 0
+
+
+def test_the_plan_example_accumulates():
+    import mapo_kernels as mk
+
+    batch = batch_for(n_sequences=32)
+    logp = batch["old_logprobs"].clone().requires_grad_()
+    scope = {
+        "torch": torch,
+        "mapo_loss": mk.mapo_loss,
+        "make_plan": mk.make_plan,
+        "rewards": batch["rewards"],
+        "mask": batch["mask"],
+        "old": batch["old_logprobs"],
+        "spec": mk.LossSpec(),
+        "logprobs_of": lambda rows: logp[rows],
+    }
+    exec(BLOCKS[1], scope)
+    again = batch["old_logprobs"].clone().requires_grad_()
+    whole = mk.mapo_loss(
+        again, rewards=batch["rewards"], group_size=8, mask=batch["mask"], old_logprobs=scope["old"]
+    )
+    whole.loss.backward()
+    torch.testing.assert_close(logp.grad, again.grad)
+
+
+def test_the_benchmark_table_is_that_of_the_result_file():
+    results = json.loads((ROOT / "benchmarks/results/cpu_logprobs.json").read_text())
+    assert report.insert(README, report.table(results)) == README
+
+
+def test_the_demo_table_is_that_of_the_result_file():
+    log = json.loads((ROOT / "benchmarks/results/demo_number_sorting_3_seeds.json").read_text())
+    for estimator in ("mapo", "grpo"):
+        runs = [run for run in log["runs"] if run["phase"] == estimator]
+        before, after = (
+            [
+                run["evals"][at]["success_sampled"]
+                for run in sorted(runs, key=lambda run: run["seed"])
+            ]
+            for at in (0, -1)
+        )
+        row = next(
+            line for line in README.splitlines() if line.startswith(f"| {estimator.upper()}")
+        )
+        expected = [f"{x:.2f}" for x in before + after] + [f"{sum(after) / len(after):.3f}"]
+        assert re.findall(r"\d\.\d+", row) == expected
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(
+        r"\]\((docs/[^)]+)\)|`((?:benchmarks|tests|mapo_kernels)/[\w/.]+)`", README
+    ):
+        assert (ROOT / (name[0] or name[1])).exists(), name
