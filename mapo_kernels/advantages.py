@@ -217,7 +217,7 @@ def eager_advantages(
 
 def group_metrics(table: torch.Tensor) -> list[torch.Tensor]:
     """The batch's `GROUP_METRICS`, 0-d each, from the statistics table."""
-    _, _, success_ratio, certainty, count, nonfinite, factor = table
+    _, _, success_ratio, certainty, count, nonfinite, factor = table.unbind(0)
     counted = count > 0
     n_groups = counted.sum().clamp(min=1)
     without_signal = (factor == 0) & (count + nonfinite > 0)

@@ -253,7 +253,8 @@ def mapo_loss(
             f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
         )
     loss, results, computed = MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)
-    values = dict(zip(RESULTS, results[: len(RESULTS)].unbind(0), strict=True))
+    results = results.detach()[: len(RESULTS)]
+    values = dict(zip(RESULTS, results.unbind(0), strict=True))
     del values["gradient_scale"]
     if ref_logprobs is None:
         del values["ref_kl"]
@@ -264,7 +265,7 @@ def mapo_loss(
         values.update(plan.metrics)
     if inputs.advantages is not None:
         computed = inputs.advantages
-    return LossOutput(loss, values, computed)
+    return LossOutput(loss, values, computed.detach())
 
 
 class MapoLoss(torch.nn.Module):
