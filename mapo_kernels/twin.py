@@ -7,7 +7,8 @@ Hence the eager backend works without Triton, on any device, in float64, under a
 
 from __future__ import annotations
 
-from types import FunctionType, SimpleNamespace
+import sys
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ _TORCH = SimpleNamespace(
     where=torch.where,
 )
 
-_namespace: dict[str, Any] = dict(vars(formula), tl=_TORCH)
+# A module of its own, because torch.compile looks up a function's globals by its module's name.
+_module = ModuleType(f"{__name__}_formula", formula.__doc__)
+sys.modules[_module.__name__] = _module
+_namespace: dict[str, Any] = vars(_module)
+_namespace.update({k: v for k, v in vars(formula).items() if k not in vars(_module)}, tl=_TORCH)
 for _name, _value in list(_namespace.items()):
     if is_device_function(_value):
         _namespace[_name] = FunctionType(_value.fn.__code__, _namespace, _name)

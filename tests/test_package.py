@@ -68,6 +68,8 @@ def test_without_triton_everything_runs_on_the_eager_backend():
         "out = mk.mapo_loss(logp, rewards=torch.tensor([1., 0, 0, 1]), group_size=2)\n"
         "out.loss.backward()\n"
         "mk.make_plan(rewards=torch.rand(4), group_size=2, mask=torch.ones(4, 3)).live_rows\n"
+        "loss = lambda x: mk.mapo_loss(x, advantages=torch.ones(4)).loss\n"
+        "torch.compile(loss, fullgraph=True, backend='aot_eager')(logp).backward()\n"
         "print(mk.describe_backend())\n"
         "try:\n"
         "    mk.set_backend('triton'); mk.group_advantages(torch.rand(4), group_size=2)\n"
