@@ -174,6 +174,8 @@ def launch_token_loss(
             SLOTS=SLOTS,
             BLOCK_T=block_t,
             BLOCK_P=128,
+            # The default is about to change, and the kernel's instruction budget counts on it.
+            enable_fp_fusion=True,
             num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
             **group_choices,
         )

@@ -82,7 +82,11 @@ def finish(
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Add every program's sums in a fixed order and turn them into the loss and the metrics."""
+    """Add every program's sums in a fixed order and turn them into the loss and the metrics.
+
+    Slots are numbered as `mapo_kernels.inputs.RESULTS` names them; slot 0 comes in as the sum of
+    the loss, and slot 13 counts the groups.
+    """
     slots = tl.arange(0, SLOTS)
     sums = tl.zeros([SLOTS, BLOCK_P], tl.float32)
     maxima = tl.zeros([SLOTS, BLOCK_P], tl.float32)
@@ -127,8 +131,7 @@ def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constex
         begin = tl.minimum(tl.maximum(tl.load(CuSeqlens + sequence).to(tl.int32), 0), length)
         end = tl.load(CuSeqlens + sequence + 1).to(tl.int32)
         end = tl.minimum(tl.maximum(end, begin), length)
-        # Tokens before the first and after the last sequence get their gradient of 0 from these
-        # two.
+        # The first and the last sequence also write the gradient, 0, of what lies outside all.
         cover = tl.where(sequence == 0, 0, begin)
         limit = tl.where(sequence == n_sequences - 1, length, end)
     return begin, end, cover, limit
@@ -328,9 +331,13 @@ def token_loss_kernel(
     n_live = 1.0
     mean_log_ratio = 0.0
     scale = 1.0
+    # A sequence without signal needs no statistics: nothing of it will be scored.
+    stop = end
+    if not SCORE_ALL:
+        stop = tl.where(advantage != 0, end, begin)
     if SEQUENCE_LEVEL or LENGTH_WEIGHT == "mean":
         n_live, mean_log_ratio, signal = sequence_statistics(
-            Logp, Old, Mask, Weight, Advantage, begin, end,
+            Logp, Old, Mask, Weight, Advantage, begin, stop,
             HAS_OLD, HAS_MASK, HAS_WEIGHT, ADVANTAGE, SEQUENCE_LEVEL, BLOCK_T,
         )  # fmt: skip
         if SEQUENCE_LEVEL:
@@ -385,7 +392,7 @@ def token_loss_kernel(
     if HAS_GRAD and SEQUENCE_LEVEL:
         # The mean over a sequence is self-adjoint: every live token gets the mean of the slopes.
         slope = tl.sum(slope_sum, 0) / n_live * scale
-        spread_slope(Grad, Mask, slope, begin, end, HAS_MASK, BLOCK_T)
+        spread_slope(Grad, Mask, slope, begin, stop, HAS_MASK, BLOCK_T)
 
     sums = tl.where(slots == 0, tl.sum(loss_sum, 0) * scale, sums)
     sums = tl.where(slots == 1, tl.sum(active_sum, 0), sums)

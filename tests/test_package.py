@@ -1,6 +1,7 @@
 """The package as a whole: what it exports, documents and imports."""
 
 import inspect
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -46,15 +47,17 @@ def test_fields_are_documented():
         assert all(f"{name}:" in inspect.getdoc(result) for name in names)
 
 
-def run_python(code, **environment):
-    import os
+# A machine without a GPU, and Triton not interpreting.
+HERE = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
 
+
+def run_python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"} | environment,
+        env=os.environ | HERE | environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -93,9 +96,12 @@ def test_importing_does_no_work():
 
 
 def test_version():
-    assert mk.__version__ == metadata.version("mapo-kernels")
     out = run_python("from mapo_kernels.__main__ import main; main(['--version'])")
-    assert f"mapo-kernels {mk.__version__}, backend eager" in out or mk.HAS_GPU
+    assert f"mapo-kernels {mk.__version__}, backend eager" in out
+    try:
+        assert mk.__version__ == metadata.version("mapo-kernels")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package is on the path but not installed")
 
 
 def test_kernels_do_not_validate_and_the_api_does_not_compute():

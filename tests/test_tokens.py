@@ -275,13 +275,17 @@ def test_all_masked_and_empty_batches_give_zero(level, device):
     assert loss == 0 and grad.shape == (3, 0) and metrics["ratio_max"] == 0
 
 
-def test_tokens_without_signal_are_not_read(device):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_tokens_without_signal_are_not_read(level, device):
     batch = make_batch(mask="none", dtype=torch.float32)
     batch["logp"][-1] = float("nan")  # its advantage is 0
-    loss, grad, metrics = run(batch, mk.LossSpec(), device, old_logprobs=batch["old"])
-    assert loss.isfinite() and grad.isfinite().all() and (grad[-1] == 0).all()
-    assert metrics["active_tokens"] == 35 and metrics["scored_tokens"] == 28
-    _, _, scored = run(batch, mk.LossSpec(score_all=True), device, old_logprobs=batch["old"])
+    for aggregation in AGGREGATIONS:
+        spec = mk.LossSpec(importance_level=level, aggregation=aggregation)
+        loss, grad, metrics = run(batch, spec, device, old_logprobs=batch["old"])
+        assert loss.isfinite() and grad.isfinite().all() and (grad[-1] == 0).all()
+        assert metrics["active_tokens"] == 35 and metrics["scored_tokens"] == 28
+    spec = mk.LossSpec(importance_level=level, score_all=True)
+    _, _, scored = run(batch, spec, device, old_logprobs=batch["old"])
     assert scored["scored_tokens"] == 35 and scored["ratio_mean"].isnan()
 
 
