@@ -110,7 +110,7 @@ def launch_advantages(
             BLOCK_G=block_g,
             LAYOUT=layout,
             HAS_STATS=want_stats,
-            num_warps=min(16, max(4, tile * block_g // 256)),
+            num_warps=min(16, max(4, tile * block_g // 128)),
             **advantage_flags(groups, spec),
         )
     return advantages, table

@@ -119,7 +119,7 @@ def advantage_of_sequence(
     GroupIds,
     AdvantageOut,
     sequence,
-    is_first,
+    split,
     n_sequences,
     group_size,
     success_threshold,
@@ -138,6 +138,7 @@ def advantage_of_sequence(
 ):
     """A sequence's advantage from its group's rewards, and what its group adds to the metrics."""
     index = sequence + tl.arange(0, 1)  # [1]
+    is_first = split + tl.arange(0, 1) == 0
     if LAYOUT == "match":
         first = index * 0
         size = first + n_sequences
@@ -158,7 +159,7 @@ def advantage_of_sequence(
     )  # fmt: skip
     reward = tl.load(Rewards + index).to(tl.float32)
     advantage = row_advantage(reward, lowest, offset, factor, max_abs, HAS_MAX_ABS)
-    tl.store(AdvantageOut + index, advantage, mask=(index >= 0) & is_first)
+    tl.store(AdvantageOut + index, advantage, mask=is_first)
     # One program speaks for the group: the first of the group's first row.
     speaks = ((leader == index) & is_first).to(tl.float32)
     counted = speaks * (count > 0).to(tl.float32)

@@ -321,7 +321,7 @@ def token_loss_kernel(
     advantage = tl.full([], 1.0, tl.float32)
     if ADVANTAGE == "group":
         advantage, sums = advantage_of_sequence(
-            Rewards, Success, GroupIds, AdvantageOut, sequence, split == 0, n_sequences, group_size,
+            Rewards, Success, GroupIds, AdvantageOut, sequence, split, n_sequences, group_size,
             success_threshold, std_correction, eps, fixed_certainty, max_abs,
             SLOTS, BLOCK_G, LAYOUT, HAS_SUCCESS, HAS_MAX_ABS, ESTIMATOR, CERTAINTY, APD,
         )  # fmt: skip
