@@ -319,6 +319,36 @@ def test_two_runs_are_bitwise_equal(device):
             assert all(torch.equal(metrics[k], runs[0][2][k]) for k in metrics)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_output_is_written(mask, level, device):
+    """With uninitialised memory full of NaN, as torch leaves it in its deterministic mode."""
+    spec = mk.LossSpec(importance_level=level, aggregation="seq-mean-token-mean")
+    batch = make_batch(mask=mask, dtype=torch.float32)
+    packed, cu_seqlens, _ = pack(batch, [3, 7, 0, 5, 1])
+    expected = [
+        run(batch, spec, device),
+        run_packed(packed, spec, device, {"cu_seqlens": cu_seqlens}),
+    ]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        actual = [
+            run(batch, spec, device),
+            run_packed(packed, spec, device, {"cu_seqlens": cu_seqlens}),
+        ]
+        rewards = torch.rand(12, device=device)
+        ids = torch.arange(12, device=device) % 5
+        for grouping in ({"group_size": 4}, {"group_ids": ids}):
+            advantages, stats = mk.group_advantages(rewards, return_stats=True, **grouping)
+            assert advantages.isfinite().all() and all(x.isfinite().all() for x in stats)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for (loss, grad, metrics), (loss0, grad0, metrics0) in zip(actual, expected, strict=True):
+        assert torch.equal(loss, loss0) and torch.equal(grad, grad0)
+        assert all(torch.equal(metrics[k], metrics0[k]) for k in metrics0)
+
+
 def test_backward_twice_and_without_grad(device):
     batch = make_batch(dtype=torch.float32)
     logp = batch["logp"].to(device).requires_grad_()
