@@ -252,6 +252,9 @@ def mapo_loss(
         raise TypeError(
             f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
         )
+    if not torch.is_grad_enabled():
+        # Otherwise the node would be told that a gradient is needed, and write one for nobody.
+        logprobs = logprobs.detach()
     loss, results, computed = MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)
     results = results.detach()[: len(RESULTS)]
     values = dict(zip(RESULTS, results.unbind(0), strict=True))

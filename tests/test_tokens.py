@@ -349,7 +349,7 @@ def test_every_output_is_written(mask, level, device):
         assert all(torch.equal(metrics[k], metrics0[k]) for k in metrics0)
 
 
-def test_backward_twice_and_without_grad(device):
+def test_backward_twice_and_without_grad(device, monkeypatch):
     batch = make_batch(dtype=torch.float32)
     logp = batch["logp"].to(device).requires_grad_()
     tensors = {k: batch[k].to(device) for k in ("advantages", "mask")}
@@ -357,8 +357,14 @@ def test_backward_twice_and_without_grad(device):
     first = torch.autograd.grad(out.loss, logp, retain_graph=True)[0]
     second = torch.autograd.grad(out.loss, logp)[0]
     assert torch.equal(first, second)
+    asked = []
+    original = mk.ops.token_loss
+    monkeypatch.setattr(mk.ops, "token_loss", lambda *a: asked.append(a[-1]) or original(*a))
     with torch.no_grad():
         quiet = mk.mapo_loss(logp, **tensors)
+    mk.mapo_loss(logp.detach(), **tensors)
+    mk.mapo_loss(logp, **tensors)
+    assert asked == [False, False, True]
     assert not quiet.loss.requires_grad and torch.equal(quiet.loss, out.loss)
     assert not any(value.requires_grad for value in out.metrics.values())
     assert torch.equal(out.advantages, tensors["advantages"])
