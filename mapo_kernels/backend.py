@@ -29,8 +29,7 @@ def set_backend(name: str | None) -> None:
     _chosen = name
 
 
-# The environment cannot be traced by torch.compile, and need not be: the backend is settled at
-# trace time.
+# The environment cannot be traced by torch.compile, and need not be: tracing settles the backend.
 @torch.compiler.assume_constant_result
 def resolve_backend(device_type: str, is_double: bool = False) -> str:
     """The backend that a call with tensors on `device_type` uses.

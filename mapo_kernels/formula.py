@@ -1,11 +1,11 @@
 """The formulas, once: group advantage, policy term, KL term, each value beside its derivative.
 
-Pure device functions: no loads, no stores, no shapes. Triton compiles them into every kernel, and
-`mapo_kernels.twin` runs this same source on torch tensors (any device, float64), which is what the
-eager backend and the float64 tests use. Two rules keep both readings equal: every operation is a
-plain operator or `tl.something`, and nothing is assigned in place (`x += y` rebinds in Triton and
-mutates in torch). Bounds are taken with `tl.where`, because Triton's minimum and maximum may drop a
-NaN.
+Pure device functions: no loads, no stores, no shapes. Triton compiles them into every kernel,
+and `mapo_kernels.twin` runs this same source on torch tensors (any device, float64), which is
+what the eager backend and the float64 tests use. Two rules keep both readings equal: every
+operation is a plain operator or `tl.something`, and nothing is assigned in place (`x += y`
+rebinds in Triton and mutates in torch). Bounds are taken with `tl.where`, because Triton's
+minimum and maximum may drop a NaN.
 
 Symbols follow the MAPO paper (arXiv 2509.18849) and PPO: mu, sigma and p are a group's mean,
 standard deviation and success ratio, lambda is its certainty weight, A the advantage, rho = exp(l)
@@ -77,8 +77,8 @@ def policy_term(
     """Per-token policy loss, its derivatives by l and by logp, and where the ratio was clipped.
 
     PPO (arXiv 1707.06347), DAPO's clip-higher, dual clip (arXiv 1912.09729), CISPO (arXiv
-    2506.13585), SAPO (arXiv 2511.20347). Returns (loss, dloss/dl, dloss/dlogp, clipped low, clipped
-    high).
+    2506.13585), SAPO (arXiv 2511.20347).
+    Returns (loss, dloss/dl, dloss/dlogp, clipped low, clipped high).
     """
     clipped_low = (advantage < 0) & (advantage > 0)
     clipped_high = clipped_low
@@ -152,8 +152,8 @@ def token_loss(
 
     `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071). The two
     derivatives come apart because the first flows to every token that entered `log_ratio`, the
-    second to this one. Returns (loss, dloss/dl, dloss/dlogp, rho, KL estimate, clipped low, clipped
-    high).
+    second to this one.
+    Returns (loss, dloss/dl, dloss/dlogp, rho, KL estimate, clipped low, clipped high).
     """
     ratio, ratio_slope = importance_ratio(log_ratio)
     loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
