@@ -99,31 +99,33 @@ def check_layout(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) ->
             raise ValueError(
                 f"{name}: expected shape [B, T], or [total] with cu_seqlens, got {_shape(x.shape)}"
             )
-        n_sequences = x.shape[0]
-    else:
-        check_tensor("cu_seqlens", cu_seqlens, x.device)
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-        if cu_seqlens.dim() != 1:
-            raise ValueError(f"cu_seqlens: expected shape [B + 1], got {_shape(cu_seqlens.shape)}")
-        if x.dim() != 1:
-            raise ValueError(
-                f"{name}: expected shape [total] with cu_seqlens, got {_shape(x.shape)}"
-            )
-        n_sequences = cu_seqlens.shape[0] - 1
-        if validates_device_data():
-            _check_bounds(cu_seqlens, x.shape[0])
-    if n_sequences < 1:
-        raise ValueError(f"{name}: expected at least one sequence (B >= 1), got an empty batch")
-    return n_sequences
+        if x.shape[0] < 1:
+            raise ValueError(f"{name}: expected at least one sequence (B >= 1), got an empty batch")
+        return x.shape[0]
+    if x.dim() != 1:
+        raise ValueError(f"{name}: expected shape [total] with cu_seqlens, got {_shape(x.shape)}")
+    return check_bounds(cu_seqlens, x.device, x.shape[0])
 
 
-def _check_bounds(cu_seqlens: torch.Tensor, total: int) -> None:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
+def check_bounds(
+    cu_seqlens: torch.Tensor, device: torch.device | None = None, total: int | None = None
+) -> int:
+    """Validate the boundaries of a packed batch (of `total` tokens, where known); the number B."""
+    check_tensor("cu_seqlens", cu_seqlens, device)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens: expected non-decreasing values from 0 to {total}, got {bounds}"
+            f"cu_seqlens: expected shape [B + 1] with B >= 1, got {_shape(cu_seqlens.shape)}"
         )
+    if validates_device_data():
+        bounds = cu_seqlens.tolist()
+        total = bounds[-1] if total is None else total
+        if bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
+            raise ValueError(
+                f"cu_seqlens: expected non-decreasing values from 0 to {total}, got {bounds}"
+            )
+    return cu_seqlens.shape[0] - 1
 
 
 def check_advantages(

@@ -9,8 +9,9 @@ import torch
 
 from mapo_kernels import checks, ops
 from mapo_kernels.advantages import group_metrics
-from mapo_kernels.inputs import GROUP_METRICS
+from mapo_kernels.inputs import GROUP_METRICS, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
 
 
 @dataclass(frozen=True)
@@ -48,34 +49,16 @@ class Plan:
         A token with advantage 0 cannot, unless the KL term or an entropy bonus still acts on it.
         Packed without a mask, this waits once for the device, to learn the number of tokens.
         """
-        if self.mask is not None:
-            live = self.mask != 0
-        else:
+        tokens = self.mask
+        if tokens is None:
             total = int(self.cu_seqlens[-1])  # type: ignore[index]
-            live = torch.ones(total, dtype=torch.bool, device=self.advantages.device)
-        if self.spec.needs_every_token:
-            return live
-        signal = self.advantages != 0
-        if signal.shape == live.shape and self.spec.importance_level == "token":
-            return live & signal
-        if signal.shape == live.shape:
-            # Every token moves its sequence's ratio: a sequence lives or dies whole.
-            signal = self._any_of_sequence(live & signal)
-        if self.cu_seqlens is None:
-            return live & signal[:, None]
-        return live & signal[self._sequence_of(live)]
-
-    def _sequence_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(tokens.shape[0], device=tokens.device)
-        bounds = self.cu_seqlens[1:].long().contiguous()  # type: ignore[index]
-        sequence = torch.searchsorted(bounds, positions, right=True)
-        return sequence.clamp(max=self.n_sequences - 1)
-
-    def _any_of_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.cu_seqlens is None:
-            return tokens.any(1)
-        counts = torch.zeros(self.n_sequences, dtype=torch.int64, device=tokens.device)
-        return counts.index_add(0, self._sequence_of(tokens), tokens.long()) > 0
+            tokens = torch.ones(total, dtype=torch.bool, device=self.advantages.device)
+        inputs = TokenInputs(mask=self.mask, cu_seqlens=self.cu_seqlens)
+        layout = TokenLayout(tokens, inputs)
+        advantage = self.advantages
+        if advantage.shape != tokens.shape:
+            advantage = layout.spread(advantage)
+        return scored_tokens(layout, advantage, layout.live, self.spec)
 
     @cached_property
     def live_rows(self) -> torch.Tensor:
@@ -150,13 +133,11 @@ def make_plan(
     checks.check_source(rewards, advantages)
     if mask is not None:
         checks.check_tensor("mask", mask)
-        tokens = mask
+        n_sequences, device = checks.check_layout("mask", mask, cu_seqlens), mask.device
     elif cu_seqlens is not None:
-        checks.check_tensor("cu_seqlens", cu_seqlens)
-        tokens = cu_seqlens
+        n_sequences, device = checks.check_bounds(cu_seqlens), cu_seqlens.device
     else:
         raise ValueError("mask, cu_seqlens: expected at least one of them, got neither")
-    n_sequences = checks.check_layout("mask", tokens, cu_seqlens)
     metrics: dict[str, torch.Tensor] = {}
     if rewards is not None:
         groups = checks.check_groups(rewards, group_size, group_ids, success)
@@ -166,7 +147,7 @@ def make_plan(
     elif advantages is not None:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
         checks.check_advantages(advantages, n_sequences, advantages if mask is None else mask)
-    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, tokens.device)
+    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
     return Plan(spec, advantages, mask, cu_seqlens, count, metrics)  # type: ignore[arg-type]
 
 

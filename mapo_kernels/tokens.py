@@ -137,7 +137,7 @@ def launch_token_loss(
             *tokens,
             advantage,
             *group_tensors,
-            inputs.cu_seqlens,
+            None if inputs.cu_seqlens is None else inputs.cu_seqlens.contiguous(),
             normalizer,
             out.loss,
             out.results,

@@ -16,10 +16,11 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 _CHUNK_TOKENS = 1 << 18
 
 
-class _Layout:
+class TokenLayout:
     """Which tokens are live, and how to go between tokens and sequences, padded or packed."""
 
     def __init__(self, logprobs: torch.Tensor, inputs: TokenInputs) -> None:
+        """Of `logprobs`, only the shape and the device matter."""
         self.n_sequences = inputs.n_sequences(logprobs)
         self._sequence: torch.Tensor | None = None
         live = torch.ones_like(logprobs, dtype=torch.bool)
@@ -74,8 +75,8 @@ def _denominator(
     return denominator.where(denominator > 0, 1.0)
 
 
-def _scored(
-    layout: _Layout, advantage: torch.Tensor, weight: torch.Tensor, spec: LossSpec
+def scored_tokens(
+    layout: TokenLayout, advantage: torch.Tensor, weight: torch.Tensor, spec: LossSpec
 ) -> torch.Tensor:
     """Which tokens can change the loss, its gradient, or a metric that was asked for."""
     if spec.needs_every_token:
@@ -97,7 +98,7 @@ def _score_chunk(
     need_grad: bool,
 ) -> _Chunk:
     """Apply the formula to some sequences; `advantages` are theirs, [b] or per token."""
-    layout = _Layout(logprobs, inputs)
+    layout = TokenLayout(logprobs, inputs)
 
     def clean(x: torch.Tensor | None, where: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         # Whatever lies at a token that is not scored, NaN included, stays out of every sum.
@@ -106,7 +107,7 @@ def _score_chunk(
     per_token = advantages.shape == logprobs.shape
     advantage = advantages if per_token else layout.spread(advantages)
     weight = clean(inputs.token_weights, layout.live, layout.live.to(dtype))
-    scored = _scored(layout, advantage, weight, spec)
+    scored = scored_tokens(layout, advantage, weight, spec)
     advantage = advantage.to(dtype).where(scored, 0.0)
     logp = clean(logprobs, scored, advantage)
     old = clean(inputs.old_logprobs, scored, logp)

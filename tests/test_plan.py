@@ -69,6 +69,16 @@ def test_packed_plans(masked, device):
         plan.micro_batch(torch.tensor([1, 2]))
 
 
+def test_packed_plans_without_a_mask_can_be_validated(monkeypatch):
+    monkeypatch.setenv("MAPO_KERNELS_VALIDATE", "1")
+    cu_seqlens = torch.tensor([0, 3, 12])
+    plan = mk.make_plan(advantages=torch.tensor([1.0, 0.0]), cu_seqlens=cu_seqlens)
+    assert plan.live_rows.tolist() == [0, 1, 2]
+    assert mk.mapo_loss(torch.zeros(12), plan=plan).metrics["active_tokens"] == 12
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing"):
+        mk.make_plan(advantages=torch.tensor([1.0, 0.0]), cu_seqlens=cu_seqlens.flip(0))
+
+
 def test_live_rows_are_the_tokens_that_get_gradient(device):
     batch = batch_of(device)
     for spec in (mk.LossSpec(), mk.LossSpec(importance_level="sequence")):

@@ -229,6 +229,22 @@ def test_strided_inputs(device):
         assert torch.equal(logp.grad, grad)
 
 
+def test_strided_boundaries(device):
+    wide = torch.tensor([0, 9, 3, 9, 7, 9, 12, 9], device=device)
+    logp = -torch.rand(12, device=device)
+    advantages = torch.tensor([1.0, -2.0, 0.5], device=device)
+    strided, dense = (
+        mk.mapo_loss(
+            logp,
+            advantages=advantages,
+            cu_seqlens=bounds,
+            spec=mk.LossSpec(objective="cispo", aggregation="seq-mean-token-mean"),
+        ).loss
+        for bounds in (wide[::2], wide[::2].clone())
+    )
+    assert torch.equal(strided, dense)
+
+
 def test_expanded_mask_and_integer_masks(device):
     batch = make_batch(mask="none", dtype=torch.float32)
     row = torch.tensor([1, 1, 0, 1, 0, 1, 1])
