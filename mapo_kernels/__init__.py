@@ -8,10 +8,12 @@ from mapo_kernels.advantages import GroupStats
 from mapo_kernels.api import (
     LossOutput,
     MapoLoss,
-    MapoLossFunction,
     group_advantages,
     mapo_loss,
+    mapo_loss_from_logits,
+    token_logprobs,
 )
+from mapo_kernels.autograd import MapoLogitsLossFunction, MapoLossFunction
 from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
 from mapo_kernels.plan import Plan, make_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -21,6 +23,7 @@ __all__ = [
     "GroupStats",
     "LossOutput",
     "LossSpec",
+    "MapoLogitsLossFunction",
     "MapoLoss",
     "MapoLossFunction",
     "Plan",
@@ -29,6 +32,8 @@ __all__ = [
     "group_advantages",
     "make_plan",
     "mapo_loss",
+    "mapo_loss_from_logits",
     "resolve_backend",
     "set_backend",
+    "token_logprobs",
 ]

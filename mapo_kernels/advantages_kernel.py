@@ -164,11 +164,11 @@ def advantage_of_sequence(
     speaks = ((leader == index) & is_first).to(tl.float32)
     counted = speaks * (count > 0).to(tl.float32)
     slots = tl.arange(0, SLOTS)
-    sums = tl.where(slots == 9, counted * success_ratio, 0.0)
-    sums = tl.where(slots == 10, counted * certainty, sums)
-    sums = tl.where(slots == 11, speaks * (factor == 0).to(tl.float32), sums)
-    sums = tl.where(slots == 12, speaks * (members - count), sums)
-    return tl.sum(advantage, 0), tl.where(slots == 13, counted, sums)
+    sums = tl.where(slots == 10, counted * success_ratio, 0.0)
+    sums = tl.where(slots == 11, counted * certainty, sums)
+    sums = tl.where(slots == 12, speaks * (factor == 0).to(tl.float32), sums)
+    sums = tl.where(slots == 13, speaks * (members - count), sums)
+    return tl.sum(advantage, 0), tl.where(slots == 14, counted, sums)
 
 
 @jit(do_not_specialize=["n_groups"])

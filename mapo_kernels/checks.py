@@ -10,7 +10,7 @@ import os
 import torch
 
 from mapo_kernels.inputs import GroupInputs, TokenInputs
-from mapo_kernels.spec import LossSpec, describe
+from mapo_kernels.spec import LossSpec, describe, require_bool, require_number
 
 
 @torch.compiler.assume_constant_result
@@ -141,10 +141,10 @@ def check_advantages(
     return advantages
 
 
-def check_mask(mask: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Validate a token mask."""
+def check_mask(mask: torch.Tensor, tokens: torch.Tensor, name: str) -> None:
+    """Validate a token mask against the tokens, an argument called `name`."""
     check_tensor("mask", mask, tokens.device)
-    check_shape("mask", mask, tokens.shape, "the shape of the log-probs")
+    check_shape("mask", mask, tokens.shape, f"the shape of {name}")
 
 
 def check_normalizer(normalizer: object, device: torch.device) -> None:
@@ -171,28 +171,99 @@ def check_source(rewards: object, advantages: object) -> None:
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {came}")
 
 
-def check_tokens(logprobs: torch.Tensor, inputs: TokenInputs, spec: LossSpec) -> None:
-    """Validate the tensors of one token loss against the log-probs and the spec."""
-    check_tensor("logprobs", logprobs)
-    if not logprobs.is_floating_point():
-        raise TypeError(f"logprobs: expected a floating-point dtype, got {logprobs.dtype}")
-    n_sequences = check_layout("logprobs", logprobs, inputs.cu_seqlens)
-    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights"):
-        x = getattr(inputs, name)
+def check_tokens(name: str, tokens: torch.Tensor, inputs: TokenInputs, spec: LossSpec) -> None:
+    """Validate the tensors of one loss against its spec and the tokens, an argument called `name`.
+
+    That is the log-probs, or the token ids of logits or hidden states.
+    """
+    check_tensor(name, tokens)
+    if name == "logprobs" and not tokens.is_floating_point():
+        raise TypeError(f"logprobs: expected a floating-point dtype, got {tokens.dtype}")
+    n_sequences = check_layout(name, tokens, inputs.cu_seqlens)
+    for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights"):
+        x = getattr(inputs, field)
         if x is not None:
-            check_constant(name, x, logprobs.device)
-            check_shape(name, x, logprobs.shape, "the shape of logprobs")
+            check_constant(field, x, tokens.device)
+            check_shape(field, x, tokens.shape, f"the shape of {name}")
     if inputs.mask is not None:
-        check_mask(inputs.mask, logprobs)
+        check_mask(inputs.mask, tokens, name)
     if inputs.advantages is not None:
-        check_advantages(inputs.advantages, n_sequences, logprobs)
+        check_advantages(inputs.advantages, n_sequences, tokens)
     if inputs.groups is not None:
         rewards = inputs.groups.rewards
-        check_tensor("rewards", rewards, logprobs.device)
-        check_shape("rewards", rewards, (n_sequences,), "one reward per sequence of logprobs")
+        check_tensor("rewards", rewards, tokens.device)
+        check_shape("rewards", rewards, (n_sequences,), f"one reward per sequence of {name}")
     if inputs.normalizer is not None:
-        check_normalizer(inputs.normalizer, logprobs.device)
+        check_normalizer(inputs.normalizer, tokens.device)
     _check_spec(inputs, spec)
+
+
+def check_rows(
+    logits: torch.Tensor, token_ids: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> None:
+    """Validate logits against the token ids that were drawn from them."""
+    check_tensor("logits", logits)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating-point dtype, got {logits.dtype}")
+    if logits.dim() not in (2, 3) or logits.shape[-1] < 1:
+        raise ValueError(
+            f"logits: expected shape [B, T, V], or [total, V] if packed, with V >= 1, got "
+            f"{_shape(logits.shape)}"
+        )
+    if cu_seqlens is not None and logits.dim() != 2:
+        raise ValueError(
+            f"logits: expected shape [total, V] with cu_seqlens, got {_shape(logits.shape)}"
+        )
+    check_tensor("token_ids", token_ids, logits.device)
+    if token_ids.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"token_ids: expected an integer dtype, got {token_ids.dtype}")
+    check_shape("token_ids", token_ids, logits.shape[:-1], "the shape of logits without V")
+
+
+def check_temperature(temperature: object, count: int, device: torch.device) -> None:
+    """Validate a temperature: a positive number, or a tensor of `count` of them."""
+    if not isinstance(temperature, torch.Tensor):
+        require_number("temperature", temperature, 0.0, open_low=True)
+        return
+    check_constant("temperature", temperature, device)
+    check_shape("temperature", temperature, (count,), "one per sequence")
+    if validates_device_data() and not bool((temperature > 0).all()):
+        raise ValueError(f"temperature: expected positive values, got {temperature.tolist()}")
+
+
+def check_inplace(logits: torch.Tensor, inplace: bool) -> None:
+    """Raise unless the gradient can take the place of the logits, where that is asked for."""
+    require_bool("inplace", inplace)
+    if not inplace:
+        return
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"logits: expected adjacent columns (stride 1) with inplace=True, got stride "
+            f"{logits.stride(-1)}"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError("logits: expected memory of their own with inplace=True, got a broadcast")
+
+
+def check_token_ids(token_ids: torch.Tensor, mask: torch.Tensor | None, vocab: int) -> None:
+    """Under MAPO_KERNELS_VALIDATE=1, raise unless every live token id is a column of the logits."""
+    if not validates_device_data():
+        return
+    ids = token_ids if mask is None else token_ids[mask != 0]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ValueError(
+            f"token_ids: expected ids in [0, {vocab}) where live, got {int(ids.min())} to "
+            f"{int(ids.max())}"
+        )
+
+
+def check_no_bonus(spec: LossSpec) -> None:
+    """Raise if the spec asks for an entropy bonus where there are no logits to take it from."""
+    if spec.entropy_coef != 0:
+        raise ValueError(
+            f"entropy_coef: expected 0 where only log-probs are seen (entropy needs logits), got "
+            f"{spec.entropy_coef!r}"
+        )
 
 
 def _check_spec(inputs: TokenInputs, spec: LossSpec) -> None:
@@ -203,11 +274,6 @@ def _check_spec(inputs: TokenInputs, spec: LossSpec) -> None:
     if (spec.rollout_cap is None) != (inputs.rollout_logprobs is None):
         missing = "rollout_cap" if spec.rollout_cap is None else "rollout_logprobs"
         raise ValueError(f"{missing}: expected with its counterpart (cap and log-probs), got None")
-    if spec.entropy_coef != 0:
-        raise ValueError(
-            f"entropy_coef: expected 0 where only log-probs are seen (entropy needs logits), got "
-            f"{spec.entropy_coef!r}"
-        )
     if (
         spec.aggregation == "seq-mean-token-sum-norm"
         and spec.max_tokens is None

@@ -36,6 +36,7 @@ class TokenInputs(NamedTuple):
         ref_logprobs: log-probs of the reference policy, or None.
         rollout_logprobs: log-probs as the sampling engine saw them, or None.
         token_weights: factor of the policy term, or None.
+        entropy: of the distribution each token was drawn from, where logits were seen; or None.
         mask: nonzero where a token counts, or None if all do.
         advantages: [B] or per token; or None, then `groups` is there.
         groups: rewards by group, from which the kernel computes the advantages; or None.
@@ -48,11 +49,16 @@ class TokenInputs(NamedTuple):
     ref_logprobs: torch.Tensor | None = None
     rollout_logprobs: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     groups: GroupInputs | None = None
     cu_seqlens: torch.Tensor | None = None
     normalizer: torch.Tensor | float | None = None
+
+    def token_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The fields with one value per token, in order; the mask is the last of them."""
+        return self[:6]
 
     def n_sequences(self, logprobs: torch.Tensor) -> int:
         """Number B of sequences in a batch with these log-probs."""
@@ -87,13 +93,14 @@ RESULTS = (
     "ratio_mean",
     "approx_kl",
     "ref_kl",
+    "entropy",
     "ratio_max",
     "success_ratio_mean",
     "lambda_mean",
     "zero_advantage_groups",
     "nonfinite_rewards",
 )
-GROUP_METRICS = RESULTS[9:]
+GROUP_METRICS = RESULTS[10:]
 SLOTS = 16
 
 
@@ -115,5 +122,33 @@ def loss_arguments(spec: LossSpec) -> tuple[float, ...]:
         float(spec.sapo_tau_pos),
         float(spec.sapo_tau_neg),
         float(spec.beta),
+        float(spec.entropy_coef),
         float(spec.rollout_cap or 0.0),
     )
+
+
+class RowInputs(NamedTuple):
+    """What turns rows of logits into log-probs.
+
+    Attributes:
+        token_ids: [B, T] or [total] integers, the sampled tokens.
+        temperature: a number; or a tensor, [B] for padded logits and [total] for packed ones.
+    """
+
+    token_ids: torch.Tensor
+    temperature: torch.Tensor | float = 1.0
+
+
+class RowScores(NamedTuple):
+    """Statistics of rows of logits, in the shape of the token ids; 0 where masked.
+
+    Attributes:
+        logprobs: of the sampled tokens.
+        entropy: of the rows' distributions, in nats; empty if not wanted.
+        table: [5, rows] what a backend's gradient pass needs, or fewer rows of it if it is not
+            wanted.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    table: torch.Tensor

@@ -46,14 +46,19 @@ class _Counters:
         return self._counters[key]
 
 
-_counters = _Counters()
+counters = _Counters()
 
 
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
     """`x` with adjacent tokens adjacent in memory: copied only where the token stride is not 1."""
     if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
     return x.contiguous()
+
+
+def length_weight(spec: LossSpec) -> str:
+    """What a sequence's token losses are divided by, as the kernels know it."""
+    return _LENGTH_WEIGHTS[spec.aggregation]
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -68,7 +73,7 @@ def _splits(n_sequences: int, n_tokens: int, block: int, sequence_level: bool) -
     return max(1, min(blocks, _MAX_PROGRAMS // n_sequences))
 
 
-def _normalizer(
+def normalizer_of(
     inputs: TokenInputs, spec: LossSpec, n_sequences: int
 ) -> tuple[str, torch.Tensor | None, float]:
     """Where the batch's denominator comes from (`tensor`, `number` or `count`), and its value."""
@@ -81,7 +86,7 @@ def _normalizer(
     return "number", None, float(n_sequences)
 
 
-def _group_arguments(
+def group_arguments(
     inputs: TokenInputs, advantage_spec: AdvantageSpec
 ) -> tuple[tuple[torch.Tensor | None, ...], int, dict[str, object]]:
     """Rewards, success and ids for the kernel, the group size, and the compile-time choices."""
@@ -121,14 +126,14 @@ def launch_token_loss(
     n_splits = _splits(n_sequences, logprobs.numel(), block_t, sequence_level)
     n_programs = n_sequences * n_splits
 
-    tokens = [_rows(x) for x in (logprobs, *inputs[:5])]
-    advantage = _rows(inputs.advantages)
+    tokens = [rows_of(x) for x in (logprobs, *inputs.token_tensors())]
+    advantage = rows_of(inputs.advantages)
     per_token = advantage is not None and advantage.shape == logprobs.shape
     kind = "group" if advantage is None else "token" if per_token else "sequence"
     strides = [_row_stride(x) for x in tokens]
     strides.append(_row_stride(advantage) if per_token else 1)
-    source, normalizer, denominator = _normalizer(inputs, spec, n_sequences)
-    group_tensors, group_size, group_choices = _group_arguments(inputs, advantage_spec)
+    source, normalizer, denominator = normalizer_of(inputs, spec, n_sequences)
+    group_tensors, group_size, group_choices = group_arguments(inputs, advantage_spec)
 
     partials = torch.empty(SLOTS * n_programs, dtype=torch.float32, device=device)
     out = empty_results(logprobs, inputs, need_grad)
@@ -144,7 +149,7 @@ def launch_token_loss(
             partials,
             out.advantages,
             out.grad,
-            _counters.get(device),
+            counters.get(device),
             n_sequences,
             length,
             n_splits,
@@ -159,12 +164,13 @@ def launch_token_loss(
             HAS_REF=inputs.ref_logprobs is not None,
             HAS_ROLLOUT=inputs.rollout_logprobs is not None,
             HAS_WEIGHT=inputs.token_weights is not None,
+            HAS_ENTROPY=inputs.entropy is not None,
             HAS_MASK=inputs.mask is not None,
             HAS_GRAD=need_grad,
             PACKED=packed,
             ADVANTAGE=kind,
             NORMALIZER=source,
-            LENGTH_WEIGHT=_LENGTH_WEIGHTS[spec.aggregation],
+            LENGTH_WEIGHT=length_weight(spec),
             SCORE_ALL=spec.needs_every_token,
             SEQUENCE_LEVEL=sequence_level,
             OBJECTIVE=spec.objective,

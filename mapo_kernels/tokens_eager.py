@@ -112,6 +112,7 @@ def _score_chunk(
     logp = clean(logprobs, scored, advantage)
     old = clean(inputs.old_logprobs, scored, logp)
     ref = clean(inputs.ref_logprobs, scored, logp)
+    entropy = clean(inputs.entropy, scored, torch.zeros_like(logp))
     if inputs.rollout_logprobs is not None:
         rollout = clean(inputs.rollout_logprobs, scored, logp)
         weight = weight * twin.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
@@ -128,10 +129,12 @@ def _score_chunk(
         ref,
         advantage,
         weight,
+        entropy,
         *loss_arguments(spec)[:-1],
         spec.objective,
         spec.dual_clip is not None,
         inputs.ref_logprobs is not None,
+        inputs.entropy is not None,
         spec.kl_estimator,
         spec.kl_importance_correction,
     )
@@ -147,7 +150,15 @@ def _score_chunk(
         n_live.sum(),
         *(
             x.to(dtype).where(scored, 0.0).sum()
-            for x in (scored, clipped_low, clipped_high, ratio, twin.approx_kl(log_ratio), ref_kl)
+            for x in (
+                scored,
+                clipped_low,
+                clipped_high,
+                ratio,
+                twin.approx_kl(log_ratio),
+                ref_kl,
+                entropy,
+            )
         ),
     ]
     # An empty batch has no largest ratio; a leading 0 stands in for it.
@@ -164,8 +175,10 @@ def _chunks(logprobs: torch.Tensor, inputs: TokenInputs) -> list[slice]:
 
 
 def _rows_of(inputs: TokenInputs, rows: slice) -> TokenInputs:
-    token_tensors = {name: getattr(inputs, name) for name in TokenInputs._fields[:5]}
-    return inputs._replace(**{k: None if x is None else x[rows] for k, x in token_tensors.items()})
+    tensors = inputs.token_tensors()
+    return TokenInputs(
+        *(None if x is None else x[rows] for x in tensors), *inputs[len(tensors) :]
+    )
 
 
 def eager_token_loss(

@@ -85,7 +85,7 @@ def finish(
     """Add every program's sums in a fixed order and turn them into the loss and the metrics.
 
     Slots are numbered as `mapo_kernels.inputs.RESULTS` names them; slot 0 comes in as the sum of
-    the loss, and slot 13 counts the groups.
+    the loss, and slot 14 counts the groups.
     """
     slots = tl.arange(0, SLOTS)
     sums = tl.zeros([SLOTS, BLOCK_P], tl.float32)
@@ -104,17 +104,17 @@ def finish(
     totals = tl.sum(sums, 1)  # [SLOTS]
     active = tl.sum(tl.where(slots == 1, totals, 0.0), 0)
     scored = tl.sum(tl.where(slots == 2, totals, 0.0), 0)
-    n_groups = tl.sum(tl.where(slots == 13, totals, 0.0), 0)
+    n_groups = tl.sum(tl.where(slots == 14, totals, 0.0), 0)
     if NORMALIZER == "tensor":
         denominator = tl.load(Normalizer).to(tl.float32)
     elif NORMALIZER == "count":
         denominator = active
     denominator = tl.where(denominator > 0, denominator, 1.0)
-    is_token_mean = (slots >= 3) & (slots <= 7)
-    is_group_mean = (slots == 9) | (slots == 10)
+    is_token_mean = (slots >= 3) & (slots <= 8)
+    is_group_mean = (slots == 10) | (slots == 11)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
     results = totals / tl.maximum(divisor, 1.0)
-    results = tl.where(slots == 8, tl.max(maxima, 1), results)
+    results = tl.where(slots == 9, tl.max(maxima, 1), results)
     results = tl.where(slots == 0, 1.0 / denominator, results)
     tl.store(Results + slots, results)
     tl.store(Loss, tl.sum(tl.where(slots == 0, totals, 0.0), 0) / denominator)
@@ -138,17 +138,43 @@ def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constex
 
 
 @jit
-def score_tokens(
-    Logp,
-    Old,
-    Ref,
-    Rollout,
+def token_signal(
     Weight,
     Advantage,
     offs,
     inside,
-    scored,
+    candidates,
     sequence_advantage,
+    HAS_WEIGHT: tl.constexpr,
+    ADVANTAGE: tl.constexpr,
+    SCORE_ALL: tl.constexpr,
+    SEQUENCE_LEVEL: tl.constexpr,
+):
+    """Advantage and weight of a block of tokens, 0 where not live, and which of them to score."""
+    advantage = tl.where(candidates, sequence_advantage, 0.0)
+    if ADVANTAGE == "token":
+        advantage = load_row(Advantage, offs, inside, candidates)
+    weight = candidates.to(tl.float32)
+    if HAS_WEIGHT:
+        weight = load_row(Weight, offs, inside, candidates)
+    scored = candidates
+    if not SCORE_ALL and not SEQUENCE_LEVEL:
+        scored = candidates & (advantage != 0) & (weight != 0)
+    return advantage, weight, scored
+
+
+@jit
+def score_tokens(
+    logp,
+    Old,
+    Ref,
+    Rollout,
+    offs,
+    inside,
+    scored,
+    advantage,
+    weight,
+    entropy,
     mean_log_ratio,
     eps_low,
     eps_high,
@@ -157,33 +183,23 @@ def score_tokens(
     sapo_tau_pos,
     sapo_tau_neg,
     beta,
+    entropy_coef,
     rollout_cap,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ADVANTAGE: tl.constexpr,
-    SCORE_ALL: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     SEQUENCE_LEVEL: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     HAS_DUAL_CLIP: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
     KL_CORRECTION: tl.constexpr,
 ):
-    """Load one block of tokens and apply the formula; everything returned is 0 where not scored.
+    """Apply the formula to one block of tokens; everything returned is 0 where not scored.
 
-    It is 0 there because whatever is loaded is: with advantage, weight and all log-probs 0 every
+    It is 0 there because whatever comes in is: with advantage, weight and all log-probs 0 every
     term of the formula is 0, but for the ratio and the slope of k1, both of them 1.
     """
-    advantage = tl.where(scored, sequence_advantage, 0.0)
-    if ADVANTAGE == "token":
-        advantage = load_row(Advantage, offs, inside, scored)
-    weight = scored.to(tl.float32)
-    if HAS_WEIGHT:
-        weight = load_row(Weight, offs, inside, scored)
-    if not SCORE_ALL and not SEQUENCE_LEVEL:
-        scored = scored & (advantage != 0) & (weight != 0)
-    logp = load_row(Logp, offs, inside, scored)
     old = logp
     if HAS_OLD:
         old = load_row(Old, offs, inside, scored)
@@ -198,9 +214,9 @@ def score_tokens(
     if SEQUENCE_LEVEL:
         level_ratio = tl.where(scored, mean_log_ratio, 0.0)
     loss, d_log_ratio, d_logp, ratio, kl, clipped_low, clipped_high = token_loss(
-        logp, level_ratio, ref, advantage, weight, eps_low, eps_high, dual_clip,
-        eps_high_cispo, sapo_tau_pos, sapo_tau_neg, beta,
-        OBJECTIVE, HAS_DUAL_CLIP, HAS_REF, KL_ESTIMATOR, KL_CORRECTION,
+        logp, level_ratio, ref, advantage, weight, entropy, eps_low, eps_high, dual_clip,
+        eps_high_cispo, sapo_tau_pos, sapo_tau_neg, beta, entropy_coef,
+        OBJECTIVE, HAS_DUAL_CLIP, HAS_REF, HAS_ENTROPY, KL_ESTIMATOR, KL_CORRECTION,
     )  # fmt: skip
     return (
         loss,
@@ -233,6 +249,7 @@ def token_loss_kernel(
     Ref,
     Rollout,
     Weight,
+    Entropy,
     Mask,
     Advantage,  # [B] or per token
     Rewards,  # [B]
@@ -257,6 +274,7 @@ def token_loss_kernel(
     stride_ref,
     stride_rollout,
     stride_weight,
+    stride_entropy,
     stride_mask,
     stride_advantage,
     stride_grad,
@@ -272,11 +290,13 @@ def token_loss_kernel(
     sapo_tau_pos,
     sapo_tau_neg,
     beta,
+    entropy_coef,
     rollout_cap,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     PACKED: tl.constexpr,
@@ -312,6 +332,7 @@ def token_loss_kernel(
     Ref = Ref + row * stride_ref if HAS_REF else Ref
     Rollout = Rollout + row * stride_rollout if HAS_ROLLOUT else Rollout
     Weight = Weight + row * stride_weight if HAS_WEIGHT else Weight
+    Entropy = Entropy + row * stride_entropy if HAS_ENTROPY else Entropy
     Mask = Mask + row * stride_mask if HAS_MASK else Mask
     Advantage = Advantage + row * stride_advantage if ADVANTAGE != "group" else Advantage
     Grad = Grad + row * stride_grad if HAS_GRAD else Grad
@@ -355,6 +376,7 @@ def token_loss_kernel(
     ratio_sum = tl.zeros([BLOCK_T], tl.float32)
     approx_kl_sum = tl.zeros([BLOCK_T], tl.float32)
     ref_kl_sum = tl.zeros([BLOCK_T], tl.float32)
+    entropy_sum = tl.zeros([BLOCK_T], tl.float32)
     ratio_max = tl.zeros([BLOCK_T], tl.float32)
     slope_sum = tl.zeros([BLOCK_T], tl.float32)
     for start in range(cover + split * BLOCK_T, limit, n_splits * BLOCK_T):
@@ -367,15 +389,24 @@ def token_loss_kernel(
         grad = tl.zeros([BLOCK_T], tl.float32)
         # A block without work (padding, or a sequence without signal) reads nothing but its mask.
         if tl.max(candidates.to(tl.int32), 0) > 0:
-            loss, d_log_ratio, d_logp, ratio, new_kl, ref_kl, scored, low, high = score_tokens(
-                Logp, Old, Ref, Rollout, Weight, Advantage, offs, inside, candidates, advantage,
+            advantages, weight, scored = token_signal(
+                Weight, Advantage, offs, inside, candidates, advantage,
+                HAS_WEIGHT, ADVANTAGE, SCORE_ALL, SEQUENCE_LEVEL,
+            )  # fmt: skip
+            logp = load_row(Logp, offs, inside, scored)
+            entropy = tl.zeros([BLOCK_T], tl.float32)
+            if HAS_ENTROPY:
+                entropy = load_row(Entropy, offs, inside, scored)
+                entropy_sum = entropy_sum + entropy
+            loss, d_log_ratio, d_logp, ratio, new_kl, ref_kl, one, low, high = score_tokens(
+                logp, Old, Ref, Rollout, offs, inside, scored, advantages, weight, entropy,
                 mean_log_ratio, eps_low, eps_high, dual_clip, eps_high_cispo, sapo_tau_pos,
-                sapo_tau_neg, beta, rollout_cap, HAS_OLD, HAS_REF, HAS_ROLLOUT, HAS_WEIGHT,
-                ADVANTAGE, SCORE_ALL, SEQUENCE_LEVEL, OBJECTIVE, HAS_DUAL_CLIP, KL_ESTIMATOR,
+                sapo_tau_neg, beta, entropy_coef, rollout_cap, HAS_OLD, HAS_REF, HAS_ROLLOUT,
+                HAS_ENTROPY, SEQUENCE_LEVEL, OBJECTIVE, HAS_DUAL_CLIP, KL_ESTIMATOR,
                 KL_CORRECTION,
             )  # fmt: skip
             loss_sum = loss_sum + loss
-            scored_sum = scored_sum + scored
+            scored_sum = scored_sum + one
             low_sum = low_sum + low
             high_sum = high_sum + high
             ratio_sum = ratio_sum + ratio
@@ -402,7 +433,8 @@ def token_loss_kernel(
     sums = tl.where(slots == 5, tl.sum(ratio_sum, 0), sums)
     sums = tl.where(slots == 6, tl.sum(approx_kl_sum, 0), sums)
     sums = tl.where(slots == 7, tl.sum(ref_kl_sum, 0), sums)
-    sums = tl.where(slots == 8, tl.max(ratio_max, 0), sums)
+    sums = tl.where(slots == 8, tl.sum(entropy_sum, 0), sums)
+    sums = tl.where(slots == 9, tl.max(ratio_max, 0), sums)
     tl.store(Partials + slots * n_programs + pid, sums)
     # The barrier and the release make this program's sums visible before its arrival is.
     tl.debug_barrier()

@@ -96,7 +96,37 @@ def advantages(n, **grouping):
     mk.group_advantages(torch.zeros(n), return_stats="group_ids" not in grouping, **grouping)
 
 
+def logits(shape, dtype=torch.bfloat16, inplace=True, view=False, scoring=False, **settings):
+    """One step from logits; `view` drops the last position, as a trainer does."""
+    import mapo_kernels as mk
+
+    n_sequences, length, vocab = shape
+    x = torch.zeros((n_sequences, length + view, vocab), dtype=dtype)[:, :length].requires_grad_()
+    ids = torch.zeros((n_sequences, length), dtype=torch.int64)
+    mask = torch.ones((n_sequences, length), dtype=torch.bool)
+    old = mk.token_logprobs(x, ids, mask=mask) if scoring else torch.zeros(ids.shape)
+    out = mk.mapo_loss_from_logits(
+        x,
+        ids,
+        rewards=torch.zeros(n_sequences),
+        group_size=4,
+        mask=mask,
+        old_logprobs=old,
+        spec=mk.LossSpec(**settings),
+        inplace=inplace,
+    )
+    out.loss.backward()
+
+
+V = 152064
 CASES = {
+    "logits": lambda: logits((8, 2, V), scoring=True),
+    "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
+    "float32 logits": lambda: logits((8, 2, V), dtype=torch.float32),
+    "float16 logits": lambda: logits((8, 2, V), dtype=torch.float16),
+    "odd vocabulary": lambda: logits((8, 2, 50257)),
+    "entropy bonus": lambda: logits((8, 2, V), entropy_coef=0.01),
+    "logits, sequence level": lambda: logits((8, 2, V), importance_level="sequence"),
     "clip": lambda: loss((16, 1024)),
     "no reference": lambda: loss((16, 1024), reference=False),
     "bfloat16": lambda: loss((16, 1024), dtype=torch.bfloat16),

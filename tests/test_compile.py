@@ -82,7 +82,7 @@ def test_operators_are_sound(device):
     logp, old, mask, _, _, ref = arguments(device)
     torch.library.opcheck(
         torch.ops.mapo_kernels.token_loss.default,
-        (logp.detach(), old, ref, None, None, mask, None, None, None, 0.0)
+        (logp.detach(), old, ref, None, None, None, mask, None, None, None, 0.0)
         + (rewards, 4, None, None, True, *SPEC.pack(), *packed),
     )
     results = torch.rand(16, device=device)

@@ -46,7 +46,8 @@ def test_k3_and_its_slope_do_not_cancel_near_zero(dtype, bound):
 
 
 def settings(objective, dual, kl, corrected):
-    return (0.2, 0.28, 3.0, 1.4, 1.0, 1.05, 0.3, objective, dual, kl is not None, kl, corrected)
+    numbers = (0.2, 0.28, 3.0, 1.4, 1.0, 1.05, 0.3, 0.01)
+    return (*numbers, objective, dual, kl is not None, True, kl, corrected)
 
 
 CASES = [
@@ -66,7 +67,8 @@ def test_derivatives_are_those_of_the_value(case):
     ref = logp.detach() + torch.linspace(-1, 1, 82, dtype=torch.float64).flip(0)
     advantage = torch.tensor([1.5, -0.7], dtype=torch.float64).repeat_interleave(41)
     weight = torch.full_like(advantage, 0.6)
-    out = twin.token_loss(logp, log_ratio, ref, advantage, weight, *settings(*case))
+    entropy = torch.linspace(0.0, 3.0, 82, dtype=torch.float64)
+    out = twin.token_loss(logp, log_ratio, ref, advantage, weight, entropy, *settings(*case))
     loss, d_log_ratio, d_logp = out[:3]
     grads = torch.autograd.grad(loss.sum(), (log_ratio, logp), allow_unused=True)
     expected = [

@@ -1,0 +1,99 @@
+"""The autograd nodes: forward computes loss and gradient, backward applies the upstream gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mapo_kernels import ops
+from mapo_kernels.inputs import RowInputs, TokenInputs
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+
+class MapoLossFunction(torch.autograd.Function):
+    """The token loss as an autograd node, for trainers that apply it themselves.
+
+    `MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)` returns (loss [], results [16]
+    in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or empty). Only the loss is
+    differentiable, by `logprobs` [B, T] or [total]. `inputs` is a `TokenInputs`; nothing is
+    validated: `mapo_loss` does that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: torch.Tensor,
+        inputs: TokenInputs,
+        spec: LossSpec,
+        advantage_spec: AdvantageSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, results and advantages; keeps d loss / d logp of the tokens for backward."""
+        out = ops.token_loss(logprobs, inputs, spec, advantage_spec, ctx.needs_input_grad[0])
+        ctx.save_for_backward(out.grad, out.results)
+        ctx.dtype = logprobs.dtype
+        ctx.mark_non_differentiable(out.results, out.advantages)
+        ctx.set_materialize_grads(False)
+        return out.loss, out.results, out.advantages
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
+        """Scale what forward kept by the upstream gradient, on the device."""
+        if upstream is None:
+            return None, None, None, None
+        grad, results = ctx.saved_tensors
+        return ops.scale_gradient(grad, upstream, results, ctx.dtype), None, None, None
+
+
+class MapoLogitsLossFunction(torch.autograd.Function):
+    """The loss from logits as an autograd node, for trainers that apply it themselves.
+
+    `MapoLogitsLossFunction.apply(logits, rows, inputs, spec, advantage_spec, inplace)` returns
+    (loss [], results [16] in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or empty).
+    Only the loss is differentiable, by `logits` [B, T, V] or [total, V]. `rows` is a `RowInputs`,
+    `inputs` a `TokenInputs`; nothing is validated: `mapo_loss_from_logits` does that.
+
+    Forward computes the gradient, backward hands over that very tensor: a second backward through
+    the same loss raises RuntimeError. With `inplace` the gradient takes the place of the logits,
+    and whoever else saved them for a backward is told so by an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        rows: RowInputs,
+        inputs: TokenInputs,
+        spec: LossSpec,
+        advantage_spec: AdvantageSpec,
+        inplace: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, results and advantages; keeps d loss / d logits for backward."""
+        need_grad = ctx.needs_input_grad[0]
+        out = ops.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, inplace)
+        if need_grad:
+            if out.grad is logits:
+                _note_write(logits)
+            ctx.save_for_backward(out.grad)
+        ctx.mark_non_differentiable(out.results, out.advantages)
+        ctx.set_materialize_grads(False)
+        return out.loss, out.results, out.advantages
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
+        """Hand over what forward kept, times the upstream gradient where that is not 1."""
+        if upstream is None:
+            return (None,) * 6
+        (grad,) = ctx.saved_tensors
+        grad = grad.detach()
+        ops.rescale(grad, upstream)
+        _note_write(grad)
+        return grad, None, None, None, None, None
+
+
+def _note_write(x: torch.Tensor) -> None:
+    """Tell autograd that a kernel wrote to `x`, so that a stale use of it is an error."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(x)

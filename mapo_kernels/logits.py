@@ -1,0 +1,278 @@
+"""Logits level: the launchers of its kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mapo_kernels._triton import on_device_of, triton, warp_size
+from mapo_kernels.advantages import advantage_arguments
+from mapo_kernels.inputs import (
+    SLOTS,
+    RowInputs,
+    TokenInputs,
+    TokenResults,
+    empty_results,
+    loss_arguments,
+)
+from mapo_kernels.logits_kernel import (
+    gradient_kernel,
+    logits_loss_kernel,
+    rescale_kernel,
+    score_kernel,
+)
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tokens import counters, group_arguments, length_weight, normalizer_of, rows_of
+
+# Above it, every row's program counting the mask of the whole batch would cost more than a launch.
+COUNT_LIMIT = 1 << 14
+# Above it, finding a row's group among all ids takes more than one step.
+MATCH_LIMIT = 1024
+_BLOCK_T = 1024
+
+
+def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
+    """Threads R and logits per 16-byte access A; every thread alone keeps sums of its columns.
+
+    The last bits of a row's statistics depend on these, so scoring and the loss both take them from
+    here; and they depend on the shape of the matrix, never on how many rows it has.
+    """
+    vocab, access = logits.shape[-1], 16 // logits.element_size()
+    # At least four steps of two tiles a row; 1024 threads fill a multiprocessor.
+    threads = min(1024, max(64, triton.next_power_of_2(vocab // (8 * access))))
+    # What Triton specialises on: only then does it know that a row is aligned.
+    strides = (logits.data_ptr(), *row_layout(logits)[1:])
+    return {
+        "R": threads,
+        "A": access,
+        "WIDE": all(x % 16 == 0 for x in strides),
+        "num_warps": threads // warp_size(),
+    }
+
+
+def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
+    """Rows per sequence, their stride, and what is added to it between two sequences.
+
+    Zero between sequences of contiguous rows, so that their number does not recompile a kernel.
+    """
+    if x.dim() == 2:
+        return max(x.shape[0], 1), x.stride(0), 0
+    length = x.shape[1]
+    return max(length, 1), x.stride(1), x.stride(0) - length * x.stride(1)
+
+
+def columns_together(logits: torch.Tensor) -> torch.Tensor:
+    """`logits` with the columns of a row adjacent in memory: copied only where they are not."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _temperature(rows: RowInputs) -> tuple[torch.Tensor | None, float]:
+    """Temperatures on the device, or the exponent's factor log2(e) / temperature."""
+    if isinstance(rows.temperature, torch.Tensor):
+        return rows.temperature.contiguous(), 0.0
+    return None, 1.0 / (math.log(2.0) * float(rows.temperature))
+
+
+def _per_temperature(rows: RowInputs) -> int:
+    """How many rows share a temperature."""
+    if not isinstance(rows.temperature, torch.Tensor):
+        return 1
+    return max(1, rows.token_ids.numel() // max(1, rows.temperature.numel()))
+
+
+def empty_scores(logits: torch.Tensor, columns: int) -> torch.Tensor:
+    """Uninitialised table [columns, rows] of `launch_scores`."""
+    return logits.new_empty((columns, logits[..., 0].numel()), dtype=torch.float32)
+
+
+def launch_scores(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+) -> torch.Tensor:
+    """Table [columns, rows] of log-prob, entropy, and what the gradient needs, in one launch."""
+    logits = columns_together(logits)
+    table = empty_scores(logits, columns)
+    n = table.shape[1]
+    if n:
+        length, stride_row, gap = row_layout(logits)
+        temperature, exponent = _temperature(rows)
+        with on_device_of(logits):
+            score_kernel[(n,)](
+                logits,
+                rows.token_ids.contiguous(),
+                temperature,
+                None if mask is None else mask.contiguous(),
+                table,
+                n,
+                length,
+                _per_temperature(rows),
+                logits.shape[-1],
+                stride_row,
+                gap,
+                exponent,
+                HAS_MASK=mask is not None,
+                HAS_TEMPERATURE=temperature is not None,
+                COLUMNS=columns,
+                enable_fp_fusion=False,
+                **tile_of(logits),
+            )
+    return table
+
+
+def launch_gradient(
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    table: torch.Tensor,
+    slope: torch.Tensor,
+    results: torch.Tensor,
+    entropy_coef: float,
+) -> None:
+    """Write d loss / d logits to `out` (which may be `logits`) from scores and d loss / d logp."""
+    logits = columns_together(logits)
+    n = table.shape[1]
+    if n == 0:
+        return
+    length, stride_row, gap = row_layout(logits)
+    _, stride_out, gap_out = row_layout(out)
+    temperature, exponent = _temperature(rows)
+    with on_device_of(logits):
+        gradient_kernel[(n,)](
+            logits,
+            out,
+            rows.token_ids.contiguous(),
+            temperature,
+            None if mask is None else mask.contiguous(),
+            table,
+            slope,
+            results,
+            n,
+            length,
+            _per_temperature(rows),
+            logits.shape[-1],
+            stride_row,
+            gap,
+            stride_out,
+            gap_out,
+            exponent,
+            float(entropy_coef),
+            HAS_MASK=mask is not None,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_BONUS=entropy_coef != 0,
+            enable_fp_fusion=False,
+            **tile_of(logits),
+        )
+
+
+def launch_rescale(grad: torch.Tensor, upstream: torch.Tensor) -> None:
+    """Multiply `grad` in place by `upstream` [], unless that is 1: known on the device alone."""
+    n = grad[..., 0].numel()
+    if n == 0:
+        return
+    length, stride_row, gap = row_layout(grad)
+    with on_device_of(grad):
+        rescale_kernel[(min(n, 1024),)](
+            grad,
+            upstream,
+            n,
+            length,
+            grad.shape[-1],
+            stride_row,
+            gap,
+            **tile_of(grad),
+        )
+
+
+def launch_logits_loss(
+    logits: torch.Tensor,
+    out: torch.Tensor | None,
+    rows: RowInputs,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+) -> TokenResults:
+    """Loss, results, advantages and, in `out` if given, the gradient: one launch, token level."""
+    logits = columns_together(logits)
+    device, vocab = logits.device, logits.shape[-1]
+    packed = inputs.cu_seqlens is not None
+    n_sequences = inputs.n_sequences(logits)
+    length, stride_row, gap = row_layout(logits)
+    n = rows.token_ids.numel()
+    _, stride_out, gap_out = row_layout(logits if out is None else out)
+    temperature, exponent = _temperature(rows)
+
+    source, normalizer, denominator = normalizer_of(inputs, spec, n_sequences)
+    mask = inputs.mask
+    if source == "count":
+        if mask is None and not packed:
+            source, denominator = "number", float(n)
+        elif mask is not None:
+            mask = mask.contiguous()
+    tensors = [rows.token_ids, *inputs[:4], mask]
+    tensors = [rows_of(x) for x in tensors]
+    advantage = rows_of(inputs.advantages)
+    per_token = advantage is not None and advantage.shape == rows.token_ids.shape
+    kind = "group" if advantage is None else "token" if per_token else "sequence"
+    strides = [0 if x is None or packed else x.stride(0) for x in tensors]
+    strides.append(1 if not per_token else 0 if packed else advantage.stride(0))  # type: ignore[union-attr]
+    group_tensors, group_size, group_choices = group_arguments(inputs, advantage_spec)
+
+    results = empty_results(rows.token_ids, inputs, False)
+    partials = torch.empty(SLOTS * n, dtype=torch.float32, device=device)
+    with on_device_of(logits):
+        logits_loss_kernel[(n,)](
+            logits,
+            out,
+            tensors[0],
+            temperature,
+            *tensors[1:],
+            advantage,
+            *group_tensors,
+            None if inputs.cu_seqlens is None else inputs.cu_seqlens.contiguous(),
+            normalizer,
+            results.loss,
+            results.results,
+            partials,
+            results.advantages,
+            counters.get(device),
+            n_sequences,
+            length,
+            group_size,
+            denominator,
+            float(spec.max_tokens or length),
+            vocab,
+            stride_row,
+            gap,
+            stride_out,
+            gap_out,
+            *strides,
+            exponent,
+            *advantage_arguments(advantage_spec),
+            *loss_arguments(spec),
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_OLD=inputs.old_logprobs is not None,
+            HAS_REF=inputs.ref_logprobs is not None,
+            HAS_ROLLOUT=inputs.rollout_logprobs is not None,
+            HAS_WEIGHT=inputs.token_weights is not None,
+            HAS_MASK=mask is not None,
+            HAS_BONUS=spec.entropy_coef != 0,
+            HAS_GRAD=out is not None,
+            PACKED=packed,
+            ADVANTAGE=kind,
+            NORMALIZER=source,
+            LENGTH_WEIGHT=length_weight(spec),
+            SCORE_ALL=spec.needs_every_token,
+            OBJECTIVE=spec.objective,
+            HAS_DUAL_CLIP=spec.dual_clip is not None,
+            KL_ESTIMATOR=spec.kl_estimator,
+            KL_CORRECTION=spec.kl_importance_correction,
+            SLOTS=SLOTS,
+            BLOCK_T=_BLOCK_T,
+            BLOCK_P=512,
+            enable_fp_fusion=False,
+            **tile_of(logits),
+            **group_choices,
+        )
+    return results

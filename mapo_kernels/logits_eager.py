@@ -1,0 +1,134 @@
+"""The logits level on torch tensors: chunks of rows, one float32 temporary, any device, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mapo_kernels import twin
+from mapo_kernels.inputs import RowInputs
+
+# Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
+_CHUNK_LOGITS = 1 << 20
+
+
+class _Rows:
+    """The rows of [.., V] logits that are not masked, by chunks of bounded size."""
+
+    def __init__(self, logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None) -> None:
+        self._logits, self._rows, self._mask = logits, rows, mask
+        self._shape = rows.token_ids.shape
+        self._vocab = logits.shape[-1]
+        self.n = rows.token_ids.numel()
+
+    def chunks(self, temporaries: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Positions [n] in the flattened batch, and index tensors of these rows, per chunk.
+
+        Tracing sees the whole batch as one chunk of rows that are all live: how many are is not
+        known to it, and it plans the memory itself.
+        """
+        live = torch.arange(self.n, device=self._logits.device)
+        step = max(1, self.n)
+        if not torch.compiler.is_compiling():
+            if self._mask is not None:
+                live = live[self._mask.reshape(-1) != 0]
+            step = max(1, _CHUNK_LOGITS // (temporaries * self._vocab))
+        for positions in live.split(step):
+            yield positions, *self.index(positions)
+
+    def index(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Index tensors of rows by their positions in the flattened batch."""
+        if len(self._shape) == 1:
+            return (positions,)
+        return positions // self._shape[1], positions % self._shape[1]
+
+    def tempered(self, index: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A copy of some rows over their temperature, [n, V]."""
+        x = self._logits[index].to(dtype)
+        temperature = self._rows.temperature
+        if isinstance(temperature, torch.Tensor):
+            return x.div_(temperature.to(dtype)[index[0]][:, None])
+        return x if temperature == 1.0 else x.div_(temperature)
+
+    def inverse_temperature(
+        self, index: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> torch.Tensor | float:
+        """Its inverse, a number or [n]."""
+        temperature = self._rows.temperature
+        if isinstance(temperature, torch.Tensor):
+            return 1.0 / temperature.to(dtype)[index[0]]
+        return 1.0 / temperature
+
+    def targets(self, index: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [n, 1], 0 for those that do not exist, and which of them do, [n]."""
+        ids = self._rows.token_ids[index].long()
+        known = (ids >= 0) & (ids < self._vocab)
+        return ids.where(known, 0)[:, None], known
+
+
+def _dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def eager_scores(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+) -> torch.Tensor:
+    """What `launch_scores` computes; the table's rows differ from it past the first two."""
+    dtype = _dtype(logits)
+    pieces = _Rows(logits, rows, mask)
+    table = logits.new_zeros((columns, pieces.n), dtype=dtype)
+    for positions, *index in pieces.chunks(1):
+        x = pieces.tempered(tuple(index), dtype)
+        token, known = pieces.targets(tuple(index))
+        target = x.gather(1, token).squeeze(1)
+        # The target is kept apart from the sums: see `formula.row_summary`.
+        x.scatter_(1, token, -torch.inf)
+        top = torch.maximum(x.amax(1), target)
+        others = x.sub_(top[:, None]).exp_().sum(1)
+        weighted = torch.zeros_like(others)
+        if columns > 1:
+            weighted = -torch.special.entr(x, out=x).sum(1)
+        logp, rest, total, entropy = twin.row_summary(others, weighted, target - top)
+        found = [logp.where(known, torch.nan), entropy, top, total, rest]
+        table[:, positions] = torch.stack(found[:columns])
+    if mask is not None and torch.compiler.is_compiling():
+        table = table.where(mask.reshape(-1) != 0, 0.0)
+    return table
+
+
+def eager_gradient(
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    table: torch.Tensor,
+    slope: torch.Tensor,
+    results: torch.Tensor,
+    entropy_coef: float,
+) -> None:
+    """What `launch_gradient` writes."""
+    dtype = _dtype(logits)
+    pieces = _Rows(logits, rows, mask)
+    scale = results[0]
+    slope = slope.reshape(-1)
+    for positions, *index in pieces.chunks(2 if entropy_coef else 1):
+        logp, entropy, top, total, rest = table[:, positions].unbind(0)
+        token, _ = pieces.targets(tuple(index))
+        factor = scale * pieces.inverse_temperature(tuple(index), dtype)
+        g, bonus = slope[positions] * factor, entropy_coef * factor
+        at_target = g * rest
+        p = pieces.tempered(tuple(index), dtype).sub_(top[:, None]).exp_().div_(total[:, None])
+        if entropy_coef:
+            # p log p is 0 where p is.
+            p_log_p = -torch.special.entr(p)
+            at_target = at_target + bonus * twin.exp(logp) * (logp.clamp(min=-1e30) + entropy)
+            p = p.mul_((bonus * entropy - g)[:, None]).addcmul_(
+                p_log_p, (bonus + torch.zeros_like(g))[:, None]
+            )
+        else:
+            p = p.mul_(-g[:, None])
+        p = p.scatter_(1, token, at_target[:, None])
+        out[tuple(index)] = p.to(out.dtype)
+    if mask is not None:
+        out.masked_fill_((mask == 0)[..., None], 0.0)
