@@ -397,7 +397,7 @@ def token_logprobs(
     with torch.no_grad():
         rows = RowInputs(token_ids, temperature)
         table = ops.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
-        logprobs, *entropy = table.view(-1, *token_ids.shape).unbind(0)
+        logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
 
 

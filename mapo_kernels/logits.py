@@ -127,10 +127,14 @@ def launch_gradient(
     mask: torch.Tensor | None,
     table: torch.Tensor,
     slope: torch.Tensor,
+    bonus: torch.Tensor | None,
     results: torch.Tensor,
-    entropy_coef: float,
 ) -> None:
-    """Write d loss / d logits to `out` (which may be `logits`) from scores and d loss / d logp."""
+    """Write d loss / d logits to `out`, which may be `logits`.
+
+    `table` is that of `launch_scores`, `slope` d loss / d logp and `bonus` the weight of the
+    entropy, both one per row and before the batch's scale in `results`.
+    """
     logits = columns_together(logits)
     n = table.shape[1]
     if n == 0:
@@ -147,6 +151,7 @@ def launch_gradient(
             None if mask is None else mask.contiguous(),
             table,
             slope,
+            bonus,
             results,
             n,
             length,
@@ -157,10 +162,9 @@ def launch_gradient(
             stride_out,
             gap_out,
             exponent,
-            float(entropy_coef),
             HAS_MASK=mask is not None,
             HAS_TEMPERATURE=temperature is not None,
-            HAS_BONUS=entropy_coef != 0,
+            HAS_BONUS=bonus is not None,
             enable_fp_fusion=False,
             **tile_of(logits),
         )

@@ -79,22 +79,27 @@ def eager_scores(
     pieces = _Rows(logits, rows, mask)
     table = logits.new_zeros((columns, pieces.n), dtype=dtype)
     for positions, *index in pieces.chunks(1):
-        x = pieces.tempered(tuple(index), dtype)
-        token, known = pieces.targets(tuple(index))
-        target = x.gather(1, token).squeeze(1)
-        # The target is kept apart from the sums: see `formula.row_summary`.
-        x.scatter_(1, token, -torch.inf)
-        top = torch.maximum(x.amax(1), target)
-        others = x.sub_(top[:, None]).exp_().sum(1)
-        weighted = torch.zeros_like(others)
-        if columns > 1:
-            weighted = -torch.special.entr(x, out=x).sum(1)
-        logp, rest, total, entropy = twin.row_summary(others, weighted, target - top)
-        found = [logp.where(known, torch.nan), entropy, top, total, rest]
-        table[:, positions] = torch.stack(found[:columns])
+        table[:, positions] = _score_chunk(pieces, tuple(index), dtype, columns)
     if mask is not None and torch.compiler.is_compiling():
         table = table.where(mask.reshape(-1) != 0, 0.0)
     return table
+
+
+def _score_chunk(
+    pieces: _Rows, index: tuple[torch.Tensor, ...], dtype: torch.dtype, columns: int
+) -> torch.Tensor:
+    x = pieces.tempered(index, dtype)
+    token, known = pieces.targets(index)
+    target = x.gather(1, token).squeeze(1)
+    # The target is kept apart from the sums: see `formula.row_summary`.
+    x.scatter_(1, token, -torch.inf)
+    top = torch.maximum(x.amax(1), target)
+    others = x.sub_(top[:, None]).exp_().sum(1)
+    weighted = torch.zeros_like(others)
+    if columns > 1:
+        weighted = -torch.special.entr(x, out=x).sum(1)
+    logp, rest, total, entropy = twin.row_summary(others, weighted, target - top)
+    return torch.stack([logp.where(known, torch.nan), entropy, top, total, rest][:columns])
 
 
 def eager_gradient(
@@ -104,31 +109,40 @@ def eager_gradient(
     mask: torch.Tensor | None,
     table: torch.Tensor,
     slope: torch.Tensor,
+    bonus: torch.Tensor | None,
     results: torch.Tensor,
-    entropy_coef: float,
 ) -> None:
     """What `launch_gradient` writes."""
     dtype = _dtype(logits)
     pieces = _Rows(logits, rows, mask)
-    scale = results[0]
-    slope = slope.reshape(-1)
-    for positions, *index in pieces.chunks(2 if entropy_coef else 1):
-        logp, entropy, top, total, rest = table[:, positions].unbind(0)
-        token, _ = pieces.targets(tuple(index))
-        factor = scale * pieces.inverse_temperature(tuple(index), dtype)
-        g, bonus = slope[positions] * factor, entropy_coef * factor
-        at_target = g * rest
-        p = pieces.tempered(tuple(index), dtype).sub_(top[:, None]).exp_().div_(total[:, None])
-        if entropy_coef:
-            # p log p is 0 where p is.
-            p_log_p = -torch.special.entr(p)
-            at_target = at_target + bonus * twin.exp(logp) * (logp.clamp(min=-1e30) + entropy)
-            p = p.mul_((bonus * entropy - g)[:, None]).addcmul_(
-                p_log_p, (bonus + torch.zeros_like(g))[:, None]
-            )
-        else:
-            p = p.mul_(-g[:, None])
-        p = p.scatter_(1, token, at_target[:, None])
-        out[tuple(index)] = p.to(out.dtype)
+    for positions, *index in pieces.chunks(1 if bonus is None else 2):
+        factor = results[0] * pieces.inverse_temperature(tuple(index), dtype)
+        g = slope.reshape(-1)[positions] * factor
+        b = None if bonus is None else bonus.reshape(-1)[positions] * factor
+        out[tuple(index)] = _gradient_chunk(pieces, tuple(index), table[:, positions], g, b).to(
+            out.dtype
+        )
     if mask is not None:
         out.masked_fill_((mask == 0)[..., None], 0.0)
+
+
+def _gradient_chunk(
+    pieces: _Rows,
+    index: tuple[torch.Tensor, ...],
+    table: torch.Tensor,
+    g: torch.Tensor,
+    bonus: torch.Tensor | None,
+) -> torch.Tensor:
+    """g (1[j = y] - p_j) + bonus p_j (log p_j + H), the target's column from 1 - p."""
+    logp, entropy, top, total, rest = table.unbind(0)
+    token, _ = pieces.targets(index)
+    p = pieces.tempered(index, table.dtype).sub_(top[:, None]).exp_().div_(total[:, None])
+    at_target = g * rest
+    if bonus is None:
+        p.mul_(-g[:, None])
+    else:
+        # p log p is 0 where p is.
+        p_log_p = torch.special.entr(p).neg_()
+        at_target = at_target + bonus * twin.exp(logp) * (logp.clamp(min=-1e30) + entropy)
+        p.mul_((bonus * entropy - g)[:, None]).addcmul_(p_log_p, bonus[:, None])
+    return p.scatter_(1, token, at_target[:, None])

@@ -156,7 +156,9 @@ def gradient_tile(
 ):
     """2^d (factor + tilt d) of one tile of a row, to where the gradient goes."""
     if MASKED:
-        x = tl.load(Row + offs, mask=offs < vocab, other=0.0, eviction_policy="evict_first")
+        x = tl.load(
+            Row + offs, mask=offs < vocab, other=float("-inf"), eviction_policy="evict_first"
+        )
     else:
         x = tl.load(Row + offs, eviction_policy="evict_first")
     d = tl.fma(x.to(tl.float32), c, -reference)
@@ -296,6 +298,7 @@ def gradient_kernel(
     Mask,  # [n]
     Table,  # [5, n]
     Slope,  # [n]
+    Bonus,  # [n]
     Results,  # [SLOTS]
     n,
     length,
@@ -306,7 +309,6 @@ def gradient_kernel(
     stride_grad,
     gap_grad,
     c,
-    entropy_coef,
     HAS_MASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_BONUS: tl.constexpr,
@@ -331,11 +333,14 @@ def gradient_kernel(
     if live > 0:
         target = load_target(TokenIds + row, vocab)
         c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
+        bonus = 0.0
+        if HAS_BONUS:
+            bonus = tl.load(Bonus + row) * scale
         write_gradient(
             Logits + (wide * stride_row + sequence * gap), Out, target, vocab, c,
             tl.load(Table + 2 * n + row), tl.load(Table + 3 * n + row), tl.load(Table + row),
             tl.load(Table + 4 * n + row), tl.load(Table + n + row), slope * scale,
-            entropy_coef * scale, HAS_BONUS, R, A, WIDE,
+            bonus, HAS_BONUS, R, A, WIDE,
         )  # fmt: skip
     else:
         write_zeros(Out, vocab, R, A, WIDE)
@@ -523,7 +528,9 @@ def logits_loss_kernel(
         Row = Logits + (row.to(tl.int64) * stride_row + wide * gap)
         target = load_target(TokenIds + wide * stride_ids + position, vocab)
         c = load_exponent(Temperature, row if PACKED else sequence, c, HAS_TEMPERATURE)
-        reference, total, logp, rest, entropy = row_statistics(Row, target, vocab, c, True, R, A, WIDE)
+        reference, total, logp, rest, entropy = row_statistics(
+            Row, target, vocab, c, True, R, A, WIDE
+        )
         zero = tl.zeros([1], tl.float32)
         loss, d_log_ratio, d_logp, ratio, new_kl, ref_kl, one, low, high = score_tokens(
             zero + logp, Old, Ref, Rollout, offs, inside, scored, advantages, weight,

@@ -24,7 +24,12 @@ from mapo_kernels.inputs import (
     empty_results,
 )
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_eager import TokenLayout, eager_token_loss, scored_tokens
+from mapo_kernels.tokens_eager import (
+    TokenLayout,
+    eager_token_loss,
+    length_weight,
+    scored_tokens,
+)
 
 
 def _is_eager(x: torch.Tensor) -> bool:
@@ -232,15 +237,15 @@ def score_rows(
     "mapo_kernels::row_gradient",
     mutates_args=(),
     schema="(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature, "
-    "Tensor? mask, Tensor table, Tensor slope, Tensor results, float entropy_coef) -> Tensor",
+    "Tensor? mask, Tensor table, Tensor slope, Tensor? bonus, Tensor results) -> Tensor",
 )
 def _row_gradient(  # type: ignore[no-untyped-def]
-    logits, token_ids, temperatures, temperature, mask, table, slope, results, entropy_coef
+    logits, token_ids, temperatures, temperature, mask, table, slope, bonus, results
 ):
     out = empty_gradient(logits)
     rows = _rows(token_ids, temperatures, temperature)
     rows_of_logits.launch_gradient(
-        logits, out, rows, mask, table, slope, results, entropy_coef
+        logits, out, rows, mask, table, slope, bonus, results
     )
     return out
 
@@ -261,12 +266,12 @@ def row_gradient(
     mask: torch.Tensor | None,
     table: torch.Tensor,
     slope: torch.Tensor,
+    bonus: torch.Tensor | None,
     results: torch.Tensor,
-    entropy_coef: float,
     inplace: bool,
 ) -> torch.Tensor:
-    """d loss / d logits, like `logits`, from `score_rows` and d loss / d logp before its scale."""
-    given = (rows, mask, table, slope, results, entropy_coef)
+    """d loss / d logits, like `logits`, from `score_rows` and what `launch_gradient` says."""
+    given = (rows, mask, table, slope, bonus, results)
     compiling = torch.compiler.is_compiling()
     if compiling and not _is_eager(logits):
         # A compiled graph decides by itself which of its buffers it reuses.
@@ -387,9 +392,11 @@ def _scored_then_differentiated(
     )
     if not need_grad:
         return out
-    grad = row_gradient(
-        logits, rows, scored, table, out.grad, out.results, spec.entropy_coef, inplace
-    )
+    bonus = None
+    if spec.entropy_coef != 0:
+        divisor = length_weight(layout, spec, rows.token_ids.shape[-1]).to(table.dtype)
+        bonus = layout.spread(spec.entropy_coef / divisor).expand(rows.token_ids.shape).contiguous()
+    grad = row_gradient(logits, rows, scored, table, out.grad, bonus, out.results, inplace)
     return out._replace(grad=grad)
 
 

@@ -39,6 +39,10 @@ class TokenLayout:
         wide = x.to(accumulator_dtype(x.device))
         return wide.new_zeros(self.n_sequences).index_add(0, self._sequence, wide).to(x.dtype)
 
+    def n_live(self) -> torch.Tensor:
+        """Live tokens of each sequence, [B] float32: exact up to 2^24."""
+        return self.sum(self.live.to(torch.float32))
+
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Values of sequences [B] in a shape that broadcasts against token tensors."""
         return x[:, None] if self._sequence is None else x[self._sequence]
@@ -52,8 +56,9 @@ class _Chunk(NamedTuple):
     grad: torch.Tensor
 
 
-def _length_weight(n_live: torch.Tensor, spec: LossSpec, length: int) -> torch.Tensor:
+def length_weight(layout: TokenLayout, spec: LossSpec, length: int) -> torch.Tensor:
     """What each sequence's token losses are divided by, [B], beside the batch's denominator."""
+    n_live = layout.n_live()
     if spec.aggregation == "seq-mean-token-mean":
         return n_live.clamp(min=1.0)
     if spec.aggregation == "seq-mean-token-sum-norm":
@@ -117,7 +122,7 @@ def _score_chunk(
         rollout = clean(inputs.rollout_logprobs, scored, logp)
         weight = weight * twin.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
 
-    n_live = layout.sum(layout.live.to(dtype))
+    n_live = layout.n_live().to(dtype)
     log_ratio = logp - old
     level_ratio = log_ratio
     if spec.importance_level == "sequence":
@@ -138,15 +143,15 @@ def _score_chunk(
         spec.kl_estimator,
         spec.kl_importance_correction,
     )
-    length_weight = _length_weight(n_live, spec, logprobs.shape[-1])
+    divisor = length_weight(layout, spec, logprobs.shape[-1]).to(dtype)
     grad = logprobs.new_empty(0, dtype=dtype)
     if need_grad:
         if spec.importance_level == "sequence":
             slope = layout.sum(d_log_ratio.where(scored, 0.0)) / n_live.clamp(min=1.0)
             d_log_ratio = layout.spread(slope)
-        grad = ((d_log_ratio + d_logp) / layout.spread(length_weight)).where(scored, 0.0)
+        grad = ((d_log_ratio + d_logp) / layout.spread(divisor)).where(scored, 0.0)
     sums = [
-        (layout.sum(loss.where(scored, 0.0)) / length_weight).sum(),
+        (layout.sum(loss.where(scored, 0.0)) / divisor).sum(),
         n_live.sum(),
         *(
             x.to(dtype).where(scored, 0.0).sum()

@@ -1,6 +1,10 @@
 """What several tests share: batches, the oracle on a batch, and the one accuracy rule."""
 
+import weakref
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mapo_kernels as mk
 import reference
@@ -111,9 +115,107 @@ def run(batch, spec, device, upstream=1.0, **given):
     return out.loss, logp.grad, out.metrics
 
 
+def make_logits(n_sequences=4, length=3, vocab=37, dtype=torch.float64, mask="random", scale=3.0):
+    """A batch of `make_batch` with logits [B, T, V] and ids; what is masked is poisoned."""
+    batch = make_batch(n_sequences, length, torch.float32, mask)
+    live = batch["mask"]
+    x = (torch.randn(n_sequences, length, vocab, dtype=torch.float64) * scale).to(dtype)
+    ids = torch.randint(0, vocab, (n_sequences, length))
+    logp, _ = reference.token_logprobs(x, ids)
+    for name in ("old", "ref", "rollout"):
+        batch[name] = (logp + torch.randn_like(logp) * 0.4).where(live, NAN).to(torch.float32)
+    batch["logits"] = x.where(live[..., None], torch.tensor(NAN, dtype=dtype))
+    batch["ids"] = ids.where(live, -100)
+    if dtype == torch.float64:
+        for name in ("old", "ref", "rollout", "weights", "advantages"):
+            batch[name] = batch[name].double()
+    return batch
+
+
+def logits_oracle(batch, spec, temperature=1.0, upstream=1.0, **given):
+    """Loss, gradient by the logits and metrics of the float64 oracle."""
+    settings = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    x = batch["logits"].detach().double().requires_grad_()
+    logp, entropy = reference.token_logprobs(x, batch["ids"], temperature, batch["mask"])
+    loss, metrics = reference.mapo_loss(
+        logp, batch["advantages"], batch["mask"], entropy=entropy, **given, **settings
+    )
+    (loss * upstream).backward()
+    return loss, x.grad, metrics
+
+
+def logits_plain(batch, spec, temperature=1.0, dtype=torch.float32, **given):
+    """Loss and gradient of vectorised PyTorch from logits, computed in `dtype`."""
+    x = batch["logits"].detach().clone().requires_grad_()
+    live = batch["mask"]
+    clean = x.to(dtype).masked_fill(~live[..., None], 0) / temperature
+    every = torch.log_softmax(clean, -1)
+    logp = every.gather(-1, batch["ids"].where(live, 0)[..., None]).squeeze(-1)
+    names = {
+        "old_logprobs": "old",
+        "ref_logprobs": "ref",
+        "token_weights": "weights",
+        "rollout_logprobs": "rollout",
+    }
+    tensors = {names[k]: v for k, v in given.items()}
+    loss = plain_loss(logp, batch["advantages"], live, spec, **tensors)
+    if spec.entropy_coef:
+        entropy = -(every.exp() * every).sum(-1).masked_fill(~live, 0)
+        loss = loss - spec.entropy_coef * entropy.sum() / live.sum()
+    loss.backward()
+    return loss, x.grad
+
+
+def logits_run(batch, spec, device, upstream=1.0, mask=True, **given):
+    """Loss, gradient by the logits and metrics of the package on `device`."""
+    x = batch["logits"].detach().to(device, copy=True).requires_grad_()
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    out = mk.mapo_loss_from_logits(
+        x,
+        batch["ids"].to(device),
+        advantages=batch["advantages"].to(device),
+        mask=batch["mask"].to(device) if mask else None,
+        spec=spec,
+        **given,
+    )
+    (grad,) = torch.autograd.grad(out.loss * upstream, x)
+    return out.loss.detach(), grad, out.metrics
+
+
 def pack(batch, lengths):
     """The first `lengths[i]` tokens of each row, packed; and the boundaries."""
     keep = torch.arange(batch["logp"].shape[1]) < torch.tensor(lengths)[:, None]
-    packed = {k: v[keep] if v.dim() == 2 else v for k, v in batch.items()}
+    packed = {k: v[keep] if v.dim() >= 2 else v for k, v in batch.items()}
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return packed, cu_seqlens, keep
+
+
+class MemoryOfTensors(TorchDispatchMode):
+    """Counts the bytes of storages that operations create and that still live; `peak` of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in given} | self.known
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in known:
+                    self.add(storage)
+        return out
+
+    def add(self, storage):
+        key, size = storage.data_ptr(), storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.known.discard(key)
+        self.now -= size
