@@ -39,6 +39,15 @@ def warp_size() -> int:
     return 32 if interprets() else triton.runtime.driver.active.get_current_target().warp_size
 
 
+@cache
+def converts_bfloat16() -> bool:
+    """Whether the GPU at hand has an instruction that rounds to bfloat16; CDNA3 does not."""
+    if interprets():
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend != "hip" or str(target.arch) not in ("gfx90a", "gfx940", "gfx941", "gfx942")
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the GPU of `x` the current one: Triton launches there, wherever the tensors are."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():

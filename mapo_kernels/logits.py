@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels._triton import on_device_of, triton, warp_size
+from mapo_kernels._triton import converts_bfloat16, on_device_of, triton, warp_size
 from mapo_kernels.advantages import advantage_arguments
 from mapo_kernels.inputs import (
     SLOTS,
@@ -165,6 +165,7 @@ def launch_gradient(
             HAS_MASK=mask is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_BONUS=bonus is not None,
+            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile_of(logits),
         )
@@ -223,6 +224,7 @@ def launch_logits_loss(
     strides.append(1 if not per_token else 0 if packed else advantage.stride(0))  # type: ignore[union-attr]
     group_tensors, group_size, group_choices = group_arguments(inputs, advantage_spec)
 
+    tile = tile_of(logits)
     results = empty_results(rows.token_ids, inputs, False)
     partials = torch.empty(SLOTS * n, dtype=torch.float32, device=device)
     with on_device_of(logits):
@@ -274,9 +276,11 @@ def launch_logits_loss(
             KL_CORRECTION=spec.kl_importance_correction,
             SLOTS=SLOTS,
             BLOCK_T=_BLOCK_T,
-            BLOCK_P=512,
+            # Eight numbers a thread.
+            BLOCK_P=8 * tile["R"] // SLOTS,
+            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
-            **tile_of(logits),
+            **tile,
             **group_choices,
         )
     return results

@@ -133,6 +133,22 @@ def row_statistics(
 
 
 @jit
+def narrow(x, dtype: tl.constexpr, CONVERTS: tl.constexpr):
+    """`x` rounded to nearest, ties to even, in the dtype of the gradient.
+
+    Where the hardware has no conversion to bfloat16, the compiler's own takes five instructions, of
+    which two keep a NaN from overflowing. One that stems from bfloat16 cannot.
+    """
+    if dtype == tl.bfloat16 and not CONVERTS:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 32767 + ((bits >> 16) & 1)
+        y = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@jit
 def write_zeros(Out, vocab, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
     """The gradient of a row that needs none."""
     zeros = tl.zeros([R, A], Out.dtype.element_ty)
@@ -153,6 +169,7 @@ def gradient_tile(
     tilt,
     MASKED: tl.constexpr,
     HAS_BONUS: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
     """2^d (factor + tilt d) of one tile of a row, to where the gradient goes."""
     if MASKED:
@@ -166,7 +183,7 @@ def gradient_tile(
         grad = tl.exp2(d) * tl.fma(tl.maximum(d, -1e30), tilt, factor)
     else:
         grad = tl.exp2(d) * factor
-    grad = grad.to(Out.dtype.element_ty)
+    grad = narrow(grad, Out.dtype.element_ty, CONVERTS)
     if MASKED:
         tl.store(Out + offs, grad, mask=offs < vocab, eviction_policy="evict_first")
     else:
@@ -191,6 +208,7 @@ def write_gradient(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
     """Read a row again and write d loss / d logits, from `slope` = d loss / d logp.
 
@@ -211,14 +229,14 @@ def write_gradient(
     n_full = vocab // (2 * R * A)
     for start in range(n_full * (2 * R * A), vocab, R * A):
         gradient_tile(
-            Row, Out, start + tile, vocab, c, reference, factor, tilt, True, HAS_BONUS
+            Row, Out, start + tile, vocab, c, reference, factor, tilt, True, HAS_BONUS, CONVERTS
         )
     for i in range(0, n_full):
         start = (n_full - 1 - i) * (2 * R * A)
         for u in tl.static_range(2):
             gradient_tile(
                 Row, Out, start + u * (R * A) + tile, vocab, c, reference, factor, tilt, False,
-                HAS_BONUS,
+                HAS_BONUS, CONVERTS,
             )  # fmt: skip
     # Another thread wrote the target's column, so this one waits for it.
     tl.debug_barrier()
@@ -315,6 +333,7 @@ def gradient_kernel(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
     """Gradient of a row whose statistics and d loss / d logp (but for the batch's scale) exist."""
     row = tl.program_id(0)
@@ -340,7 +359,7 @@ def gradient_kernel(
             Logits + (wide * stride_row + sequence * gap), Out, target, vocab, c,
             tl.load(Table + 2 * n + row), tl.load(Table + 3 * n + row), tl.load(Table + row),
             tl.load(Table + 4 * n + row), tl.load(Table + n + row), slope * scale,
-            bonus, HAS_BONUS, R, A, WIDE,
+            bonus, HAS_BONUS, R, A, WIDE, CONVERTS,
         )  # fmt: skip
     else:
         write_zeros(Out, vocab, R, A, WIDE)
@@ -396,7 +415,18 @@ def sequence_of(CuSeqlens, row, n_sequences, BLOCK_T: tl.constexpr):
     return tl.minimum(tl.sum(ended, 0), n_sequences - 1)
 
 
-@jit(do_not_specialize=["n_sequences", "length", "group_size"])
+# One number per row is read through these strides: their alignment is worth no compilation.
+_TOKEN_STRIDES = ["ids", "old", "ref", "rollout", "weight", "mask", "advantage"]
+
+
+@jit(
+    do_not_specialize=[
+        "n_sequences",
+        "length",
+        "group_size",
+        *(f"stride_{name}" for name in _TOKEN_STRIDES),
+    ]
+)
 def logits_loss_kernel(
     Logits,  # [B, T, V] or [total, V]
     Grad,  # the same; may be Logits
@@ -480,6 +510,7 @@ def logits_loss_kernel(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
@@ -488,7 +519,7 @@ def logits_loss_kernel(
     position = row % length
     if PACKED:
         sequence = sequence_of(CuSeqlens, row, n_sequences, BLOCK_T)
-    begin, end, _, limit = sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED)
+    begin, end, cover, limit = sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED)
     wide = sequence.to(tl.int64)
     offs = position + tl.arange(0, 1)  # [1], as everything about the token
     Old = Old + wide * stride_old if HAS_OLD else Old
@@ -540,7 +571,7 @@ def logits_loss_kernel(
         )  # fmt: skip
         scale = 1.0
         if LENGTH_WEIGHT == "mean":
-            n_live, _, _ = sequence_statistics(
+            n_live, mean, signal = sequence_statistics(
                 Mask, Mask, RowMask, Mask, Mask, begin, end,
                 False, HAS_MASK, False, "sequence", False, BLOCK_T,
             )  # fmt: skip
@@ -576,7 +607,7 @@ def logits_loss_kernel(
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    entropy_coef * scale, HAS_BONUS, R, A, WIDE,
+                    entropy_coef * scale, HAS_BONUS, R, A, WIDE, CONVERTS,
                 )  # fmt: skip
             else:
                 write_zeros(Out, vocab, R, A, WIDE)

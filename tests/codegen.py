@@ -96,7 +96,15 @@ def advantages(n, **grouping):
     mk.group_advantages(torch.zeros(n), return_stats="group_ids" not in grouping, **grouping)
 
 
-def logits(shape, dtype=torch.bfloat16, inplace=True, view=False, scoring=False, **settings):
+def logits(
+    shape,
+    dtype=torch.bfloat16,
+    inplace=True,
+    view=False,
+    scoring=False,
+    temperature=1.0,
+    **settings,
+):
     """One step from logits; `view` drops the last position, as a trainer does."""
     import mapo_kernels as mk
 
@@ -104,7 +112,9 @@ def logits(shape, dtype=torch.bfloat16, inplace=True, view=False, scoring=False,
     x = torch.zeros((n_sequences, length + view, vocab), dtype=dtype)[:, :length].requires_grad_()
     ids = torch.zeros((n_sequences, length), dtype=torch.int64)
     mask = torch.ones((n_sequences, length), dtype=torch.bool)
-    old = mk.token_logprobs(x, ids, mask=mask) if scoring else torch.zeros(ids.shape)
+    old = torch.zeros(ids.shape)
+    if scoring:
+        old = mk.token_logprobs(x, ids, mask=mask, temperature=temperature)
     out = mk.mapo_loss_from_logits(
         x,
         ids,
@@ -113,9 +123,21 @@ def logits(shape, dtype=torch.bfloat16, inplace=True, view=False, scoring=False,
         mask=mask,
         old_logprobs=old,
         spec=mk.LossSpec(**settings),
+        temperature=temperature,
         inplace=inplace,
     )
     out.loss.backward()
+
+
+def packed_logits():
+    import mapo_kernels as mk
+
+    x = torch.zeros((40, 1024), dtype=torch.bfloat16, requires_grad=True)
+    bounds = torch.arange(0, 41, 10, dtype=torch.int32)
+    ids = torch.zeros(40, dtype=torch.int64)
+    spec = mk.LossSpec(aggregation="seq-mean-token-mean")
+    given = {"advantages": torch.ones(4), "cu_seqlens": bounds, "spec": spec}
+    mk.mapo_loss_from_logits(x, ids, **given).loss.backward()
 
 
 V = 152064
@@ -126,6 +148,7 @@ CASES = {
     "float16 logits": lambda: logits((8, 2, V), dtype=torch.float16),
     "odd vocabulary": lambda: logits((8, 2, 50257)),
     "entropy bonus": lambda: logits((8, 2, V), entropy_coef=0.01),
+    "packed logits": packed_logits,
     "logits, sequence level": lambda: logits((8, 2, V), importance_level="sequence"),
     "clip": lambda: loss((16, 1024)),
     "no reference": lambda: loss((16, 1024), reference=False),
@@ -150,7 +173,20 @@ def ten_lengths():
         )
 
 
+def ten_shapes_of_logits():
+    """The same for the logits level, in one vocabulary; views keep the model's row stride."""
+    for i, length in enumerate((3, 5, 7, 8, 9, 16, 11, 13, 17, 2)):
+        logits(
+            (4 * (i % 3 + 1), length, 1024),
+            scoring=True,
+            inplace=i % 2 == 0,
+            eps_low=0.1 + i / 50,
+            temperature=0.5 + i / 10,
+        )
+
+
 CASES["ten lengths"] = ten_lengths
+CASES["ten shapes of logits"] = ten_shapes_of_logits
 
 
 def nvidia_report(kernel):
@@ -160,30 +196,50 @@ def nvidia_report(kernel):
         usage = tool("cuobjdump", "-res-usage", path)
         sass = tool("nvdisasm", "-c", path)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", sass, re.M)
+    code = parse(
+        sass,
+        label=r"\s*(\.L_x_\d+):",
+        instruction=r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)",
+        branch=r".*BRA.*`\((\.L_x_\d+)\)",
+    )
+    names = [name for name, _ in code]
     return {
         "registers": int(numbers["REG"]),
         "stack": int(numbers["STACK"]),
         "local": int(numbers["LOCAL"]),
-        "spills": sum(1 for name in instructions if name.startswith(("LDL", "STL"))),
-        "accesses": Counter(name for name in instructions if name.startswith(("LDG", "STG"))),
-        "exponentials": sum(1 for name in instructions if name == "MUFU.EX2"),
-        "loops": loop_sizes(sass),
+        "spills": sum(1 for name in names if name.startswith(("LDL", "STL"))),
+        "accesses": Counter(name for name in names if name.startswith(("LDG", "STG"))),
+        "exponentials": names.count("MUFU.EX2"),
+        "loops": [
+            {
+                "instructions": len(body),
+                "exponentials": body.count("MUFU.EX2"),
+                "wide_loads": sum(1 for x in body if x.startswith("LDG") and x.endswith(".128")),
+                "stores": sum(1 for x in body if x.startswith("STG")),
+                "barriers": sum(1 for x in body if x.startswith("BAR")),
+            }
+            for body in loops(code)
+        ],
     }
 
 
-def loop_sizes(sass):
-    """Instructions between each backward branch and its label."""
-    labels, sizes, position = {}, [], 0
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label.group(1)] = position
-        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
-            position += 1
-            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if branch and branch.group(1) in labels:
-                sizes.append(position - labels[branch.group(1)])
-    return sizes
+def parse(text, label, instruction, branch):
+    """Instructions in order: their names, and where each jumps back to (a position, or None)."""
+    labels, code = {}, []
+    for line in text.splitlines():
+        if found := re.match(label, line):
+            labels[found.group(1)] = len(code)
+        elif found := re.match(instruction, line):
+            jump = re.match(branch, line)
+            code.append((found.group(1), labels.get(jump.group(1)) if jump else None))
+    return code
+
+
+def loops(code):
+    """Names of the instructions between each backward branch and its target, empty loops apart."""
+    names = [name for name, _ in code]
+    spans = [(start, end) for end, (_, start) in enumerate(code) if start not in (None, end)]
+    return [names[start : end + 1] for start, end in spans]
 
 
 def tool(name, *arguments):
@@ -196,10 +252,26 @@ def tool(name, *arguments):
 def amd_report(kernel):
     text = kernel.asm["amdgcn"]
     numbers = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
+    code = parse(
+        text,
+        label=r"(\.LBB\d+_\d+):",
+        instruction=r"\s+((?:[sv]|global|buffer|ds|flat)_\w+)",
+        branch=r"\s+s_c?branch\w*\s+(\.LBB\d+_\d+)",
+    )
     return {
         "stack": int(numbers["private_segment_fixed_size"]),
         "spills": int(numbers["vgpr_spill_count"]),
         "accesses": Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)),
+        "loops": [
+            {
+                "instructions": len(body),
+                "exponentials": sum(1 for x in body if x.startswith("v_exp_f32")),
+                "wide_loads": sum(1 for x in body if "_load_dwordx4" in x),
+                "stores": sum(1 for x in body if re.match("(global|buffer)_store", x)),
+                "barriers": body.count("s_barrier"),
+            }
+            for body in loops(code)
+        ],
     }
 
 
