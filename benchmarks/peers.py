@@ -96,8 +96,8 @@ def looped_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 class _TrlState:
     """What TRL's loss reads from its trainer, for log-probs that are there already."""
 
-    def __init__(self, logp: torch.Tensor, spec: Any) -> None:
-        self._logp = logp
+    def __init__(self, logp: torch.Tensor, entropy: torch.Tensor, spec: Any) -> None:
+        self._logp, self._entropy = logp, entropy
         self.loss_type = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo"}[spec.aggregation]
         self.epsilon_low, self.epsilon_high = spec.eps_low, spec.eps_high
         self.importance_sampling_level = spec.importance_level
@@ -116,7 +116,7 @@ class _TrlState:
         self.use_vllm = self.aux_loss_enabled = self._entropy_bonus_enabled = False
 
     def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple[Any, Any, Any]:
-        return self._logp, torch.zeros_like(self._logp), None
+        return self._logp, self._entropy, None
 
 
 def trl_loss(
@@ -125,10 +125,12 @@ def trl_loss(
     mask: torch.Tensor,
     spec: Any,
     old: torch.Tensor,
+    entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """TRL's own loss [] (its metrics included, as in training) on log-probs [B, T]."""
     from trl import GRPOTrainer
 
+    entropy = torch.zeros_like(logp) if entropy is None else entropy
     empty = mask[:, :0]
     inputs = {
         "prompt_ids": empty,
@@ -138,4 +140,39 @@ def trl_loss(
         "advantages": advantages,
         "old_per_token_logps": old,
     }
-    return GRPOTrainer._compute_loss(_TrlState(logp, spec), None, inputs)
+    return GRPOTrainer._compute_loss(_TrlState(logp, entropy, spec), None, inputs)
+
+
+def plain_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs [B, T] of the tokens as a trainer writes them, in float32."""
+    every = torch.log_softmax(logits.float(), -1)
+    return every.gather(-1, token_ids[..., None]).squeeze(-1)
+
+
+def trl_token_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies [B, T] as TRL's trainer gets them: its kernel where there is one."""
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(
+        logits, token_ids, entropy_requires_grad=False, row_mask=mask
+    )
+
+
+def liger_loss(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    spec: Any,
+    old: torch.Tensor,
+) -> torch.Tensor:
+    """Liger's fused loss [] from logits [B, T + 1, V], whose last position it does not read."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    loss, _ = triton_grpo_loss(
+        logits, old, None, token_ids, advantages, mask, temperature=1.0, beta=0.0,
+        eps_low=spec.eps_low, eps_high=spec.eps_high, loss_type="bnpo", reduce=True,
+    )  # fmt: skip
+    return loss

@@ -1,6 +1,8 @@
-"""Turn a result file of the benchmarks into the README's table.
+"""Turn result files of the benchmarks into the README's tables.
 
-python -m benchmarks.report benchmarks/results/NAME.json README.md
+python -m benchmarks.report README.md benchmarks/results/NAME.json ...
+
+A file's table goes between the README's markers of its name.
 """
 
 import json
@@ -8,7 +10,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 OURS = "mapo_kernels"
 
 
@@ -33,16 +34,19 @@ def table(results):
     return "\n".join(lines)
 
 
-def insert(text, new):
-    """`text` with what stands between the markers replaced."""
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{new}\n{END}{tail}"
+def insert(text, name, new):
+    """`text` with what stands between the markers of `name` replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{new}\n{end}{tail}"
 
 
-def main(results, readme):
+def main(readme, *results):
     path = Path(readme)
-    path.write_text(insert(path.read_text(), table(json.loads(Path(results).read_text()))))
+    for result in map(Path, results):
+        new = table(json.loads(result.read_text()))
+        path.write_text(insert(path.read_text(), result.stem, new))
 
 
 if __name__ == "__main__":

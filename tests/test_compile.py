@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import assert_close, make_batch
+from support import assert_close, make_batch, make_logits
 
 import mapo_kernels as mk
 
@@ -152,3 +152,69 @@ def test_nothing_waits_for_the_device(device):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def logits_arguments(device, length=3):
+    batch = make_logits(4, length, 40, torch.float32)
+    names = ("logits", "ids", "old", "mask")
+    logits, ids, old, mask = (batch[name].to(device) for name in names)
+    rewards = torch.tensor([1, 0, 0, 0.5], device=device)
+    return logits.requires_grad_(), ids, old, mask, rewards
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fullgraph_from_logits(dynamic, level, inplace, device):
+    spec = mk.LossSpec(importance_level=level, entropy_coef=0.1, aggregation="seq-mean-token-mean")
+
+    def step(logits, ids, old, mask, rewards):
+        scored = mk.token_logprobs(logits, ids, mask=mask, temperature=0.9)
+        out = mk.mapo_loss_from_logits(
+            logits * 1.5,
+            ids,
+            rewards=rewards,
+            group_size=2,
+            mask=mask,
+            old_logprobs=old,
+            spec=spec,
+            inplace=inplace,
+            temperature=0.9,
+        )
+        return out.loss * 2, out.metrics["entropy"], scored
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (3, 5):
+        given = logits_arguments(device, length)
+        expected = step(*given)
+        expected_grad = torch.autograd.grad(expected[0], given[0])[0]
+        actual = compiled(*given)
+        grad = torch.autograd.grad(actual[0], given[0])[0]
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, 1e-6)
+        assert_close(grad, expected_grad, 1e-6)
+
+
+def test_operators_on_logits_are_sound(device):
+    if mk.resolve_backend(device.type) != "triton":
+        pytest.skip("the eager backend has no operators")
+    logits, ids, old, mask, rewards = logits_arguments(device)
+    logits = logits.detach()
+    operators = torch.ops.mapo_kernels
+    given = (logits, ids, None, 0.9)
+    torch.library.opcheck(operators.score_rows.default, (*given, mask, 5))
+    table = operators.score_rows(*given, mask, 5)
+    slope, results = torch.rand(4, 3, device=device), torch.rand(16, device=device)
+    torch.library.opcheck(
+        operators.row_gradient.default, (*given, mask, table, slope, None, results)
+    )
+    spec = mk.LossSpec(entropy_coef=0.1)
+    torch.library.opcheck(
+        operators.logits_loss.default,
+        (*given, old, None, None, None, None, mask, None, None, None, 0.0)
+        + (rewards, 2, None, None, True, *spec.pack(), *mk.AdvantageSpec().pack()),
+    )
+    torch.library.opcheck(
+        operators.rescale.default, (torch.rand(4, 3, 40, device=device), results[0].clone())
+    )

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import report
@@ -70,9 +71,10 @@ def test_the_plan_example_accumulates():
     torch.testing.assert_close(logp.grad, again.grad)
 
 
-def test_the_benchmark_table_is_that_of_the_result_file():
-    results = json.loads((ROOT / "benchmarks/results/cpu_logprobs.json").read_text())
-    assert report.insert(README, report.table(results)) == README
+@pytest.mark.parametrize("name", ["cpu_logprobs", "cpu_logits"])
+def test_the_benchmark_tables_are_those_of_the_result_files(name):
+    results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert report.insert(README, name, report.table(results)) == README
 
 
 def test_the_demo_table_is_that_of_the_result_file():
