@@ -45,7 +45,12 @@ def converts_bfloat16() -> bool:
     if interprets():
         return True
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend != "hip" or str(target.arch) not in ("gfx90a", "gfx940", "gfx941", "gfx942")
+    return target.backend != "hip" or str(target.arch) not in (
+        "gfx90a",
+        "gfx940",
+        "gfx941",
+        "gfx942",
+    )
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:

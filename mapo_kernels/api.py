@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels import checks, ops
+from mapo_kernels import checks, ops, ops_logits
 from mapo_kernels.advantages import GroupStats
 from mapo_kernels.autograd import MapoLogitsLossFunction, MapoLossFunction
 from mapo_kernels.inputs import GROUP_METRICS, RESULTS, GroupInputs, RowInputs, TokenInputs
@@ -396,7 +396,7 @@ def token_logprobs(
     checks.check_token_ids(token_ids, mask, logits.shape[-1])
     with torch.no_grad():
         rows = RowInputs(token_ids, temperature)
-        table = ops.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
+        table = ops_logits.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import ops
+from mapo_kernels import ops, ops_logits
 from mapo_kernels.inputs import RowInputs, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -71,7 +71,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, results and advantages; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
-        out = ops.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, inplace)
+        out = ops_logits.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, inplace)
         if need_grad:
             if out.grad is logits:
                 _note_write(logits)
@@ -88,7 +88,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
             return (None,) * 6
         (grad,) = ctx.saved_tensors
         grad = grad.detach()
-        ops.rescale(grad, upstream)
+        ops_logits.rescale(grad, upstream)
         _note_write(grad)
         return grad, None, None, None, None, None
 

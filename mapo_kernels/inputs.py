@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,6 +59,13 @@ class TokenInputs(NamedTuple):
     def token_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields with one value per token, in order; the mask is the last of them."""
         return self[:6]
+
+    def of_rows(self, rows: slice) -> TokenInputs:
+        """The inputs with only some rows of the token tensors."""
+        names = self._fields[: len(self.token_tensors())]
+        tensors = zip(names, self.token_tensors(), strict=True)
+        some: dict[str, Any] = {k: None if x is None else x[rows] for k, x in tensors}
+        return self._replace(**some)
 
     def n_sequences(self, logprobs: torch.Tensor) -> int:
         """Number B of sequences in a batch with these log-probs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -17,12 +16,8 @@ from mapo_kernels.inputs import (
     empty_results,
     loss_arguments,
 )
-from mapo_kernels.logits_kernel import (
-    gradient_kernel,
-    logits_loss_kernel,
-    rescale_kernel,
-    score_kernel,
-)
+from mapo_kernels.logits_kernel import logits_loss_kernel
+from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens import counters, group_arguments, length_weight, normalizer_of, rows_of
 

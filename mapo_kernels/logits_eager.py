@@ -20,6 +20,9 @@ class _Rows:
         self._logits, self._rows, self._mask = logits, rows, mask
         self._shape = rows.token_ids.shape
         self._vocab = logits.shape[-1]
+        # Whole rows are copied several times faster from a matrix than from a strided batch.
+        gap = logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1)
+        self.is_matrix = not gap or logits.shape[0] == 1
         self.n = rows.token_ids.numel()
 
     def chunks(self, temporaries: int) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -43,9 +46,14 @@ class _Rows:
             return (positions,)
         return positions // self._shape[1], positions % self._shape[1]
 
-    def tempered(self, index: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    def tempered(
+        self, positions: torch.Tensor, index: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
         """A copy of some rows over their temperature, [n, V]."""
-        x = self._logits[index].to(dtype)
+        if self.is_matrix:
+            x = self._logits.view(-1, self._vocab).index_select(0, positions).to(dtype)
+        else:
+            x = self._logits[index].to(dtype)
         temperature = self._rows.temperature
         if isinstance(temperature, torch.Tensor):
             return x.div_(temperature.to(dtype)[index[0]][:, None])
@@ -78,26 +86,32 @@ def eager_scores(
     dtype = _dtype(logits)
     pieces = _Rows(logits, rows, mask)
     table = logits.new_zeros((columns, pieces.n), dtype=dtype)
-    for positions, *index in pieces.chunks(1):
-        table[:, positions] = _score_chunk(pieces, tuple(index), dtype, columns)
+    for positions, *index in pieces.chunks(1 if columns == 1 else 2):
+        x = pieces.tempered(positions, tuple(index), dtype)
+        table[:, positions] = _scores(x, *pieces.targets(tuple(index)), columns)
+        del x  # before the next chunk is there
     if mask is not None and torch.compiler.is_compiling():
         table = table.where(mask.reshape(-1) != 0, 0.0)
     return table
 
 
-def _score_chunk(
-    pieces: _Rows, index: tuple[torch.Tensor, ...], dtype: torch.dtype, columns: int
+def _scores(
+    x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, columns: int
 ) -> torch.Tensor:
-    x = pieces.tempered(index, dtype)
-    token, known = pieces.targets(index)
+    """Table [columns, n] of the rows x [n, V], which are overwritten."""
     target = x.gather(1, token).squeeze(1)
     # The target is kept apart from the sums: see `formula.row_summary`.
     x.scatter_(1, token, -torch.inf)
     top = torch.maximum(x.amax(1), target)
-    others = x.sub_(top[:, None]).exp_().sum(1)
-    weighted = torch.zeros_like(others)
-    if columns > 1:
-        weighted = -torch.special.entr(x, out=x).sum(1)
+    x.sub_(top[:, None])
+    if columns == 1:
+        others = x.exp_().sum(1)
+        weighted = torch.zeros_like(others)
+    else:
+        # e^-inf times -inf is meant to be 0.
+        powers = x.clamp_(min=-1e30).exp()
+        others = powers.sum(1)
+        weighted = powers.mul_(x).sum(1)
     logp, rest, total, entropy = twin.row_summary(others, weighted, target - top)
     return torch.stack([logp.where(known, torch.nan), entropy, top, total, rest][:columns])
 
@@ -115,34 +129,38 @@ def eager_gradient(
     """What `launch_gradient` writes."""
     dtype = _dtype(logits)
     pieces = _Rows(logits, rows, mask)
+    flat = out.view(-1, out.shape[-1]) if _Rows(out, rows, mask).is_matrix else None
     for positions, *index in pieces.chunks(1 if bonus is None else 2):
         factor = results[0] * pieces.inverse_temperature(tuple(index), dtype)
         g = slope.reshape(-1)[positions] * factor
         b = None if bonus is None else bonus.reshape(-1)[positions] * factor
-        out[tuple(index)] = _gradient_chunk(pieces, tuple(index), table[:, positions], g, b).to(
-            out.dtype
-        )
+        x = pieces.tempered(positions, tuple(index), dtype)
+        x = _gradient(x, pieces.targets(tuple(index))[0], table[:, positions], g, b).to(out.dtype)
+        if flat is not None:
+            flat.index_copy_(0, positions, x)
+        else:
+            out[tuple(index)] = x
+        del x
     if mask is not None:
         out.masked_fill_((mask == 0)[..., None], 0.0)
 
 
-def _gradient_chunk(
-    pieces: _Rows,
-    index: tuple[torch.Tensor, ...],
+def _gradient(
+    x: torch.Tensor,
+    token: torch.Tensor,
     table: torch.Tensor,
     g: torch.Tensor,
     bonus: torch.Tensor | None,
 ) -> torch.Tensor:
-    """g (1[j = y] - p_j) + bonus p_j (log p_j + H), the target's column from 1 - p."""
+    """Gradient [n, V] as `rows_kernel.write_gradient` has it; `x` is overwritten."""
     logp, entropy, top, total, rest = table.unbind(0)
-    token, _ = pieces.targets(index)
-    p = pieces.tempered(index, table.dtype).sub_(top[:, None]).exp_().div_(total[:, None])
     at_target = g * rest
+    x.sub_(top[:, None])
     if bonus is None:
-        p.mul_(-g[:, None])
+        x.exp_().mul_((-g / total)[:, None])
     else:
-        # p log p is 0 where p is.
-        p_log_p = torch.special.entr(p).neg_()
         at_target = at_target + bonus * twin.exp(logp) * (logp.clamp(min=-1e30) + entropy)
-        p.mul_((bonus * entropy - g)[:, None]).addcmul_(p_log_p, bonus[:, None])
-    return p.scatter_(1, token, at_target[:, None])
+        powers = x.clamp_(min=-1e30).exp()
+        flat = (bonus * (entropy - total.log()) - g) / total
+        x.mul_((bonus / total)[:, None]).add_(flat[:, None]).mul_(powers)
+    return x.scatter_(1, token, at_target[:, None])

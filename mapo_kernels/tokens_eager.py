@@ -179,13 +179,6 @@ def _chunks(logprobs: torch.Tensor, inputs: TokenInputs) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, n_rows, rows)]
 
 
-def _rows_of(inputs: TokenInputs, rows: slice) -> TokenInputs:
-    tensors = inputs.token_tensors()
-    return TokenInputs(
-        *(None if x is None else x[rows] for x in tensors), *inputs[len(tensors) :]
-    )
-
-
 def eager_token_loss(
     logprobs: torch.Tensor,
     inputs: TokenInputs,
@@ -206,7 +199,7 @@ def eager_token_loss(
         parts = [_score_chunk(logprobs, inputs, given, spec, dtype, need_grad)]
     else:
         parts = [
-            _score_chunk(logprobs[r], _rows_of(inputs, r), given[r], spec, dtype, need_grad)
+            _score_chunk(logprobs[r], inputs.of_rows(r), given[r], spec, dtype, need_grad)
             for r in pieces
         ]
     total, active, scored, *sums = torch.stack([part.sums for part in parts]).sum(0)

@@ -19,6 +19,16 @@ def loss(logp=LOGP, **given):
     return mk.mapo_loss(logp, **given)
 
 
+X = torch.zeros(4, 3, 7)
+IDS = torch.zeros(4, 3, dtype=torch.int64)
+
+
+def from_logits(logits=X, ids=IDS, **given):
+    if "plan" not in given:
+        given.setdefault("advantages", A)
+    return mk.mapo_loss_from_logits(logits, ids, **given)
+
+
 def groups(rewards=R, **given):
     return mk.group_advantages(rewards, **given)
 
@@ -143,6 +153,42 @@ CASES = [
         "rewards: expected shape [3]",
         "[4]",
     ),
+    (lambda: from_logits(X.long()), TypeError, "logits: expected a floating-point", "int64"),
+    (lambda: from_logits(X[0, 0]), ValueError, "logits: expected shape [B, T, V]", "[7]"),
+    (lambda: from_logits(X[..., :0]), ValueError, "logits: expected shape", "[4, 3, 0]"),
+    (lambda: from_logits(X[0], IDS[0]), ValueError, "token_ids: expected shape [B, T]", "[3]"),
+    (
+        lambda: from_logits(X, IDS, cu_seqlens=CU),
+        ValueError,
+        "logits: expected shape [total, V] with cu_seqlens",
+        "[4, 3, 7]",
+    ),
+    (lambda: from_logits(ids=IDS[:, :2]), ValueError, "token_ids: expected shape [4, 3]", "[4, 2]"),
+    (lambda: from_logits(ids=LOGP), TypeError, "token_ids: expected an integer", "float32"),
+    (lambda: from_logits(ids=META.long()), ValueError, "token_ids: expected a tensor on", "meta"),
+    (lambda: from_logits(temperature=0), ValueError, "temperature: expected a number in", "0"),
+    (lambda: from_logits(temperature="x"), TypeError, "temperature: expected a number", "'x'"),
+    (lambda: from_logits(temperature=R[:2]), ValueError, "temperature: expected shape [4]", "[2]"),
+    (lambda: from_logits(temperature=IDS[:, 0]), TypeError, "temperature: expected", "int64"),
+    (lambda: from_logits(inplace=1), TypeError, "inplace: expected a bool", "int 1"),
+    (
+        lambda: from_logits(X.transpose(1, 2), torch.zeros(4, 7).long(), inplace=True),
+        ValueError,
+        "logits: expected adjacent columns",
+        "stride 7",
+    ),
+    (
+        lambda: from_logits(X[:1].expand(4, 3, 7), inplace=True),
+        ValueError,
+        "logits: expected memory of their own",
+        "a broadcast",
+    ),
+    (lambda: from_logits(old_logprobs=LOGP[:2]), ValueError, "the shape of token_ids", "[2, 3]"),
+    (lambda: from_logits(mask=LOGP[:2]), ValueError, "the shape of token_ids", "[2, 3]"),
+    (lambda: from_logits(spec=mk.LossSpec(beta=0.1)), ValueError, "ref_logprobs: exp", "None"),
+    (lambda: mk.token_logprobs(X, IDS[0]), ValueError, "token_ids: expected shape", "[3]"),
+    (lambda: mk.token_logprobs(X, IDS, mask=LOGP[0]), ValueError, "mask: expected shape", "[3]"),
+    (lambda: mk.token_logprobs(X, IDS, return_entropy=1), TypeError, "return_entropy", "int 1"),
     (lambda: mk.set_backend("cuda"), ValueError, "name: expected one of", "'cuda'"),
 ]
 

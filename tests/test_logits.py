@@ -21,7 +21,7 @@ from test_tokens import KLS, MASKS, POLICIES
 import mapo_kernels as mk
 import reference
 from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
-from mapo_kernels.logits_kernel import narrow
+from mapo_kernels.rows_kernel import narrow
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
@@ -104,7 +104,9 @@ def test_scores_of_any_vocabulary(vocab, dtype, device):
     batch = make_logits(2, 3, vocab, dtype)
     logits, ids, mask = (batch[k].to(device) for k in ("logits", "ids", "mask"))
     logp, entropy = mk.token_logprobs(logits, ids, mask=mask, return_entropy=True, temperature=0.5)
-    exact, exact_entropy = reference.token_logprobs(batch["logits"], batch["ids"], 0.5, batch["mask"])
+    exact, exact_entropy = reference.token_logprobs(
+        batch["logits"], batch["ids"], 0.5, batch["mask"]
+    )
     assert logp.dtype == torch.float32 and not logp.requires_grad
     assert_close(logp, exact, 1e-6)
     assert_close(entropy, exact_entropy, 1e-6)
@@ -211,9 +213,7 @@ def test_scored_log_probs_are_those_of_the_loss(level, vocab, dtype, device):
     for temperature in (1.0, 0.8):
         old = mk.token_logprobs(logits, ids, mask=mask, temperature=temperature)
         spec = mk.LossSpec(importance_level=level)
-        _, _, metrics = logits_run(
-            batch, spec, device, old_logprobs=old, temperature=temperature
-        )
+        _, _, metrics = logits_run(batch, spec, device, old_logprobs=old, temperature=temperature)
         assert metrics["approx_kl"] == 0
         assert metrics["ratio_mean"] == 1 and metrics["ratio_max"] == 1
 
@@ -306,9 +306,7 @@ def test_upstream_gradients(upstream, device):
     batch = make_logits(3, 3, 600, torch.float32)
     _, grad, _ = logits_run(batch, mk.LossSpec(), device)
     for inplace in (False, True):
-        _, scaled, _ = logits_run(
-            batch, mk.LossSpec(), device, upstream=upstream, inplace=inplace
-        )
+        _, scaled, _ = logits_run(batch, mk.LossSpec(), device, upstream=upstream, inplace=inplace)
         assert_close(scaled, grad * upstream, 1e-7)
 
 
@@ -327,8 +325,10 @@ def test_without_grad_no_gradient_is_computed(device, monkeypatch):
         batch[k].to(device) for k in ("logits", "ids", "mask", "advantages")
     )
     asked = []
-    original = mk.ops.logits_loss
-    monkeypatch.setattr(mk.ops, "logits_loss", lambda *a: asked.append(a[-2]) or original(*a))
+    original = mk.ops_logits.logits_loss
+    monkeypatch.setattr(
+        mk.ops_logits, "logits_loss", lambda *a: asked.append(a[-2]) or original(*a)
+    )
     kept = logits.clone()
     given = {"advantages": advantages, "mask": mask, "inplace": True}
     with torch.no_grad():

@@ -42,6 +42,8 @@ def test_the_trainer_example_trains():
     scope = {}
     exec(BLOCKS[0], scope)
     model = TinyModel()
+    scored = scope["score"](model, batch_for())
+    assert scored.shape == (16, 5) and not scored.requires_grad
     metrics = scope["training_step"](model, batch_for())
     assert model.table.weight.grad.abs().sum() > 0
     assert metrics["ref_kl"] > 0

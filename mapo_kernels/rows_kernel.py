@@ -1,0 +1,383 @@
+"""A row of V logits: its statistics, its gradient, and the kernels that need no more than a row.
+
+A row is read twice, and the second time it should still lie in a cache: first its statistics, with
+which d loss / d logp of its token is known in closed form, then its gradient, from the end of the
+row, which was read last, to its beginning. Between the two every thread works alone: each keeps a
+running maximum and running sums of its own columns, so the loops have no barrier.
+
+Exponents are kept in units of log 2, as c x - m with c = log2(e) / temperature in one fused
+multiply-add: exact where x and the maximum are large and close.
+"""
+
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.formula import exp, row_summary
+
+
+@jit
+def tile_columns(R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+    """Columns [R, A] of a tile: A of each of R threads, so that a thread's maximum is its own.
+
+    They are adjacent where a row is aligned to 16 bytes, which a thread reads at once. Elsewhere
+    neighbouring threads read neighbouring columns.
+    """
+    if WIDE:
+        columns = tl.arange(0, R)[:, None] * A + tl.arange(0, A)[None, :]
+    else:
+        columns = tl.arange(0, R)[:, None] + tl.arange(0, A)[None, :] * R
+    return columns
+
+
+@jit
+def load_tile(Row, offs, vocab, target, MASKED: tl.constexpr):
+    """One tile [R, A] of a row in float32; -inf at the target and beyond the row if MASKED."""
+    if MASKED:
+        x = tl.load(
+            Row + offs, mask=offs < vocab, other=float("-inf"), eviction_policy="evict_last"
+        )
+        x = tl.where(offs == target, float("-inf"), x.to(tl.float32))
+    else:
+        x = tl.load(Row + offs, eviction_policy="evict_last").to(tl.float32)
+    return x
+
+
+@jit
+def fold_block(
+    Row,
+    start,
+    top,
+    total,
+    weighted,
+    c,
+    vocab,
+    target,
+    MASKED: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add two tiles to every thread's running maximum, sum of 2^d and sum of 2^d d."""
+    offs = start + tile_columns(R, A, WIDE)
+    x0 = load_tile(Row, offs, vocab, target, MASKED)
+    x1 = load_tile(Row, offs + R * A, vocab, target, MASKED)
+    new_top = tl.maximum(top, tl.maximum(tl.max(x0, 1), tl.max(x1, 1)) * c)
+    fade = tl.exp2(top - new_top)
+    d0 = tl.fma(x0, c, -new_top[:, None])
+    d1 = tl.fma(x1, c, -new_top[:, None])
+    e0 = tl.exp2(d0)
+    e1 = tl.exp2(d1)
+    if HAS_ENTROPY:
+        # 2^-inf times -inf is meant to be 0.
+        products = tl.fma(e0, tl.maximum(d0, -1e30), e1 * tl.maximum(d1, -1e30))
+        weighted = tl.fma(total, top - new_top, weighted) * fade + tl.sum(products, 1)
+    total = tl.fma(total, fade, tl.sum(e0 + e1, 1))
+    return new_top, total, weighted
+
+
+@jit
+def row_statistics(
+    Row,
+    target,
+    vocab,
+    c,
+    HAS_ENTROPY: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Read a row once. `target` is its token id, or -1 for one that does not exist.
+
+    Returns (reference m in units of log 2, sum over all columns, log-prob of the target,
+    probability of all others, entropy).
+    """
+    BLOCK: tl.constexpr = 2 * R * A
+    top = tl.full([R], -1e30, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    weighted = tl.zeros([R], tl.float32)
+    n_full = vocab // BLOCK
+    # The target stays out of the sums, so its block is left to the masked loop.
+    inside = (target >= 0) & (target < n_full * BLOCK)
+    own = tl.where(inside, target // BLOCK, n_full)
+    for i in range(0, n_full - tl.where(inside, 1, 0)):
+        start = (i + tl.where(i >= own, 1, 0)) * BLOCK
+        top, total, weighted = fold_block(
+            Row, start, top, total, weighted, c, vocab, target, False, HAS_ENTROPY, R, A, WIDE
+        )
+    for k in range(tl.where(inside, 0, 1), tl.where(n_full * BLOCK < vocab, 2, 1)):
+        start = tl.where(k == 0, own, n_full) * BLOCK
+        top, total, weighted = fold_block(
+            Row, start, top, total, weighted, c, vocab, target, True, HAS_ENTROPY, R, A, WIDE
+        )
+    index = target + tl.arange(0, 1)
+    x = tl.load(Row + index, mask=index >= 0, other=float("nan")).to(tl.float32)
+    x = tl.sum(x, 0)
+    reference = tl.maximum(tl.max(top, 0), x * c)
+    fade = tl.exp2(top - reference)
+    others = tl.sum(total * fade, 0)
+    weighted = tl.sum(tl.fma(total, top - reference, weighted) * fade, 0)
+    gap = tl.fma(x, c, -reference)
+    logp, rest, total, entropy = row_summary(
+        others, weighted * 0.6931471805599453, gap * 0.6931471805599453
+    )
+    return reference, total, logp, rest, entropy
+
+
+@jit
+def narrow(x, dtype: tl.constexpr, CONVERTS: tl.constexpr):
+    """`x` rounded to nearest, ties to even, in the dtype of the gradient.
+
+    Where the hardware has no conversion to bfloat16, the compiler's own takes five instructions, of
+    which two keep a NaN from overflowing. One that stems from bfloat16 cannot.
+    """
+    if dtype == tl.bfloat16 and not CONVERTS:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 32767 + ((bits >> 16) & 1)
+        y = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@jit
+def write_zeros(Out, vocab, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+    """The gradient of a row that needs none."""
+    zeros = tl.zeros([R, A], Out.dtype.element_ty)
+    for start in range(0, vocab, R * A):
+        offs = start + tile_columns(R, A, WIDE)
+        tl.store(Out + offs, zeros, mask=offs < vocab)
+
+
+@jit
+def gradient_tile(
+    Row,
+    Out,
+    offs,
+    vocab,
+    c,
+    reference,
+    factor,
+    tilt,
+    MASKED: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
+    CONVERTS: tl.constexpr,
+):
+    """2^d (factor + tilt d) of one tile of a row, to where the gradient goes."""
+    if MASKED:
+        x = tl.load(
+            Row + offs, mask=offs < vocab, other=float("-inf"), eviction_policy="evict_first"
+        )
+    else:
+        x = tl.load(Row + offs, eviction_policy="evict_first")
+    d = tl.fma(x.to(tl.float32), c, -reference)
+    if HAS_BONUS:
+        grad = tl.exp2(d) * tl.fma(tl.maximum(d, -1e30), tilt, factor)
+    else:
+        grad = tl.exp2(d) * factor
+    grad = narrow(grad, Out.dtype.element_ty, CONVERTS)
+    if MASKED:
+        tl.store(Out + offs, grad, mask=offs < vocab, eviction_policy="evict_first")
+    else:
+        tl.store(Out + offs, grad, eviction_policy="evict_first")
+
+
+@jit
+def write_gradient(
+    Row,
+    Out,
+    target,
+    vocab,
+    c,
+    reference,
+    total,
+    logp,
+    rest,
+    entropy,
+    slope,
+    bonus,
+    HAS_BONUS: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
+):
+    """Read a row again and write d loss / d logits, from `slope` = d loss / d logp.
+
+    With p the row's probabilities, H its entropy, `bonus` the weight of the entropy bonus:
+    slope (1[j = y] - p_j) + bonus p_j (log p_j + H), over the temperature. Out may be Row.
+    """
+    per_logit = c * 0.6931471805599453
+    slope = slope * per_logit
+    bonus = bonus * per_logit
+    factor = -slope / total
+    tilt = 0.0
+    at_target = slope * rest
+    if HAS_BONUS:
+        factor = factor + bonus * (entropy - tl.log(total)) / total
+        tilt = bonus * 0.6931471805599453 / total
+        at_target = at_target + bonus * exp(logp) * (tl.maximum(logp, -1e30) + entropy)
+    tile = tile_columns(R, A, WIDE)
+    n_full = vocab // (2 * R * A)
+    for start in range(n_full * (2 * R * A), vocab, R * A):
+        gradient_tile(
+            Row, Out, start + tile, vocab, c, reference, factor, tilt, True, HAS_BONUS, CONVERTS
+        )
+    for i in range(0, n_full):
+        start = (n_full - 1 - i) * (2 * R * A)
+        for u in tl.static_range(2):
+            gradient_tile(
+                Row, Out, start + u * (R * A) + tile, vocab, c, reference, factor, tilt, False,
+                HAS_BONUS, CONVERTS,
+            )  # fmt: skip
+    # Another thread wrote the target's column, so this one waits for it.
+    tl.debug_barrier()
+    index = target + tl.arange(0, 1)
+    value = tl.zeros([1], tl.float32) + at_target
+    tl.store(Out + index, value.to(Out.dtype.element_ty), mask=index >= 0)
+
+
+@jit
+def load_target(TokenIds, vocab):
+    """The token id of a row, -1 if it does not exist."""
+    token = tl.load(TokenIds)
+    return tl.where((token >= 0) & (token < vocab), token, -1).to(tl.int32)
+
+
+@jit
+def load_exponent(Temperature, index, c, HAS_TEMPERATURE: tl.constexpr):
+    """log2(e) / temperature: the given number, or from a tensor of temperatures."""
+    if HAS_TEMPERATURE:
+        c = 1.4426950408889634 / tl.load(Temperature + index).to(tl.float32)
+    return c
+
+
+@jit(do_not_specialize=["n", "length", "per_temperature"])
+def score_kernel(
+    Logits,  # n rows of V
+    TokenIds,  # [n]
+    Temperature,  # [n / per_temperature]
+    Mask,  # [n]
+    Table,  # [COLUMNS, n]
+    n,
+    length,
+    per_temperature,
+    vocab,
+    stride_row,
+    gap,
+    c,
+    HAS_MASK: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 1: log-probs; 2: entropies too; 5: all that the gradient needs
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Statistics of a row; all 0, and nothing read, where it is masked."""
+    row = tl.program_id(0)
+    live = 1
+    if HAS_MASK:
+        live = (tl.load(Mask + row) != 0).to(tl.int32)
+    logp = 0.0
+    entropy = 0.0
+    reference = 0.0
+    total = 1.0
+    rest = 0.0
+    if live > 0:
+        Row = Logits + (row.to(tl.int64) * stride_row + (row // length).to(tl.int64) * gap)
+        target = load_target(TokenIds + row, vocab)
+        c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
+        reference, total, logp, rest, entropy = row_statistics(
+            Row, target, vocab, c, COLUMNS > 1, R, A, WIDE
+        )
+    tl.store(Table + row, logp)
+    if COLUMNS > 1:
+        tl.store(Table + n + row, entropy)
+    if COLUMNS > 2:
+        tl.store(Table + 2 * n + row, reference)
+        tl.store(Table + 3 * n + row, total)
+        tl.store(Table + 4 * n + row, rest)
+
+
+@jit(do_not_specialize=["n", "length", "per_temperature"])
+def gradient_kernel(
+    Logits,  # n rows of V
+    Grad,  # n rows of V
+    TokenIds,  # [n]
+    Temperature,  # [n / per_temperature]
+    Mask,  # [n]
+    Table,  # [5, n]
+    Slope,  # [n]
+    Bonus,  # [n]
+    Results,  # [SLOTS]
+    n,
+    length,
+    per_temperature,
+    vocab,
+    stride_row,
+    gap,
+    stride_grad,
+    gap_grad,
+    c,
+    HAS_MASK: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
+):
+    """Gradient of a row whose statistics and d loss / d logp (but for the batch's scale) exist."""
+    row = tl.program_id(0)
+    wide = row.to(tl.int64)
+    sequence = (row // length).to(tl.int64)
+    Out = Grad + (wide * stride_grad + sequence * gap_grad)
+    live = 1
+    if HAS_MASK:
+        live = (tl.load(Mask + row) != 0).to(tl.int32)
+    scale = tl.load(Results)
+    slope = 0.0
+    if live > 0:
+        slope = tl.load(Slope + row)
+    if not HAS_BONUS:
+        live = live * tl.where(slope != 0, 1, 0)
+    if live > 0:
+        target = load_target(TokenIds + row, vocab)
+        c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
+        bonus = 0.0
+        if HAS_BONUS:
+            bonus = tl.load(Bonus + row) * scale
+        write_gradient(
+            Logits + (wide * stride_row + sequence * gap), Out, target, vocab, c,
+            tl.load(Table + 2 * n + row), tl.load(Table + 3 * n + row), tl.load(Table + row),
+            tl.load(Table + 4 * n + row), tl.load(Table + n + row), slope * scale,
+            bonus, HAS_BONUS, R, A, WIDE, CONVERTS,
+        )  # fmt: skip
+    else:
+        write_zeros(Out, vocab, R, A, WIDE)
+
+
+@jit(do_not_specialize=["n", "length"])
+def rescale_kernel(
+    Grad,  # n rows of V
+    Upstream,  # []
+    n,
+    length,
+    vocab,
+    stride_row,
+    gap,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Backward: multiply the gradient by the upstream gradient, unless that is 1."""
+    factor = tl.load(Upstream).to(tl.float32)
+    if factor != 1.0:
+        for row in range(tl.program_id(0), n, tl.num_programs(0)):
+            # The counter may be a plain number, which has no `.to`.
+            wide = tl.zeros([], tl.int64) + row
+            Row = Grad + (wide * stride_row + (wide // length) * gap)
+            for start in range(0, vocab, R * A):
+                offs = start + tile_columns(R, A, WIDE)
+                x = tl.load(Row + offs, mask=offs < vocab).to(tl.float32)
+                # What is exactly 0 stays so, whatever the factor.
+                x = tl.where(x == 0, 0.0, x * factor)
+                tl.store(Row + offs, x.to(Grad.dtype.element_ty), mask=offs < vocab)
