@@ -1,4 +1,4 @@
-"""The autograd nodes: forward computes loss and gradient, backward applies the upstream gradient."""
+"""The autograd nodes: forward computes loss and gradient, backward scales the gradient."""
 
 from __future__ import annotations
 

@@ -141,7 +141,8 @@ def eager_gradient(
         else:
             out[tuple(index)] = x
         del x
-    if mask is not None:
+    if mask is not None and (out is logits or torch.compiler.is_compiling()):
+        # Elsewhere the gradient begins as zeros.
         out.masked_fill_((mask == 0)[..., None], 0.0)
 
 
