@@ -10,9 +10,8 @@ from mapo_kernels.api import (
     MapoLoss,
     group_advantages,
     mapo_loss,
-    mapo_loss_from_logits,
-    token_logprobs,
 )
+from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
 from mapo_kernels.autograd import MapoLogitsLossFunction, MapoLossFunction
 from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
 from mapo_kernels.plan import Plan, make_plan

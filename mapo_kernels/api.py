@@ -6,16 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels import checks, ops, ops_logits
+from mapo_kernels import checks, ops
 from mapo_kernels.advantages import GroupStats
-from mapo_kernels.autograd import MapoLogitsLossFunction, MapoLossFunction
-from mapo_kernels.inputs import GROUP_METRICS, RESULTS, GroupInputs, RowInputs, TokenInputs
+from mapo_kernels.autograd import MapoLossFunction
+from mapo_kernels.inputs import GROUP_METRICS, RESULTS, GroupInputs, TokenInputs
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
-from mapo_kernels.tokens_eager import TokenLayout
 
-_DEFAULT_SPEC = LossSpec()
-_DEFAULT_ADVANTAGE_SPEC = AdvantageSpec()
+DEFAULT_SPEC = LossSpec()
+DEFAULT_ADVANTAGE_SPEC = AdvantageSpec()
 
 
 class LossOutput(NamedTuple):
@@ -99,7 +98,7 @@ def group_advantages(
     return advantages, GroupStats(*table[:6].unbind(0))
 
 
-def _gather_inputs(
+def gather_inputs(
     name: str,
     tokens: torch.Tensor,
     plan: Plan | None,
@@ -143,7 +142,7 @@ def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:
     twice = [name for name, value in given.items() if value is not None]
     if twice:
         raise ValueError(f"{', '.join(twice)}: expected None with a plan, which has them already")
-    if spec not in (_DEFAULT_SPEC, plan.spec):
+    if spec not in (DEFAULT_SPEC, plan.spec):
         raise ValueError(f"spec: expected the plan's spec {plan.spec}, got {spec}")
     return plan.spec
 
@@ -163,8 +162,8 @@ def mapo_loss(
     rollout_logprobs: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     normalizer: torch.Tensor | float | None = None,
-    spec: LossSpec = _DEFAULT_SPEC,
-    advantage_spec: AdvantageSpec = _DEFAULT_ADVANTAGE_SPEC,
+    spec: LossSpec = DEFAULT_SPEC,
+    advantage_spec: AdvantageSpec = DEFAULT_ADVANTAGE_SPEC,
     plan: Plan | None = None,
 ) -> LossOutput:
     """Clipped policy loss of a batch from its log-probs, group advantages included.
@@ -207,7 +206,7 @@ def mapo_loss(
         ValueError: a shape, a value, a device or a combination that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    inputs, spec = _gather_inputs(
+    inputs, spec = gather_inputs(
         "logprobs",
         logprobs,
         plan,
@@ -233,12 +232,12 @@ def mapo_loss(
         # Otherwise the node would be told that a gradient is needed, and write one for nobody.
         logprobs = logprobs.detach()
     loss, results, computed = MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)
-    values = _metrics(results, inputs, plan)
+    values = name_metrics(results, inputs, plan)
     del values["entropy"]
-    return LossOutput(loss, values, _advantages(computed, inputs))
+    return LossOutput(loss, values, used_advantages(computed, inputs))
 
 
-def _metrics(
+def name_metrics(
     results: torch.Tensor, inputs: TokenInputs, plan: Plan | None
 ) -> dict[str, torch.Tensor]:
     """Results by name, without those that this batch has nothing to say about."""
@@ -255,150 +254,9 @@ def _metrics(
     return values
 
 
-def _advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:
+def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:
+    """The advantages [B] that the loss was computed with, as it returns them."""
     return (computed if inputs.advantages is None else inputs.advantages).detach()
-
-
-def mapo_loss_from_logits(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    *,
-    rewards: torch.Tensor | None = None,
-    advantages: torch.Tensor | None = None,
-    group_size: int | None = None,
-    group_ids: torch.Tensor | None = None,
-    success: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    old_logprobs: torch.Tensor | None = None,
-    ref_logprobs: torch.Tensor | None = None,
-    rollout_logprobs: torch.Tensor | None = None,
-    token_weights: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | None = None,
-    spec: LossSpec = _DEFAULT_SPEC,
-    advantage_spec: AdvantageSpec = _DEFAULT_ADVANTAGE_SPEC,
-    plan: Plan | None = None,
-    temperature: torch.Tensor | float = 1.0,
-    inplace: bool = False,
-) -> LossOutput:
-    """The loss of `mapo_loss` from logits: log-probs, entropy, loss and gradient in one launch.
-
-    Each live row of logits is read from memory once and its gradient written once; rows that are
-    masked, or whose advantage is 0, are not read. Sequence-level importance takes three launches,
-    because a row's gradient then waits for its whole sequence.
-
-    Args:
-        logits: [B, T, V], or [total, V] with `cu_seqlens`: float32, bfloat16, float16, or float64
-            (eager backend), row t predicting `token_ids[t]`. Rows may be strided, as in
-            `logits[:, :-1]`; autograd then copies the gradient into a tensor of the full size, and
-            passing the whole `logits` with a last token that is masked saves that.
-        token_ids: [B, T] or [total], integers in [0, V) where live; anything elsewhere.
-        rewards: this and what follows as in `mapo_loss`; token tensors have the shape of
-            `token_ids`.
-        advantages: see `mapo_loss`.
-        group_size: see `mapo_loss`.
-        group_ids: see `mapo_loss`.
-        success: see `mapo_loss`.
-        mask: see `mapo_loss`. The gradient is exactly 0 where it is 0, whatever the logits.
-        cu_seqlens: see `mapo_loss`.
-        old_logprobs: see `mapo_loss`; of `token_logprobs` at the same temperature, the ratio is
-            exactly 1 as long as the weights are unchanged.
-        ref_logprobs: see `mapo_loss`.
-        rollout_logprobs: see `mapo_loss`.
-        token_weights: see `mapo_loss`.
-        normalizer: see `mapo_loss`. It also is the exact way to accumulate over micro-batches:
-            dividing the loss instead costs a second pass over the gradient, and one more rounding.
-        spec: which loss; `entropy_coef` adds its entropy bonus here.
-        advantage_spec: how rewards become advantages.
-        plan: of `make_plan`, in place of what it has.
-        temperature: what the logits are divided by: a positive number, or a tensor [B]. Log-probs,
-            entropy and gradient are those of softmax(logits / temperature).
-        inplace: let the gradient overwrite the logits, so that there is no second [N, V] tensor.
-            Nobody may use the logits afterwards; autograd raises an error if it saved them.
-
-    Returns:
-        `LossOutput` as of `mapo_loss`; metrics also have `entropy`, the mean over the scored tokens
-        in nats. Backward may run once: it hands over the gradient that forward computed.
-
-    Raises:
-        ValueError: a shape, a value, a device or a combination that makes no sense.
-        TypeError: an argument of the wrong type.
-    """
-    checks.check_rows(logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
-    checks.check_inplace(logits, inplace)
-    inputs, spec = _gather_inputs(
-        "token_ids",
-        token_ids,
-        plan,
-        spec,
-        advantage_spec,
-        {
-            "rewards": rewards,
-            "advantages": advantages,
-            "group_size": group_size,
-            "group_ids": group_ids,
-            "success": success,
-        },
-        {"mask": mask, "cu_seqlens": cu_seqlens, "normalizer": normalizer},
-        {
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "rollout_logprobs": rollout_logprobs,
-            "token_weights": token_weights,
-        },
-    )
-    n_sequences = inputs.n_sequences(token_ids)
-    checks.check_temperature(temperature, n_sequences, token_ids.device)
-    checks.check_token_ids(token_ids, inputs.mask, logits.shape[-1])
-    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
-        temperature = TokenLayout(token_ids, inputs).spread(temperature)
-    if not torch.is_grad_enabled():
-        logits = logits.detach()
-    loss, results, computed = MapoLogitsLossFunction.apply(
-        logits, RowInputs(token_ids, temperature), inputs, spec, advantage_spec, inplace
-    )
-    return LossOutput(loss, _metrics(results, inputs, plan), _advantages(computed, inputs))
-
-
-def token_logprobs(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    *,
-    temperature: torch.Tensor | float = 1.0,
-    mask: torch.Tensor | None = None,
-    return_entropy: bool = False,
-) -> Any:
-    """Log-probs of sampled tokens from logits, for old and reference policies: no gradient.
-
-    On the same logits they equal, bit for bit, what `mapo_loss_from_logits` computes inside.
-
-    Args:
-        logits: [B, T, V] or [total, V], as in `mapo_loss_from_logits`.
-        token_ids: [B, T] or [total], integers in [0, V) where live.
-        temperature: a positive number, or a tensor with one value per leading index: [B] or
-            [total].
-        mask: nonzero where a token counts, shape of `token_ids`. Other rows are not read.
-        return_entropy: also return the entropy of each row's distribution, in nats.
-
-    Returns:
-        Log-probs in the shape of `token_ids`, float32 (float64 for float64 logits), 0 where masked,
-        NaN for a token id outside [0, V); with `return_entropy` a pair of them and the entropies.
-
-    Raises:
-        ValueError: a shape, a value or a device that makes no sense.
-        TypeError: an argument of the wrong type.
-    """
-    checks.check_rows(logits, token_ids, None)
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
-    require_bool("return_entropy", return_entropy)
-    if mask is not None:
-        checks.check_mask(mask, token_ids, "token_ids")
-    checks.check_token_ids(token_ids, mask, logits.shape[-1])
-    with torch.no_grad():
-        rows = RowInputs(token_ids, temperature)
-        table = ops_logits.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
-        logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
-    return (logprobs, *entropy) if return_entropy else logprobs
 
 
 class MapoLoss(torch.nn.Module):
@@ -414,8 +272,8 @@ class MapoLoss(torch.nn.Module):
 
     def __init__(
         self,
-        spec: LossSpec = _DEFAULT_SPEC,
-        advantage_spec: AdvantageSpec = _DEFAULT_ADVANTAGE_SPEC,
+        spec: LossSpec = DEFAULT_SPEC,
+        advantage_spec: AdvantageSpec = DEFAULT_ADVANTAGE_SPEC,
     ) -> None:
         """Keep the specs."""
         super().__init__()

@@ -71,7 +71,8 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, results and advantages; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
-        out = ops_logits.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, inplace)
+        place = logits if inplace else None
+        out = ops_logits.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
         if need_grad:
             if out.grad is logits:
                 _note_write(logits)

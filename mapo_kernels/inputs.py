@@ -37,6 +37,8 @@ class TokenInputs(NamedTuple):
         rollout_logprobs: log-probs as the sampling engine saw them, or None.
         token_weights: factor of the policy term, or None.
         entropy: of the distribution each token was drawn from, where logits were seen; or None.
+        loss_weights: factor of a token's whole loss beside the aggregation's, where a chunk of
+            tokens does not know the sequences it comes from; or None.
         mask: nonzero where a token counts, or None if all do.
         advantages: [B] or per token; or None, then `groups` is there.
         groups: rewards by group, from which the kernel computes the advantages; or None.
@@ -50,6 +52,7 @@ class TokenInputs(NamedTuple):
     rollout_logprobs: torch.Tensor | None = None
     token_weights: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     groups: GroupInputs | None = None
@@ -58,7 +61,7 @@ class TokenInputs(NamedTuple):
 
     def token_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields with one value per token, in order; the mask is the last of them."""
-        return self[:6]
+        return self[:7]
 
     def of_rows(self, rows: slice) -> TokenInputs:
         """The inputs with only some rows of the token tensors."""

@@ -210,7 +210,7 @@ def launch_logits_loss(
             source, denominator = "number", float(n)
         elif mask is not None:
             mask = mask.contiguous()
-    tensors = [rows.token_ids, *inputs[:4], mask]
+    tensors = [rows.token_ids, *inputs[:4], inputs.loss_weights, mask]
     tensors = [rows_of(x) for x in tensors]
     advantage = rows_of(inputs.advantages)
     per_token = advantage is not None and advantage.shape == rows.token_ids.shape
@@ -257,6 +257,7 @@ def launch_logits_loss(
             HAS_REF=inputs.ref_logprobs is not None,
             HAS_ROLLOUT=inputs.rollout_logprobs is not None,
             HAS_WEIGHT=inputs.token_weights is not None,
+            HAS_LOSS_WEIGHT=inputs.loss_weights is not None,
             HAS_MASK=mask is not None,
             HAS_BONUS=spec.entropy_coef != 0,
             HAS_GRAD=out is not None,

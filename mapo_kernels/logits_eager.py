@@ -141,8 +141,9 @@ def eager_gradient(
         else:
             out[tuple(index)] = x
         del x
-    if mask is not None and (out is logits or torch.compiler.is_compiling()):
-        # Elsewhere the gradient begins as zeros.
+    if mask is not None and flat is not None and not torch.compiler.is_compiling():
+        flat.index_fill_(0, (mask.reshape(-1) == 0).nonzero().squeeze(1), 0.0)
+    elif mask is not None:
         out.masked_fill_((mask == 0)[..., None], 0.0)
 
 

@@ -12,7 +12,7 @@ from mapo_kernels.rows_kernel import (
     write_gradient,
     write_zeros,
 )
-from mapo_kernels.tokens_kernel import (
+from mapo_kernels.tokens_device import (
     finish,
     live_tokens,
     score_tokens,
@@ -45,7 +45,7 @@ def sequence_of(CuSeqlens, row, n_sequences, BLOCK_T: tl.constexpr):
 
 
 # One number per row is read through these strides: their alignment is worth no compilation.
-_TOKEN_STRIDES = ["ids", "old", "ref", "rollout", "weight", "mask", "advantage"]
+_TOKEN_STRIDES = ["ids", "old", "ref", "rollout", "weight", "loss_weight", "mask", "advantage"]
 
 
 @jit(
@@ -65,6 +65,7 @@ def logits_loss_kernel(
     Ref,
     Rollout,
     Weight,
+    LossWeight,
     Mask,
     Advantage,  # [B] or per token
     Rewards,  # [B]
@@ -92,6 +93,7 @@ def logits_loss_kernel(
     stride_ref,
     stride_rollout,
     stride_weight,
+    stride_loss_weight,
     stride_mask,
     stride_advantage,
     c,
@@ -114,6 +116,7 @@ def logits_loss_kernel(
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_LOSS_WEIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_BONUS: tl.constexpr,
     HAS_GRAD: tl.constexpr,
@@ -207,6 +210,10 @@ def logits_loss_kernel(
             scale = 1.0 / n_live
         elif LENGTH_WEIGHT == "fixed":
             scale = 1.0 / max_tokens
+        if HAS_LOSS_WEIGHT:
+            scale = scale * tl.load(LossWeight + wide * stride_loss_weight + position).to(
+                tl.float32
+            )
         sums = tl.where(slots == 0, tl.sum(loss, 0) * scale, sums)
         sums = tl.where(slots == 2, tl.sum(one, 0), sums)
         sums = tl.where(slots == 3, tl.sum(low, 0), sums)

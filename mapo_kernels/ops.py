@@ -54,23 +54,34 @@ def pack(
 
 def unpack(*packed: Any) -> tuple[TokenInputs, bool, LossSpec, AdvantageSpec]:
     """What `pack` packed."""
-    old, ref, rollout, weights, entropy, mask, given, cu_seqlens, normalizer, number = packed[:10]
-    rewards, group_size, group_ids, success, need_grad = packed[10:15]
+    old, ref, rollout, weights, entropy, loss_weights, mask = packed[:7]
+    given, cu_seqlens, normalizer, number = packed[7:11]
+    rewards, group_size, group_ids, success, need_grad = packed[11:16]
     groups = None if rewards is None else GroupInputs(rewards, group_size, group_ids, success)
     if normalizer is None and number > 0:
         normalizer = number
     inputs = TokenInputs(
-        old, ref, rollout, weights, entropy, mask, given, groups, cu_seqlens, normalizer
+        old,
+        ref,
+        rollout,
+        weights,
+        entropy,
+        loss_weights,
+        mask,
+        given,
+        groups,
+        cu_seqlens,
+        normalizer,
     )
-    specs = packed[15:]
+    specs = packed[16:]
     return inputs, need_grad, LossSpec.unpack(*specs[:2]), AdvantageSpec.unpack(*specs[2:])
 
 
 LOSS_SCHEMA = (
     "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
-    "Tensor? token_weights, Tensor? entropy, Tensor? mask, Tensor? advantages, "
-    "Tensor? cu_seqlens, Tensor? normalizer, float normalizer_value, Tensor? rewards, "
-    "int group_size, Tensor? group_ids, Tensor? success, bool need_grad, "
+    "Tensor? token_weights, Tensor? entropy, Tensor? loss_weights, Tensor? mask, "
+    "Tensor? advantages, Tensor? cu_seqlens, Tensor? normalizer, float normalizer_value, "
+    "Tensor? rewards, int group_size, Tensor? group_ids, Tensor? success, bool need_grad, "
     "float[] spec_numbers, str spec_kinds, float[] advantage_numbers, str advantage_kinds) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )

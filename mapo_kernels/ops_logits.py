@@ -88,21 +88,21 @@ def row_gradient(
     slope: torch.Tensor,
     bonus: torch.Tensor | None,
     results: torch.Tensor,
-    inplace: bool,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient like `logits`, from the table of `score_rows` and what `launch_gradient` takes."""
+    """Gradient by the logits, from the table of `score_rows` and what `launch_gradient` takes.
+
+    It goes to `out`: the logits themselves, another tensor of their shape, or by default a new one.
+    """
     given = (rows, mask, table, slope, bonus, results)
     compiling = torch.compiler.is_compiling()
     if compiling and not is_eager(logits):
         # A compiled graph decides by itself which of its buffers it reuses.
         return _row_gradient(logits, rows.token_ids, *_temperatures(rows), *given[1:])
-    inplace = inplace and not compiling
-    if is_eager(logits):
-        out = logits if inplace else torch.zeros_like(logits)
-        logits_eager.eager_gradient(logits, out, *given)
-        return out
-    out = logits if inplace else empty_gradient(logits)
-    rows_of_logits.launch_gradient(logits, out, *given)
+    if out is None or compiling:
+        out = empty_gradient(logits)
+    write = logits_eager.eager_gradient if is_eager(logits) else rows_of_logits.launch_gradient
+    write(logits, out, *given)
     return out
 
 
@@ -138,20 +138,21 @@ def logits_loss(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-    inplace: bool,
+    out: torch.Tensor | None = None,
 ) -> TokenResults:
     """Loss, results, advantages and the gradient by the logits of a validated batch.
 
-    The gradient comes with the batch's scale and lacks only the upstream gradient. One launch
-    where a row's gradient depends on no other row; else statistics, loss and gradient are three.
+    The gradient goes to `out`, as in `row_gradient`. It comes with the batch's scale and lacks only
+    the upstream gradient. One launch where a row's gradient depends on no other row; else
+    statistics, loss and gradient are three.
     """
     if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
-        return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, inplace))
+        return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
     fused = spec.importance_level == "token" and rows.token_ids.numel() > 0
     if is_eager(logits) or not fused:
         return _scored_then_differentiated(
-            logits, rows, inputs, spec, advantage_spec, need_grad, inplace
+            logits, rows, inputs, spec, advantage_spec, need_grad, out
         )
     if spec.aggregation == "token-mean" and inputs.normalizer is None and inputs.mask is not None:
         if rows.token_ids.numel() > rows_of_logits.COUNT_LIMIT:
@@ -161,9 +162,10 @@ def logits_loss(
         temperatures = _temperatures(rows)
         packed = pack(inputs, need_grad, spec, advantage_spec)
         return TokenResults(*_logits_loss(logits, rows.token_ids, *temperatures, *packed))
-    out = None
-    if need_grad:
-        out = logits if inplace else empty_gradient(logits)
+    if not need_grad:
+        out = None
+    elif out is None:
+        out = empty_gradient(logits)
     results = rows_of_logits.launch_logits_loss(logits, out, rows, inputs, spec, advantage_spec)
     return results if out is None else results._replace(grad=out)
 
@@ -190,7 +192,7 @@ def _scored_then_differentiated(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-    inplace: bool,
+    out: torch.Tensor | None,
 ) -> TokenResults:
     """The same in three steps: statistics of the rows, the loss of the log-probs, the gradient."""
     layout = TokenLayout(rows.token_ids, inputs)
@@ -201,15 +203,18 @@ def _scored_then_differentiated(
     scored = scored_tokens(layout, advantage, weight, spec)
     table = score_rows(logits, rows, scored, 5 if need_grad else 2)
     logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
-    out = token_loss(logprobs, inputs._replace(entropy=entropy), spec, advantage_spec, need_grad)
+    inputs = inputs._replace(entropy=entropy)
+    found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
     if not need_grad:
-        return out
+        return found
     bonus = None
     if spec.entropy_coef != 0:
         divisor = length_weight(layout, spec, rows.token_ids.shape[-1]).to(table.dtype)
         bonus = layout.spread(spec.entropy_coef / divisor).expand(rows.token_ids.shape).contiguous()
-    grad = row_gradient(logits, rows, scored, table, out.grad, bonus, out.results, inplace)
-    return out._replace(grad=grad)
+        if inputs.loss_weights is not None:
+            bonus = bonus * inputs.loss_weights
+    grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
+    return found._replace(grad=grad)
 
 
 @torch.library.custom_op(

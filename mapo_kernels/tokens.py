@@ -165,6 +165,7 @@ def launch_token_loss(
             HAS_ROLLOUT=inputs.rollout_logprobs is not None,
             HAS_WEIGHT=inputs.token_weights is not None,
             HAS_ENTROPY=inputs.entropy is not None,
+            HAS_LOSS_WEIGHT=inputs.loss_weights is not None,
             HAS_MASK=inputs.mask is not None,
             HAS_GRAD=need_grad,
             PACKED=packed,

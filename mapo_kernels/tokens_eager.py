@@ -143,6 +143,9 @@ def _score_chunk(
         spec.kl_estimator,
         spec.kl_importance_correction,
     )
+    if inputs.loss_weights is not None:
+        factor = clean(inputs.loss_weights, scored, logp)
+        loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
     divisor = length_weight(layout, spec, logprobs.shape[-1]).to(dtype)
     grad = logprobs.new_empty(0, dtype=dtype)
     if need_grad:
