@@ -11,8 +11,17 @@ from mapo_kernels.api import (
     group_advantages,
     mapo_loss,
 )
+from mapo_kernels.api_linear import (
+    MapoLinearLoss,
+    mapo_loss_from_hidden,
+    token_logprobs_from_hidden,
+)
 from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
-from mapo_kernels.autograd import MapoLogitsLossFunction, MapoLossFunction
+from mapo_kernels.autograd import (
+    MapoLinearLossFunction,
+    MapoLogitsLossFunction,
+    MapoLossFunction,
+)
 from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
 from mapo_kernels.plan import Plan, make_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -22,6 +31,8 @@ __all__ = [
     "GroupStats",
     "LossOutput",
     "LossSpec",
+    "MapoLinearLoss",
+    "MapoLinearLossFunction",
     "MapoLogitsLossFunction",
     "MapoLoss",
     "MapoLossFunction",
@@ -31,8 +42,10 @@ __all__ = [
     "group_advantages",
     "make_plan",
     "mapo_loss",
+    "mapo_loss_from_hidden",
     "mapo_loss_from_logits",
     "resolve_backend",
     "set_backend",
     "token_logprobs",
+    "token_logprobs_from_hidden",
 ]

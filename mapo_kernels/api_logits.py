@@ -87,7 +87,7 @@ def mapo_loss_from_logits(
         ValueError: a shape, a value, a device or a combination that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows(logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
+    checks.check_rows("logits", logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
     checks.check_inplace(logits, inplace)
     inputs, spec = gather_inputs(
         "token_ids",
@@ -151,7 +151,7 @@ def token_logprobs(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows(logits, token_ids, None)
+    checks.check_rows("logits", logits, token_ids, None)
     checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
     require_bool("return_entropy", return_entropy)
     if mask is not None:

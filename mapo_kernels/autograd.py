@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import ops, ops_logits
-from mapo_kernels.inputs import RowInputs, TokenInputs
+from mapo_kernels import linear, ops, ops_logits
+from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -98,3 +98,54 @@ def _note_write(x: torch.Tensor) -> None:
     """Tell autograd that a kernel wrote to `x`, so that a stale use of it is an error."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(x)
+
+
+class MapoLinearLossFunction(torch.autograd.Function):
+    """The loss from hidden states as an autograd node, for trainers that apply it themselves.
+
+    `MapoLinearLossFunction.apply(hidden, weight, bias, head, rows, inputs, spec, advantage_spec)`
+    returns (loss [], results [16] in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or
+    empty). Only the loss is differentiable, by `hidden` [B, T, H] or [total, H], `weight` [V, H]
+    and `bias` [V] (or None), each only if it requires grad. `head` is a `HeadInputs` whose weight
+    and bias are ignored; nothing is validated: `mapo_loss_from_hidden` does that.
+
+    Forward computes the gradients, backward hands over those very tensors, once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        head: HeadInputs,
+        rows: RowInputs,
+        inputs: TokenInputs,
+        spec: LossSpec,
+        advantage_spec: AdvantageSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, results and advantages; keeps the gradients that will be asked for."""
+        wanted = linear.Wanted(*ctx.needs_input_grad[:3])
+        head = head._replace(weight=weight, bias=bias)
+        # Products choose their dtypes themselves.
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = linear.linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted)
+        if any(wanted):
+            ctx.save_for_backward(*out[3:])
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(out.results, out.advantages)
+        ctx.set_materialize_grads(False)
+        return out.loss, out.results, out.advantages
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
+        """Hand over what forward kept, times the upstream gradient where that is not 1."""
+        grads: list[torch.Tensor | None] = [None] * 3
+        if upstream is not None:
+            for i, kept in enumerate(ctx.saved_tensors):
+                if kept is not None:
+                    ops_logits.rescale(kept if kept.dim() > 1 else kept[None], upstream)
+                    _note_write(kept)
+                    grads[i] = kept.to(ctx.dtypes[i])
+        return (*grads, None, None, None, None, None)

@@ -199,25 +199,65 @@ def check_tokens(name: str, tokens: torch.Tensor, inputs: TokenInputs, spec: Los
 
 
 def check_rows(
-    logits: torch.Tensor, token_ids: torch.Tensor, cu_seqlens: torch.Tensor | None
+    name: str, x: torch.Tensor, token_ids: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> None:
-    """Validate logits against the token ids that were drawn from them."""
-    check_tensor("logits", logits)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating-point dtype, got {logits.dtype}")
-    if logits.dim() not in (2, 3) or logits.shape[-1] < 1:
+    """Validate logits, or hidden states, against the token ids that were drawn from them."""
+    width = {"logits": "V", "hidden": "H"}[name]
+    check_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    if x.dim() not in (2, 3) or x.shape[-1] < 1:
         raise ValueError(
-            f"logits: expected shape [B, T, V], or [total, V] if packed, with V >= 1, got "
-            f"{_shape(logits.shape)}"
+            f"{name}: expected shape [B, T, {width}], or [total, {width}] if packed, with "
+            f"{width} >= 1, got {_shape(x.shape)}"
         )
-    if cu_seqlens is not None and logits.dim() != 2:
+    if cu_seqlens is not None and x.dim() != 2:
         raise ValueError(
-            f"logits: expected shape [total, V] with cu_seqlens, got {_shape(logits.shape)}"
+            f"{name}: expected shape [total, {width}] with cu_seqlens, got {_shape(x.shape)}"
         )
-    check_tensor("token_ids", token_ids, logits.device)
+    check_tensor("token_ids", token_ids, x.device)
     if token_ids.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"token_ids: expected an integer dtype, got {token_ids.dtype}")
-    check_shape("token_ids", token_ids, logits.shape[:-1], "the shape of logits without V")
+    check_shape("token_ids", token_ids, x.shape[:-1], f"the shape of {name} without {width}")
+
+
+def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Validate a head's weight [V, H] and bias [V] against hidden states [.., H]."""
+    for name, x in (("lm_head_weight", weight), ("bias", bias)):
+        if x is None and name == "bias":
+            continue
+        if type(x).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected a whole tensor, got a DTensor: call from inside the forward of "
+                f"a module that gathers it (MapoLinearLoss under fully_shard), or pass "
+                f"{name}.full_tensor()"
+            )
+        check_tensor(name, x, hidden.device)
+        if not x.is_floating_point() or x.element_size() < 2:
+            raise TypeError(
+                f"{name}: expected float32, bfloat16, float16 or float64 (dequantise it first), "
+                f"got {x.dtype}"
+            )
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"lm_head_weight: expected shape [V, {hidden.shape[-1]}] (the width of hidden), got "
+            f"{_shape(weight.shape)}"
+        )
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1], "one per row of lm_head_weight")
+
+
+def check_head_options(softcap: object, logit_scale: object, chunk_rows: object) -> None:
+    """Validate what happens to a head's product, and in how large chunks."""
+    if softcap is not None:
+        require_number("softcap", softcap, 0.0, open_low=True)
+    require_number("logit_scale", logit_scale, 0.0, open_low=True)
+    if chunk_rows is None:
+        return
+    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+        raise TypeError(f"chunk_rows: expected an int, got {describe(chunk_rows)}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
 
 
 def check_temperature(temperature: object, count: int, device: torch.device) -> None:

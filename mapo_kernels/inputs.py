@@ -162,3 +162,44 @@ class RowScores(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor
     table: torch.Tensor
+
+
+class HeadInputs(NamedTuple):
+    """The head that turns hidden states into logits: softcap(logit_scale (h W^T + bias)).
+
+    Attributes:
+        weight: [V, H].
+        bias: [V], or None.
+        softcap: c of `c tanh(x / c)`, or None.
+        logit_scale: what the product is multiplied by.
+        chunk_rows: hidden states per chunk, or None to choose.
+        live_rows: positions of the live tokens in the flattened batch, or None to find them, which
+            waits for the device.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    chunk_rows: int | None = None
+    live_rows: torch.Tensor | None = None
+
+
+class HeadResults(NamedTuple):
+    """What the loss from hidden states leaves on the device.
+
+    Attributes:
+        loss: as in `TokenResults`, and so are the next two.
+        results: see there.
+        advantages: see there.
+        d_hidden: gradient like the hidden states, contiguous; None if not asked for.
+        d_weight: gradient [V, H] in the dtype of sums; None if not asked for.
+        d_bias: gradient [V] in the dtype of sums; None if not asked for.
+    """
+
+    loss: torch.Tensor
+    results: torch.Tensor
+    advantages: torch.Tensor
+    d_hidden: torch.Tensor | None = None
+    d_weight: torch.Tensor | None = None
+    d_bias: torch.Tensor | None = None

@@ -26,6 +26,9 @@ class Plan:
         normalizer: [] float32, the batch's denominator: its tokens for `token-mean`, else its
             sequences. Micro-batches share it, so their losses add up to the loss of the batch.
         metrics: 0-d tensors about the groups (empty if advantages were given).
+        live_counts: live tokens of each sequence, on the host. Finding them is the one time that
+            `make_plan` waits for the device; nothing that a plan is used for waits again.
+        bounds: `cu_seqlens` on the host, or None if padded.
     """
 
     spec: LossSpec
@@ -34,6 +37,8 @@ class Plan:
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor
     metrics: dict[str, torch.Tensor]
+    live_counts: tuple[int, ...] = ()
+    bounds: tuple[int, ...] | None = None
 
     @property
     def n_sequences(self) -> int:
@@ -47,23 +52,16 @@ class Plan:
         """Bool, the shape of the tokens: which of them can change the loss or its gradient.
 
         A token with advantage 0 cannot, unless the KL term or an entropy bonus still acts on it.
-        Packed without a mask, this waits once for the device, to learn the number of tokens.
         """
-        tokens = self.mask
-        if tokens is None:
-            total = int(self.cu_seqlens[-1])  # type: ignore[index]
-            tokens = torch.ones(total, dtype=torch.bool, device=self.advantages.device)
-        inputs = TokenInputs(mask=self.mask, cu_seqlens=self.cu_seqlens)
-        layout = TokenLayout(tokens, inputs)
-        advantage = self.advantages
-        if advantage.shape != tokens.shape:
-            advantage = layout.spread(advantage)
-        return scored_tokens(layout, advantage, layout.live, self.spec)
+        total = self.bounds[-1] if self.bounds is not None else 0
+        return _live_tokens(self.advantages, self.mask, self.cu_seqlens, self.spec, total)
 
     @cached_property
     def live_rows(self) -> torch.Tensor:
-        """Positions [n_live] int64 of the live tokens in the flattened batch; waits once."""
-        return self.live.reshape(-1).nonzero().squeeze(1)
+        """Positions [n_live] int64 of the live tokens in the flattened batch, ascending."""
+        # Their number is known, so that no `nonzero` has to wait for it.
+        dead = (~self.live).reshape(-1).to(torch.uint8)
+        return torch.argsort(dead, stable=True)[: sum(self.live_counts)]
 
     def micro_batch(self, sequences: slice | torch.Tensor) -> Plan:
         """The plan of some of the sequences, with the denominator (and metrics) of the whole batch.
@@ -72,28 +70,37 @@ class Plan:
             sequences: a slice, or [b] indices of sequences (padded batches only).
 
         Returns:
-            A plan for log-probs of just these sequences, in this order. A packed batch with a mask
-            waits once for the device, to learn where its tokens lie.
+            A plan for log-probs of just these sequences, in this order. Indices that lie on the
+            device are waited for.
 
         Raises:
             ValueError: indices, or a slice with a step, for a packed batch.
         """
         if self.cu_seqlens is None:
             mask = None if self.mask is None else self.mask[sequences]
-            return replace(self, advantages=self.advantages[sequences], mask=mask)
+            which = (
+                range(self.n_sequences)[sequences] if isinstance(sequences, slice) else sequences
+            )
+            counts = tuple(self.live_counts[int(i)] for i in which)
+            return replace(
+                self, advantages=self.advantages[sequences], mask=mask, live_counts=counts
+            )
         if not isinstance(sequences, slice) or sequences.step not in (None, 1):
             raise ValueError(f"sequences: expected a plain slice for packed input, got {sequences}")
         start, stop, _ = sequences.indices(self.n_sequences)
-        bounds = self.cu_seqlens[start : stop + 1]
-        advantages, mask = self.advantages, self.mask
-        per_token = self.mask is not None and advantages.shape == self.mask.shape
-        if mask is not None:
-            first, last = bounds[[0, -1]].tolist()
-            mask = mask[first:last]
-            advantages = advantages[first:last] if per_token else advantages
-        if not per_token:
-            advantages = advantages[start:stop]
-        return replace(self, advantages=advantages, mask=mask, cu_seqlens=bounds - bounds[0])
+        cu_seqlens = self.cu_seqlens[start : stop + 1]
+        assert self.bounds is not None
+        first, last = self.bounds[start], self.bounds[stop]
+        per_token = self.advantages.shape[0] == self.bounds[-1]
+        tokens, rows = slice(first, last), slice(start, stop)
+        return replace(
+            self,
+            advantages=self.advantages[tokens if per_token else rows],
+            mask=None if self.mask is None else self.mask[tokens],
+            cu_seqlens=cu_seqlens - cu_seqlens[0],
+            live_counts=self.live_counts[rows],
+            bounds=tuple(bound - first for bound in self.bounds[start : stop + 1]),
+        )
 
 
 def make_plan(
@@ -148,7 +155,56 @@ def make_plan(
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
         checks.check_advantages(advantages, n_sequences, advantages if mask is None else mask)
     count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
-    return Plan(spec, advantages, mask, cu_seqlens, count, metrics)  # type: ignore[arg-type]
+    assert advantages is not None
+    counts, bounds = _count_live(advantages, mask, cu_seqlens, spec)
+    return Plan(spec, advantages, mask, cu_seqlens, count, metrics, counts, bounds)
+
+
+def _live_tokens(
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    spec: LossSpec,
+    total: int,
+) -> torch.Tensor:
+    """Which tokens of the batch (`total` of them, if packed without a mask) are live."""
+    tokens = mask
+    if tokens is None:
+        tokens = torch.ones(total, dtype=torch.bool, device=advantages.device)
+    layout = TokenLayout(tokens, TokenInputs(mask=mask, cu_seqlens=cu_seqlens))
+    if advantages.shape != tokens.shape:
+        advantages = layout.spread(advantages)
+    return scored_tokens(layout, advantages, layout.live, spec)
+
+
+def _count_live(
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    spec: LossSpec,
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Live tokens of each sequence, and the boundaries, on the host: waits for the device once."""
+    if cu_seqlens is None:
+        counts = _live_tokens(advantages, mask, None, spec, 0).sum(1)
+        return tuple(counts.tolist()), None
+    n_sequences = cu_seqlens.shape[0] - 1
+    if mask is None and advantages.shape[0] == n_sequences:
+        # How many tokens there are is not known yet, and not needed.
+        matters = torch.ones_like(advantages, dtype=torch.bool)
+        if not spec.needs_every_token:
+            matters = advantages != 0
+        counts = cu_seqlens.diff() * matters
+    else:
+        live = _live_tokens(advantages, mask, cu_seqlens, spec, advantages.shape[0])
+        sequences = TokenLayout(live, TokenInputs(cu_seqlens=cu_seqlens))
+        counts = sequences.sum(live.to(torch.float32))
+    found = torch.cat([counts.to(torch.int64), cu_seqlens.to(torch.int64)]).tolist()
+    if mask is None and found[-1] == n_sequences == advantages.shape[0]:
+        # As many tokens as sequences: like everywhere else, the advantages are the tokens' own.
+        live = _live_tokens(advantages, None, cu_seqlens, spec, n_sequences)
+        sequences = TokenLayout(live, TokenInputs(cu_seqlens=cu_seqlens))
+        found[:n_sequences] = [int(x) for x in sequences.sum(live.to(torch.float32)).tolist()]
+    return tuple(found[:n_sequences]), tuple(found[n_sequences:])
 
 
 def _denominator(

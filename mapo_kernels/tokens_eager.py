@@ -66,9 +66,10 @@ def length_weight(layout: TokenLayout, spec: LossSpec, length: int) -> torch.Ten
     return torch.ones_like(n_live)
 
 
-def _denominator(
+def denominator_of(
     inputs: TokenInputs, spec: LossSpec, n_sequences: int, active: torch.Tensor
 ) -> torch.Tensor:
+    """The batch's denominator [], which is never 0; `active` [] is its number of live tokens."""
     if isinstance(inputs.normalizer, torch.Tensor):
         denominator = inputs.normalizer.to(active.dtype).reshape(())
     elif inputs.normalizer is not None:
@@ -206,7 +207,7 @@ def eager_token_loss(
             for r in pieces
         ]
     total, active, scored, *sums = torch.stack([part.sums for part in parts]).sum(0)
-    denominator = _denominator(inputs, spec, inputs.n_sequences(logprobs), active)
+    denominator = denominator_of(inputs, spec, inputs.n_sequences(logprobs), active)
     means = [x / scored.clamp(min=1.0) for x in sums]
     ratio_max = torch.stack([part.ratio_max for part in parts]).amax()
     values = [1.0 / denominator, active, scored, *means, ratio_max, *group_values]

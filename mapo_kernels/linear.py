@@ -1,0 +1,342 @@
+"""Hidden level: hidden states times lm_head to loss, chunk by chunk of live rows.
+
+A chunk has the full vocabulary, so its gradient is closed-form while its logits are there: three
+matrix products a chunk (logits, d hidden, d weight), and no row that is not live enters any. Where
+a row's gradient waits for its sequence (GSPO), the logits are computed a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from mapo_kernels import ops, ops_logits
+from mapo_kernels.inputs import (
+    RESULTS,
+    SLOTS,
+    HeadInputs,
+    HeadResults,
+    RowInputs,
+    TokenInputs,
+)
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tokens_eager import (
+    TokenLayout,
+    denominator_of,
+    length_weight,
+    scored_tokens,
+)
+
+# Bytes of logits and of their gradient that a chunk may take: on a GPU enough rows to keep its
+# matrix units busy, on a CPU what stays near its caches.
+_GPU_CHUNK = 1 << 30
+_CPU_CHUNK = 1 << 26
+_ROUND = 128
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
+    """Hidden states per chunk where the caller leaves it open.
+
+    As many as make 1 GiB of float32 logits and their gradient (64 MiB on a CPU), in multiples of
+    128, at least 128; on a GPU halved while they would take more than half of its free memory.
+    """
+    weight = head.weight
+    budget = _GPU_CHUNK if weight.is_cuda else _CPU_CHUNK
+    if weight.is_cuda:
+        free = torch.cuda.mem_get_info(weight.device)[0]
+        free = free + torch.cuda.memory_reserved(weight.device)
+        free = free - torch.cuda.memory_allocated(weight.device)
+        while budget > free // 2 and budget > 1 << 20:
+            budget = budget // 2
+    rows = budget // (weight.shape[0] * (4 + weight.element_size()))
+    return max(_ROUND, min(rows // _ROUND * _ROUND, max(n_live, 1)))
+
+
+class _Head:
+    """The head's products. Logits come in float32, whatever the inputs; so do sums of gradients."""
+
+    def __init__(self, head: HeadInputs) -> None:
+        self.bias, self.softcap, self.scale = head.bias, head.softcap, head.logit_scale
+        # The one place that knows where a product of narrow inputs comes out in float32. Elsewhere
+        # the weight is widened once per call, and the products run in float32.
+        self._mixed = head.weight.is_cuda and torch.version.hip is None
+        self._mixed = self._mixed and hasattr(torch.ops.aten.mm, "dtype")
+        self._mixed = self._mixed and head.weight.dtype in (torch.bfloat16, torch.float16)
+        self.weight = head.weight if self._mixed else head.weight.to(self.dtype_of(head.weight))
+
+    @staticmethod
+    def dtype_of(x: torch.Tensor) -> torch.dtype:
+        """What logits and sums of gradients are kept in."""
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of hidden states [n, H], but for the scale where it joins the temperature."""
+        if self._mixed:
+            x = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+        else:
+            x = torch.mm(hidden.to(self.weight.dtype), self.weight.t())
+        if self.bias is not None:
+            x.add_(self.bias)
+        if self.softcap is not None:
+            x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return x
+
+    def temperature(self, temperature: torch.Tensor | float) -> torch.Tensor | float:
+        """What the logits of `logits` are divided by."""
+        return temperature if self.softcap is not None else temperature / self.scale
+
+    def place(self, logits: torch.Tensor) -> torch.Tensor:
+        """Where the gradient of these logits goes: over them, unless they are needed again."""
+        if self.softcap is not None:
+            return torch.empty_like(logits)
+        return torch.empty_like(logits, dtype=self.weight.dtype) if self._mixed else logits
+
+    def before_softcap(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Gradient by the product from that by the logits, which are overwritten."""
+        if self.softcap is not None:
+            # d c tanh(s x / c) / dx = s (1 - tanh^2)
+            logits.div_(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+            grad = grad.mul_(logits)
+        return grad.to(self.weight.dtype)
+
+    def add_products(
+        self,
+        grad: torch.Tensor,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        out: HeadResults,
+    ) -> None:
+        """Add what a chunk's gradient [n, V] contributes to those that are asked for."""
+        if out.d_hidden is not None:
+            d_hidden = torch.mm(grad, self.weight).to(out.d_hidden.dtype)
+            out.d_hidden.view(-1, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
+        if out.d_weight is not None:
+            if self._mixed:
+                torch.addmm(
+                    out.d_weight, grad.t(), hidden, out_dtype=torch.float32, out=out.d_weight
+                )
+            else:
+                out.d_weight.addmm_(grad.t(), hidden.to(grad.dtype))
+        if out.d_bias is not None:
+            out.d_bias.add_(grad.sum(0, dtype=out.d_bias.dtype))
+
+
+class _Chunks:
+    """Live rows of a batch, chunk by chunk."""
+
+    def __init__(self, hidden: torch.Tensor, head: HeadInputs, live_rows: torch.Tensor) -> None:
+        self._hidden = hidden
+        self._rows = live_rows
+        self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0])
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows in self._rows.split(self._step):
+            if rows.shape[0]:
+                yield rows, self.take(rows)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, H] of some rows; a strided batch is not copied as a whole."""
+        if self._hidden.dim() == 2:
+            return self._hidden.index_select(0, rows)
+        length = self._hidden.shape[1]
+        return self._hidden[rows // length, rows % length]
+
+
+def linear_loss(
+    hidden: torch.Tensor,
+    head: HeadInputs,
+    rows: RowInputs,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    wanted: Wanted,
+) -> HeadResults:
+    """Loss, results, advantages and the gradients of a validated batch, but for the upstream."""
+    if inputs.groups is not None:
+        inputs, complete = ops.with_advantages(inputs, inputs.groups, advantage_spec)
+        found = linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted)
+        finished = complete(found.results)
+        return found._replace(results=finished, advantages=inputs.advantages)
+    layout = TokenLayout(rows.token_ids, inputs)
+    advantage = inputs.advantages
+    assert advantage is not None
+    if advantage.shape != layout.live.shape:
+        advantage = layout.spread(advantage).expand(layout.live.shape)
+    live_rows = head.live_rows
+    if live_rows is None:
+        weight = layout.live if inputs.token_weights is None else inputs.token_weights
+        scored = scored_tokens(layout, advantage, weight, spec)
+        live_rows = scored.reshape(-1).nonzero().squeeze(1)
+    dtype = _Head.dtype_of(hidden)
+    out = HeadResults(
+        hidden.new_zeros((), dtype=dtype),
+        hidden.new_zeros(SLOTS, dtype=dtype),
+        hidden.new_empty(0, dtype=dtype),
+        hidden.new_zeros(hidden.shape) if wanted.hidden else None,
+        head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None,
+        head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if wanted.bias else None,
+    )
+    chunks = _Chunks(hidden, head, live_rows)
+    by_chunk = any(wanted) and spec.importance_level == "token"
+    compute = _token_level if by_chunk else _in_two_passes
+    return compute(chunks, _Head(head), rows, inputs, spec, layout, advantage, out)
+
+
+def _temperature_of(
+    head: _Head, rows: RowInputs, layout: TokenLayout, chosen: torch.Tensor
+) -> torch.Tensor | float:
+    """The temperature of a chunk: a number, or one per row."""
+    temperature = rows.temperature
+    if isinstance(temperature, torch.Tensor):
+        if rows.token_ids.dim() == 2:
+            temperature = layout.spread(temperature).expand(rows.token_ids.shape)
+        temperature = temperature.reshape(-1)[chosen]
+    return head.temperature(temperature)
+
+
+def _token_level(
+    chunks: _Chunks,
+    head: _Head,
+    rows: RowInputs,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    layout: TokenLayout,
+    advantage: torch.Tensor,
+    out: HeadResults,
+) -> HeadResults:
+    """Loss and gradients of a chunk from its logits while they are there."""
+    shape = rows.token_ids.shape
+    active = layout.live.sum().to(out.loss.dtype)
+    denominator = denominator_of(inputs, spec, inputs.n_sequences(rows.token_ids), active)
+    weights = inputs.loss_weights
+    if spec.aggregation in ("seq-mean-token-mean", "seq-mean-token-sum-norm"):
+        per_sequence = 1.0 / length_weight(layout, spec, shape[-1]).to(out.loss.dtype)
+        weights = layout.spread(per_sequence).expand(shape)
+    tensors = inputs._replace(loss_weights=weights).token_tensors()
+    found = []
+    chunk_spec = replace(spec, aggregation="token-mean", max_tokens=None)
+    for chosen, hidden in chunks:
+        # Sequences of one token each: all that is known of the real ones is in the weights.
+        given = [None if x is None else x.reshape(-1)[chosen][:, None] for x in tensors[:-1]]
+        chunk = TokenInputs(
+            *given,  # type: ignore[arg-type]
+            advantages=advantage.reshape(-1)[chosen],
+            normalizer=denominator,
+        )
+        ids = rows.token_ids.reshape(-1)[chosen][:, None]
+        chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))
+        logits = head.logits(hidden)
+        place = head.place(logits)
+        result = ops_logits.logits_loss(
+            logits[:, None], chunk_rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
+        )
+        found.append(torch.cat([result.loss.reshape(1), result.results]))
+        head.add_products(head.before_softcap(place, logits), hidden, chosen, out)
+        del logits, place, result
+    table = torch.stack(found) if found else out.results.new_zeros((0, SLOTS + 1))
+    results = _combine(table[:, 1:], active, denominator)
+    return out._replace(loss=table[:, 0].sum(), results=results)
+
+
+def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Results of a batch [16] from those of its chunks [chunks, 16]: see `inputs.RESULTS`."""
+    names = {name: slot for slot, name in enumerate(RESULTS)}
+    scored = table[:, names["scored_tokens"]]
+    results = (table * scored[:, None]).sum(0) / scored.sum().clamp(min=1.0)
+    if table.shape[0]:
+        results[names["ratio_max"]] = table[:, names["ratio_max"]].amax()
+    results[names["gradient_scale"]] = 1.0 / denominator
+    results[names["active_tokens"]] = active
+    results[names["scored_tokens"]] = scored.sum()
+    return results
+
+
+def _in_two_passes(
+    chunks: _Chunks,
+    head: _Head,
+    rows: RowInputs,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    layout: TokenLayout,
+    advantage: torch.Tensor,
+    out: HeadResults,
+) -> HeadResults:
+    """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
+    need_grad = any(x is not None for x in out[3:])
+    table = _score(chunks, head, rows, layout, 5 if need_grad else 2)
+    logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
+    inputs = inputs._replace(entropy=entropy)
+    found = ops.token_loss(logprobs, inputs, spec, AdvantageSpec(), need_grad)
+    out = out._replace(loss=found.loss, results=found.results)
+    if not need_grad:
+        return out
+    slope, bonus = found.grad.reshape(-1), None
+    if spec.entropy_coef != 0:
+        divisor = length_weight(layout, spec, rows.token_ids.shape[-1]).to(table.dtype)
+        bonus = layout.spread(spec.entropy_coef / divisor).expand(rows.token_ids.shape).reshape(-1)
+    for chosen, hidden in chunks:
+        ids = rows.token_ids.reshape(-1)[chosen]
+        chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))
+        logits = head.logits(hidden)
+        place = head.place(logits)
+        ops_logits.row_gradient(
+            logits,
+            chunk_rows,
+            None,
+            table[:, chosen].contiguous(),
+            slope[chosen],
+            None if bonus is None else bonus[chosen],
+            found.results,
+            place,
+        )
+        head.add_products(head.before_softcap(place, logits), hidden, chosen, out)
+        del logits, place
+    return out
+
+
+def _score(
+    chunks: _Chunks, head: _Head, rows: RowInputs, layout: TokenLayout, columns: int
+) -> torch.Tensor:
+    """Table [columns, N] of `ops_logits.score_rows`, 0 at rows that are not live."""
+    n = rows.token_ids.numel()
+    table = head.weight.new_zeros((columns, n), dtype=head.dtype_of(head.weight))
+    for chosen, hidden in chunks:
+        ids = rows.token_ids.reshape(-1)[chosen]
+        chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))
+        logits = head.logits(hidden)
+        table.index_copy_(1, chosen, ops_logits.score_rows(logits, chunk_rows, None, columns))
+        del logits
+    return table
+
+
+def linear_scores(
+    hidden: torch.Tensor,
+    head: HeadInputs,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    columns: int,
+) -> torch.Tensor:
+    """Table [columns, N] of log-probs and entropies, without gradient; 0 where masked."""
+    layout_inputs = TokenInputs(mask=mask)
+    tokens = rows.token_ids if rows.token_ids.dim() == 2 else rows.token_ids[None]
+    if mask is not None and mask.dim() == 1:
+        layout_inputs = TokenInputs(mask=mask[None])
+    layout = TokenLayout(tokens, layout_inputs)
+    live_rows = head.live_rows
+    if live_rows is None:
+        if mask is None:
+            live_rows = torch.arange(rows.token_ids.numel(), device=hidden.device)
+        else:
+            live_rows = (mask.reshape(-1) != 0).nonzero().squeeze(1)
+    return _score(_Chunks(hidden, head, live_rows), _Head(head), rows, layout, columns)
