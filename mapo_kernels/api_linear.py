@@ -60,7 +60,7 @@ def mapo_loss_from_hidden(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
 ) -> LossOutput:
-    """The loss of `mapo_loss` from hidden states and the lm_head: the logits never exist as a whole.
+    """The loss of `mapo_loss` from hidden states and the lm_head, without the [N, V] logits.
 
     Logits are `softcap(logit_scale (h W^T + bias)) / temperature`, computed in float32 for a chunk
     of live tokens at a time. A token that is masked, or whose advantage is 0, enters no product.
@@ -189,7 +189,7 @@ def token_logprobs_from_hidden(
         token_ids: [B, T] or [total], integers in [0, V) where live.
         temperature: a positive number, or a tensor with one value per leading index: [B] or
             [total].
-        mask: nonzero where a token counts, shape of `token_ids`; finding those waits for the device.
+        mask: nonzero where a token counts, shape of `token_ids`; finding them waits for the device.
         return_entropy: also return the entropy of each token's distribution, in nats.
         bias: [V], or None.
         softcap: as in `mapo_loss_from_hidden`.

@@ -223,9 +223,8 @@ def check_rows(
 
 def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Validate a head's weight [V, H] and bias [V] against hidden states [.., H]."""
-    for name, x in (("lm_head_weight", weight), ("bias", bias)):
-        if x is None and name == "bias":
-            continue
+    given = {"lm_head_weight": weight} if bias is None else {"lm_head_weight": weight, "bias": bias}
+    for name, x in given.items():
         if type(x).__name__ == "DTensor":
             raise TypeError(
                 f"{name}: expected a whole tensor, got a DTensor: call from inside the forward of "

@@ -81,7 +81,7 @@ class _Head:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of hidden states [n, H], but for the scale where it joins the temperature."""
+        """Logits [n, V] of hidden states [n, H]; without a softcap their scale is still to come."""
         if self._mixed:
             x = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
         else:
@@ -127,7 +127,7 @@ class _Head:
                     out.d_weight, grad.t(), hidden, out_dtype=torch.float32, out=out.d_weight
                 )
             else:
-                out.d_weight.addmm_(grad.t(), hidden.to(grad.dtype))
+                torch.addmm(out.d_weight, grad.t(), hidden.to(grad.dtype), out=out.d_weight)
         if out.d_bias is not None:
             out.d_bias.add_(grad.sum(0, dtype=out.d_bias.dtype))
 
@@ -165,9 +165,7 @@ def linear_loss(
     """Loss, results, advantages and the gradients of a validated batch, but for the upstream."""
     if inputs.groups is not None:
         inputs, complete = ops.with_advantages(inputs, inputs.groups, advantage_spec)
-        found = linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted)
-        finished = complete(found.results)
-        return found._replace(results=finished, advantages=inputs.advantages)
+        return complete(linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted))
     layout = TokenLayout(rows.token_ids, inputs)
     advantage = inputs.advantages
     assert advantage is not None
@@ -229,10 +227,8 @@ def _token_level(
     for chosen, hidden in chunks:
         # Sequences of one token each: all that is known of the real ones is in the weights.
         given = [None if x is None else x.reshape(-1)[chosen][:, None] for x in tensors[:-1]]
-        chunk = TokenInputs(
-            *given,  # type: ignore[arg-type]
-            advantages=advantage.reshape(-1)[chosen],
-            normalizer=denominator,
+        chunk = TokenInputs(*given)._replace(  # type: ignore[arg-type]
+            advantages=advantage.reshape(-1)[chosen], normalizer=denominator
         )
         ids = rows.token_ids.reshape(-1)[chosen][:, None]
         chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))

@@ -124,11 +124,11 @@ def token_loss(
 
 def with_advantages(
     inputs: TokenInputs, groups: GroupInputs, spec: AdvantageSpec
-) -> tuple[TokenInputs, Callable[[TokenResults], TokenResults]]:
+) -> tuple[TokenInputs, Callable[[Any], Any]]:
     """Inputs with the advantages of their groups, and what puts the groups' metrics in results."""
     given, table = group_advantages(groups, spec, want_stats=True)
 
-    def complete(out: TokenResults) -> TokenResults:
+    def complete(out: Any) -> Any:
         first = len(RESULTS) - len(GROUP_METRICS)
         metrics = torch.stack(advantages.group_metrics(table)).to(out.results.dtype)
         results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])

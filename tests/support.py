@@ -185,7 +185,9 @@ def logits_run(batch, spec, device, upstream=1.0, mask=True, **given):
 def pack(batch, lengths):
     """The first `lengths[i]` tokens of each row, packed; and the boundaries."""
     keep = torch.arange(batch["logp"].shape[1]) < torch.tensor(lengths)[:, None]
-    packed = {k: v[keep] if v.dim() >= 2 else v for k, v in batch.items()}
+    packed = {
+        k: v[keep] if v is not None and v.shape[:2] == keep.shape else v for k, v in batch.items()
+    }
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return packed, cu_seqlens, keep
 

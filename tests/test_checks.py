@@ -29,6 +29,18 @@ def from_logits(logits=X, ids=IDS, **given):
     return mk.mapo_loss_from_logits(logits, ids, **given)
 
 
+HIDDEN = torch.zeros(4, 3, 5)
+W = torch.zeros(7, 5)
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch.distributed's, which needs processes to exist."""
+
+
+def from_hidden(hidden=HIDDEN, weight=W, ids=IDS, **given):
+    return mk.mapo_loss_from_hidden(hidden, weight, ids, advantages=A, **given)
+
+
 def groups(rewards=R, **given):
     return mk.group_advantages(rewards, **given)
 
@@ -189,6 +201,22 @@ CASES = [
     (lambda: mk.token_logprobs(X, IDS[0]), ValueError, "token_ids: expected shape", "[3]"),
     (lambda: mk.token_logprobs(X, IDS, mask=LOGP[0]), ValueError, "mask: expected shape", "[3]"),
     (lambda: mk.token_logprobs(X, IDS, return_entropy=1), TypeError, "return_entropy", "int 1"),
+    (lambda: from_hidden(HIDDEN.long()), TypeError, "hidden: expected a floating", "int64"),
+    (lambda: from_hidden(HIDDEN[0, 0]), ValueError, "hidden: expected shape [B, T, H]", "[5]"),
+    (lambda: from_hidden(cu_seqlens=CU), ValueError, "hidden: expected shape [total, H]", "4, 3"),
+    (lambda: from_hidden(ids=IDS[:2]), ValueError, "the shape of hidden without H", "[2, 3]"),
+    (lambda: from_hidden(weight=W[:, :4]), ValueError, "lm_head_weight: expected shape", "[7, 4]"),
+    (lambda: from_hidden(weight=W[0]), ValueError, "lm_head_weight: expected shape", "[5]"),
+    (lambda: from_hidden(weight=W.to("meta")), ValueError, "lm_head_weight: expected", "meta"),
+    (lambda: from_hidden(weight=W.char()), TypeError, "dequantise", "int8"),
+    (lambda: from_hidden(weight=W.half()), TypeError, "expected the dtype of hidden", "float16"),
+    (lambda: from_hidden(weight=W.as_subclass(DTensor)), TypeError, "full_tensor", "a DTensor"),
+    (lambda: from_hidden(bias=W[:, 0][:6]), ValueError, "bias: expected shape [7]", "[6]"),
+    (lambda: from_hidden(softcap=0.0), ValueError, "softcap: expected a number in (0", "0.0"),
+    (lambda: from_hidden(logit_scale=-1.0), ValueError, "logit_scale: expected", "-1.0"),
+    (lambda: from_hidden(chunk_rows=0), ValueError, "chunk_rows: expected at least 1", "0"),
+    (lambda: from_hidden(chunk_rows=2.0), TypeError, "chunk_rows: expected an int", "2.0"),
+    (lambda: from_hidden(temperature=0.0), ValueError, "temperature: expected", "0.0"),
     (lambda: mk.set_backend("cuda"), ValueError, "name: expected one of", "'cuda'"),
 ]
 
@@ -209,6 +237,15 @@ def test_device_data_is_checked_on_request(monkeypatch):
     with pytest.raises(ValueError, match=r"cu_seqlens: expected non-decreasing.*0 to 12.*7, 5"):
         loss(PACKED, cu_seqlens=bad)
     assert loss(PACKED, cu_seqlens=CU).loss == -1
+
+
+def test_token_ids_of_hidden_states_are_checked_on_request(monkeypatch):
+    ids = IDS.clone()
+    ids[1, 2] = 7
+    assert from_hidden(ids=ids).loss.isnan()
+    monkeypatch.setenv("MAPO_KERNELS_VALIDATE", "1")
+    with pytest.raises(ValueError, match=r"token_ids: expected ids in \[0, 7\) where live, got"):
+        from_hidden(ids=ids)
 
 
 def test_backend_errors(monkeypatch):

@@ -1,0 +1,473 @@
+"""The hidden level against the oracle, and what it promises about products, memory and waiting."""
+
+import pytest
+import torch
+from support import (
+    NAN,
+    MemoryOfTensors,
+    assert_accurate,
+    assert_close,
+    logits_plain,
+    make_logits,
+    pack,
+    tensors_of,
+)
+from test_tokens import POLICIES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import mapo_kernels as mk
+import reference
+from mapo_kernels.spec import AGGREGATIONS
+
+LEVELS = ("token", "sequence")
+H, V = 16, 50
+
+
+def make_hidden(n_sequences=4, length=3, dtype=torch.float32, mask="random", bias=True):
+    """A batch with hidden states instead of logits; what is masked is poisoned with NaN."""
+    # In float64 unless that is asked for: the same values then exist in every dtype.
+    batch = make_logits(n_sequences, length, V, torch.float32, mask)
+    live = batch["mask"]
+    hidden = torch.randn(n_sequences, length, H) * 0.7
+    batch["hidden"] = hidden.where(live[..., None], NAN).to(dtype)
+    batch["weight"] = torch.randn(V, H).to(dtype)
+    batch["bias"] = torch.randn(V).to(dtype) if bias else None
+    batch["advantages"] = torch.randn(n_sequences)
+    if dtype == torch.float64:
+        for name in ("old", "ref", "rollout", "weights", "advantages"):
+            batch[name] = batch[name].double()
+    return batch
+
+
+def logits_of(batch, softcap=None, logit_scale=1.0, dtype=torch.float64, leaves=None):
+    """Full logits by plain PyTorch, from leaves that will get gradients."""
+    names = ("hidden", "weight", "bias")
+    if leaves is None:
+        leaves = [None if batch[k] is None else batch[k].to(dtype) for k in names]
+        leaves = [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
+    hidden = leaves[0].masked_fill(~batch["mask"][..., None], 0.0)
+    x = torch.nn.functional.linear(hidden, leaves[1], leaves[2]) * logit_scale
+    return leaves, x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def oracle(batch, spec, temperature=1.0, head=None, **given):
+    leaves, x = logits_of(batch, **(head or {}))
+    logp, entropy = reference.token_logprobs(x, batch["ids"], temperature, batch["mask"])
+    settings = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    loss, metrics = reference.mapo_loss(
+        logp, batch["advantages"], batch["mask"], entropy=entropy, **given, **settings
+    )
+    loss.backward()
+    return loss, [None if x is None else x.grad for x in leaves], metrics
+
+
+def run(batch, spec, device, mask=True, wanted=(True, True, True), **given):
+    leaves = [
+        None if batch[k] is None else batch[k].detach().to(device, copy=True).requires_grad_(want)
+        for k, want in zip(("hidden", "weight", "bias"), wanted, strict=True)
+    ]
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    if "plan" not in given:
+        given["advantages"] = batch["advantages"].to(device)
+        given["mask"] = batch["mask"].to(device) if mask else None
+    out = mk.mapo_loss_from_hidden(
+        leaves[0], leaves[1], batch["ids"].to(device), bias=leaves[2], spec=spec, **given
+    )
+    if any(wanted):
+        out.loss.backward()
+    grads = [None if x is None else x.grad for x in leaves]
+    return out.loss.detach(), grads, out.metrics
+
+
+def check_against_oracle(batch, spec, device, tolerance, temperature=1.0, **head):
+    given = tensors_of(batch, spec)
+    loss, grads, metrics = run(
+        batch, spec, device, temperature=temperature, chunk_rows=5, **head, **given
+    )
+    exact_loss, exact_grads, exact_metrics = oracle(batch, spec, temperature, head, **given)
+    assert_close(loss, exact_loss, tolerance)
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert_close(grad, exact, tolerance)
+    assert (grads[0].cpu()[~batch["mask"]] == 0).all()
+    assert set(metrics) == set(exact_metrics)
+    for name, value in exact_metrics.items():
+        assert_close(metrics[name], value, tolerance)
+
+
+HEADS = ({}, {"logit_scale": 0.6}, {"softcap": 4.0, "logit_scale": 0.6})
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_combination_equals_the_oracle_in_float64(policy, level):
+    for head in HEADS:
+        for aggregation in AGGREGATIONS:
+            spec = mk.LossSpec(
+                **policy,
+                importance_level=level,
+                aggregation=aggregation,
+                entropy_coef=0.1,
+                beta=0.1,
+                rollout_cap=1.2,
+            )
+            batch = make_hidden(dtype=torch.float64)
+            check_against_oracle(batch, spec, torch.device("cpu"), 1e-11, 0.7, **head)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_every_head_equals_the_oracle(head, level, device):
+    for aggregation, bonus in zip(AGGREGATIONS, (0.0, 0.1, 0.0, 0.1), strict=True):
+        spec = mk.LossSpec(importance_level=level, aggregation=aggregation, entropy_coef=bonus)
+        check_against_oracle(make_hidden(2, 3), spec, device, 5e-6, 1.3, **head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bonus", [0.0, 0.05])
+def test_accuracy_rule(bonus, dtype, device):
+    batch = make_hidden(4, 5, dtype)
+    # All of one sign: the loss is no difference of large terms, whose error would be compared.
+    batch["advantages"] = batch["advantages"].abs()
+    spec = mk.LossSpec(entropy_coef=bonus)
+    given = {"old_logprobs": batch["old"]}
+    loss, grads, _ = run(batch, spec, device, **given)
+    exact_loss, exact_grads, _ = oracle(batch, spec, **given)
+    leaves, x = logits_of(batch, dtype=dtype)
+    batch["logits"] = x.detach()
+    plain_loss, d_logits = logits_plain(batch, spec, **given)
+    x.backward(d_logits)
+    assert_accurate(loss, exact_loss, plain_loss)
+    for grad, exact, leaf in zip(grads, exact_grads, leaves, strict=True):
+        assert grad.dtype == dtype
+        assert_accurate(grad, exact, leaf.grad)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_chunks_change_only_rounding_and_runs_are_bitwise_equal(level, device):
+    batch = make_hidden(4, 4)
+    spec = mk.LossSpec(importance_level=level)
+    loss, grads, metrics = run(batch, spec, device, chunk_rows=16)
+    for rows in (1, 3, 7, None):
+        runs = [run(batch, spec, device, chunk_rows=rows) for _ in range(2)]
+        assert torch.equal(runs[0][0], runs[1][0])
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+        assert_close(runs[0][0], loss, 1e-6)
+        for actual, expected in zip(runs[0][1], grads, strict=True):
+            assert_close(actual, expected, 1e-6)
+        for name, value in metrics.items():
+            assert_close(runs[0][2][name], value, 1e-6)
+
+
+def flops_of(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_products_are_those_of_the_live_rows(level, device):
+    batch = make_hidden(6, 4)
+    batch["advantages"][2] = 0
+    spec = mk.LossSpec(importance_level=level)
+    live = int((batch["mask"] & (batch["advantages"] != 0)[:, None]).sum())
+    assert 0 < live < 24
+    product = 2 * live * V * H
+    again = level == "sequence"
+    for wanted, products in (
+        ((True, True, True), 3 + again),
+        ((True, False, False), 2 + again),  # a frozen head
+        ((False, True, False), 2 + again),
+        ((False, False, False), 1),
+    ):
+        for rows in (None, 5):
+            count = flops_of(
+                lambda w=wanted, r=rows: run(batch, spec, device, wanted=w, chunk_rows=r)
+            )
+            assert count == products * product
+    hidden, weight, ids, mask = (batch[k].to(device) for k in ("hidden", "weight", "ids", "mask"))
+    count = flops_of(lambda: mk.token_logprobs_from_hidden(hidden, weight, ids, mask=mask))
+    assert count == 2 * int(batch["mask"].sum()) * V * H
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dead_rows_spread_nothing_and_all_dead_gives_zero(dtype, level, device):
+    batch = make_hidden(3, 4, dtype)
+    batch["advantages"][1] = 0
+    batch["hidden"][1] = NAN
+    spec = mk.LossSpec(importance_level=level)
+    loss, grads, _ = run(batch, spec, device)
+    assert loss.isfinite() and all(x.isfinite().all() for x in grads)
+    assert (grads[0][1] == 0).all() and (grads[0].cpu()[~batch["mask"]] == 0).all()
+    batch["advantages"] = torch.zeros(3)
+    loss, grads, metrics = run(batch, spec, device)
+    assert loss == 0 and metrics["scored_tokens"] == 0
+    assert metrics["active_tokens"] == batch["mask"].sum()
+    for grad, name in zip(grads, ("hidden", "weight", "bias"), strict=True):
+        assert grad.dtype == dtype and grad.shape == batch[name].shape and (grad == 0).all()
+    batch = make_hidden(3, 4, dtype, mask="all")
+    loss, grads, _ = run(batch, spec, device)
+    assert loss == 0 and all((x == 0).all() for x in grads)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_plan_is_equal_and_its_parts_add_up(level, device):
+    batch = make_hidden(6, 4)
+    spec = mk.LossSpec(importance_level=level, aggregation="seq-mean-token-mean")
+    rewards = torch.tensor([1.0, 0.0, 0.3, 1.0, 1.0, 1.0], device=device)
+    mask = batch["mask"].to(device)
+    plan = mk.make_plan(rewards=rewards, group_size=2, mask=mask, spec=spec)
+    batch["advantages"] = plan.advantages.cpu()
+    loss, grads, metrics = run(batch, spec, device)
+    whole = run(batch, spec, device, plan=plan)
+    assert torch.equal(whole[0], loss)
+    assert all(torch.equal(a, b) for a, b in zip(whole[1], grads, strict=True))
+    for name, value in metrics.items():
+        assert_close(whole[2][name], value, 1e-6)
+    d_weight, total = torch.zeros_like(grads[1]), 0.0
+    for rows in (slice(0, 1), torch.tensor([3, 2]), slice(4, 6)):
+        part = {k: v[rows] if k in ("hidden", "ids") else v for k, v in batch.items()}
+        found = run(part, spec, device, plan=plan.micro_batch(rows))
+        d_weight, total = d_weight + found[1][1], total + found[0]
+        rest = {"hidden": found[1][0], "expected": grads[0][rows]}
+        assert_close(rest["hidden"], rest["expected"], 1e-6)
+    part = {k: v[1:2] if k in ("hidden", "ids") else v for k, v in batch.items()}
+    found = run(part, spec, device, plan=plan.micro_batch(slice(1, 2)))
+    assert_close(total + found[0], loss, 1e-6)
+    assert_close(d_weight + found[1][1], grads[1], 1e-6)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operations whose result the host has to wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("nonzero", "_local_scalar_dense", "masked_select", "unique"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_a_plan_the_loss_waits_for_nothing(packed, level, device):
+    if mk.resolve_backend(device.type) != "triton":
+        pytest.skip("on a CPU there is nobody to wait for")
+    batch = make_hidden(4, 3, mask="none" if packed else "random")
+    spec = mk.LossSpec(importance_level=level, entropy_coef=0.1)
+    layout = {"mask": batch["mask"].to(device)}
+    if packed:
+        batch, cu_seqlens, _ = pack(batch, [3, 1, 0, 2])
+        layout = {"cu_seqlens": cu_seqlens.to(device)}
+    advantages = batch["advantages"].to(device)
+    plan = mk.make_plan(advantages=advantages, spec=spec, **layout)
+    hidden, weight = (batch[k].to(device).requires_grad_() for k in ("hidden", "weight"))
+    ids, old = batch["ids"].to(device), batch["old"].to(device)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoWaiting():
+            out = mk.mapo_loss_from_hidden(hidden, weight, ids, plan=plan, old_logprobs=old)
+            (out.loss * 2).backward()
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_packed_equals_padded(aggregation, level, device):
+    lengths = [2, 3, 0, 1]
+    batch = make_hidden(4, 3, mask="none")
+    packed, cu_seqlens, keep = pack(batch, lengths)
+    packed["weight"], packed["bias"] = batch["weight"], batch["bias"]
+    batch["mask"] = keep
+    spec = mk.LossSpec(
+        aggregation=aggregation, importance_level=level, max_tokens=9, entropy_coef=0.1
+    )
+    given = {"temperature": torch.tensor([0.5, 1.0, 2.0, 1.5])}
+    loss, grads, metrics = run(batch, spec, device, old_logprobs=batch["old"], **given)
+    given |= {"old_logprobs": packed["old"], "cu_seqlens": cu_seqlens}
+    actual, packed_grads, packed_metrics = run(packed, spec, device, mask=False, **given)
+    assert_close(actual, loss, 1e-6)
+    assert_close(packed_grads[0], grads[0].cpu()[keep], 1e-6)
+    assert_close(packed_grads[1], grads[1], 1e-6)
+    for name, value in metrics.items():
+        assert_close(packed_metrics[name], value, 1e-6)
+
+
+def test_scores(device):
+    batch = make_hidden(3, 4)
+    temperature = torch.tensor([0.5, 1.0, 2.0])
+    hidden, weight, bias, ids, mask = (
+        batch[k].to(device) for k in ("hidden", "weight", "bias", "ids", "mask")
+    )
+    for head in HEADS:
+        logp, entropy = mk.token_logprobs_from_hidden(
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=mask,
+            temperature=temperature.to(device),
+            return_entropy=True,
+            chunk_rows=5,
+            **head,
+        )
+        _, x = logits_of(batch, **head)
+        exact, exact_entropy = reference.token_logprobs(x, batch["ids"], temperature, batch["mask"])
+        assert_close(logp, exact, 2e-6)
+        assert_close(entropy, exact_entropy, 2e-6)
+        assert not logp.requires_grad
+    flat = mk.token_logprobs_from_hidden(
+        hidden.flatten(0, 1), weight, ids.flatten(), mask=mask.flatten()
+    )
+    padded = mk.token_logprobs_from_hidden(hidden, weight, ids, mask=mask)
+    assert torch.equal(flat.view(3, 4), padded)
+    # Scored with the same chunks, the ratio is exactly 1.
+    _, _, metrics = run(
+        dict(batch, bias=None, advantages=torch.ones(3)),
+        mk.LossSpec(),
+        device,
+        old_logprobs=padded,
+        wanted=(True, True, False),
+    )
+    assert metrics["ratio_mean"] == 1 and metrics["approx_kl"] == 0
+
+
+def test_strided_hidden(device):
+    batch = make_hidden(3, 4, bias=False)
+    loss, grads, _ = run(batch, mk.LossSpec(), device, wanted=(True, True, False))
+    room = torch.full((3, 6, H + 3), 7.0, device=device)
+    room[:, 1:5, :H] = batch["hidden"].to(device)
+    view = room[:, 1:5, :H].detach().requires_grad_()
+    weight = batch["weight"].to(device).requires_grad_()
+    given = {k: batch[k].to(device) for k in ("advantages", "mask")}
+    out = mk.mapo_loss_from_hidden(view, weight, batch["ids"].to(device), **given)
+    out.loss.backward()
+    assert torch.equal(out.loss, loss) and torch.equal(view.grad, grads[0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_tied_embeddings(level, device):
+    """The same parameter embeds and projects."""
+    batch = make_hidden(3, 4)
+    ids = batch["ids"].where(batch["mask"], 0)
+    spec = mk.LossSpec(importance_level=level)
+    table = batch["weight"].to(device, copy=True).requires_grad_()
+    hidden = torch.nn.functional.embedding(ids.to(device), table)
+    given = {k: batch[k].to(device) for k in ("advantages", "mask")}
+    mk.mapo_loss_from_hidden(hidden, table, ids.to(device), spec=spec, **given).loss.backward()
+    exact = batch["weight"].double().requires_grad_()
+    x = torch.nn.functional.embedding(ids, exact) @ exact.t()
+    logp, _ = reference.token_logprobs(x, ids, 1.0, batch["mask"])
+    settings = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    loss, _ = reference.mapo_loss(logp, batch["advantages"], batch["mask"], **settings)
+    loss.backward()
+    assert_close(table.grad, exact.grad, 1e-6)
+
+
+def test_autocast_casts_as_linear_does(device):
+    batch = make_hidden(3, 4)
+    names = ("hidden", "weight", "bias")
+    rounded = dict(batch, **{k: batch[k].bfloat16() for k in names})
+    loss, grads, _ = run(rounded, mk.LossSpec(), device)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual, cast_grads, _ = run(batch, mk.LossSpec(), device)
+    assert torch.equal(actual, loss)
+    for a, b in zip(cast_grads, grads, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float())
+
+
+def test_upstream_and_backward_once(device):
+    batch = make_hidden(3, 4)
+    _, grads, _ = run(batch, mk.LossSpec(), device)
+    leaves = [batch[k].to(device).requires_grad_() for k in ("hidden", "weight", "bias")]
+    given = {k: batch[k].to(device) for k in ("advantages", "mask")}
+    ids = batch["ids"].to(device)
+    out = mk.mapo_loss_from_hidden(*leaves[:2], ids, bias=leaves[2], **given)
+    scaled = torch.autograd.grad(out.loss * -3.0, leaves, retain_graph=True)
+    for a, b in zip(scaled, grads, strict=True):
+        assert_close(a, b * -3.0, 1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.loss, leaves)
+    with torch.no_grad():
+        quiet = mk.mapo_loss_from_hidden(*leaves[:2], ids, bias=leaves[2], **given)
+    assert not quiet.loss.requires_grad and torch.allclose(quiet.loss, out.loss, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_tokens():
+    """Beside hidden states and their gradient: one chunk and the weight's gradient."""
+    mk.set_backend("eager")
+    peaks = []
+    try:
+        for length in (40, 160):
+            n_sequences, width, vocab, chunk = 4, 8, 3000, 20
+            hidden = torch.randn(n_sequences, length, width, requires_grad=True)
+            weight = torch.randn(vocab, width, requires_grad=True)
+            ids = torch.randint(0, vocab, (n_sequences, length))
+            with MemoryOfTensors() as memory:
+                out = mk.mapo_loss_from_hidden(
+                    hidden, weight, ids, advantages=torch.randn(n_sequences), chunk_rows=chunk
+                )
+                out.loss.backward()
+            kept = hidden.numel() * 4 + weight.numel() * 4
+            # The logits, and the copies of them that the eager backend works on.
+            peaks.append(memory.peak - kept)
+            assert peaks[-1] <= 3 * chunk * vocab * 4 + 60_000
+        assert peaks[1] < peaks[0] + 60_000
+    finally:
+        mk.set_backend(None)
+
+
+def test_from_rewards(device):
+    batch = make_hidden(8, 2, mask="row")
+    rewards = torch.tensor([1, 0, 0, 1, 1, 1, 0.1, NAN], device=device)
+    advantages, stats = mk.group_advantages(rewards, group_size=4, return_stats=True)
+    batch["advantages"] = advantages.cpu()
+    loss, grads, _ = run(batch, mk.LossSpec(), device)
+    leaves = [batch[k].to(device).requires_grad_() for k in ("hidden", "weight", "bias")]
+    out = mk.mapo_loss_from_hidden(
+        *leaves[:2],
+        batch["ids"].to(device),
+        bias=leaves[2],
+        rewards=rewards,
+        group_size=4,
+        mask=batch["mask"].to(device),
+    )
+    out.loss.backward()
+    assert torch.equal(out.loss, loss) and torch.equal(leaves[1].grad, grads[1])
+    assert torch.equal(out.advantages, advantages)
+    assert_close(out.metrics["success_ratio_mean"], stats.success_ratio.mean(), 1e-6)
+    assert out.metrics["nonfinite_rewards"] == 1
+
+
+def test_module_and_autograd_function(device):
+    from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
+
+    batch = make_hidden(3, 4)
+    head = torch.nn.Linear(H, V).to(device)
+    module = mk.MapoLinearLoss(head, mk.LossSpec(eps_high=0.28), softcap=5.0)
+    assert [name for name, _ in module.named_parameters()] == ["lm_head.weight", "lm_head.bias"]
+    given = {k: batch[k].to(device) for k in ("advantages", "mask")}
+    hidden, ids = batch["hidden"].to(device).requires_grad_(), batch["ids"].to(device)
+    out = module(hidden, ids, **given)
+    out.loss.backward()
+    expected = mk.mapo_loss_from_hidden(
+        hidden, head.weight, ids, bias=head.bias, softcap=5.0, spec=module.spec, **given
+    )
+    assert torch.equal(out.loss, expected.loss) and head.weight.grad.isfinite().all()
+    assert "softcap" in repr(module)
+    loss, _, _ = mk.MapoLinearLossFunction.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        HeadInputs(head.weight, softcap=5.0),
+        RowInputs(ids),
+        TokenInputs(**given),
+        module.spec,
+        mk.AdvantageSpec(),
+    )
+    assert torch.equal(loss, expected.loss)
+    with pytest.raises(TypeError, match="lm_head: expected a torch.nn.Linear"):
+        mk.MapoLinearLoss(torch.nn.Embedding(3, 4))
