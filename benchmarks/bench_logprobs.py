@@ -17,7 +17,7 @@ GROUP_SIZE = 16
 SPEC = mk.LossSpec(eps_low=0.2, eps_high=0.28)
 
 
-def timed(benchmark, function):
+def timed(benchmark, function, rounds=15):
     """Time `function`; on a GPU until it is done, kernels that were queued included."""
 
     def run():
@@ -26,7 +26,7 @@ def timed(benchmark, function):
             torch.cuda.synchronize()
         return result
 
-    benchmark.pedantic(run, rounds=15, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=3)
 
 
 ADVANTAGES = {

@@ -176,3 +176,49 @@ def liger_loss(
         eps_low=spec.eps_low, eps_high=spec.eps_high, loss_type="bnpo", reduce=True,
     )  # fmt: skip
     return loss
+
+
+def trl_hidden_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies [B, T] as TRL's fused head computes them for its GRPO trainer.
+
+    Like there, only unmasked positions are scored where its Triton kernels run, all of them
+    elsewhere.
+    """
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    compact = _use_triton(hidden.device)
+    rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
+    targets = token_ids[mask] if compact else token_ids.reshape(-1)
+    logp, entropy, *_ = ChunkedLogProbFunction.apply(
+        rows, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
+        ("log_probs", "entropy"),
+    )  # fmt: skip
+    if compact:
+        return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, entropy))
+    return tuple(x.view(mask.shape).masked_fill(~mask, 0) for x in (logp, entropy))
+
+
+def liger_hidden_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    spec: Any,
+    old: torch.Tensor,
+) -> torch.Tensor:
+    """Liger's chunked loss [] from hidden states [B, T, H]."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=spec.eps_low, epsilon_high=spec.eps_high,
+        loss_type="bnpo", compiled=hidden.is_cuda,
+    )  # fmt: skip
+    return loss(hidden, weight, token_ids, mask, advantages, old_per_token_logps=old)[0]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from support import (
     NAN,
-    MemoryOfTensors,
     assert_accurate,
     assert_close,
     logits_plain,
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mapo_kernels as mk
 import reference
+from benchmarks.memory import MemoryOfTensors
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from support import (
     NAN,
-    MemoryOfTensors,
     assert_accurate,
     assert_close,
     logits_oracle,
@@ -20,6 +19,7 @@ from test_tokens import KLS, MASKS, POLICIES
 
 import mapo_kernels as mk
 import reference
+from benchmarks.memory import MemoryOfTensors
 from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
 from mapo_kernels.rows_kernel import narrow
 from mapo_kernels.spec import AGGREGATIONS

@@ -49,6 +49,40 @@ def test_the_trainer_example_trains():
     assert metrics["ref_kl"] > 0
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_the_hugging_face_example_trains(family):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    scope = {}
+    exec(BLOCKS[1], scope)
+    ids = torch.randint(0, 61, (16, 9))
+    mask = torch.arange(8).expand(16, 8) >= torch.randint(2, 5, (16, 1))
+    rewards = (torch.rand(16) < 0.5).float()
+    old = scope["score_from_hidden"](model, ids, mask)
+    metrics = scope["step_from_hidden"](model, ids, mask, rewards, old)
+    assert metrics["ratio_max"] == 1 and metrics["active_tokens"] == mask.sum()
+    grads = [p.grad.clone() for p in model.parameters()]
+    assert sum(float(grad.abs().sum()) for grad in grads) > 0
+    # The same from full logits.
+    import mapo_kernels as mk
+
+    model.zero_grad()
+    mk.mapo_loss_from_logits(
+        model(input_ids=ids).logits[:, :-1],
+        ids[:, 1:],
+        rewards=rewards,
+        group_size=8,
+        mask=mask,
+        old_logprobs=old,
+        spec=scope["spec"],
+    ).loss.backward()
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-7)
+
+
 def test_the_plan_example_accumulates():
     import mapo_kernels as mk
 
@@ -64,7 +98,7 @@ def test_the_plan_example_accumulates():
         "spec": mk.LossSpec(),
         "logprobs_of": lambda rows: logp[rows],
     }
-    exec(BLOCKS[1], scope)
+    exec(BLOCKS[2], scope)
     again = batch["old_logprobs"].clone().requires_grad_()
     whole = mk.mapo_loss(
         again, rewards=batch["rewards"], group_size=8, mask=batch["mask"], old_logprobs=scope["old"]
@@ -73,7 +107,7 @@ def test_the_plan_example_accumulates():
     torch.testing.assert_close(logp.grad, again.grad)
 
 
-@pytest.mark.parametrize("name", ["cpu_logprobs", "cpu_logits"])
+@pytest.mark.parametrize("name", ["cpu_logprobs", "cpu_logits", "cpu_linear"])
 def test_the_benchmark_tables_are_those_of_the_result_files(name):
     results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert report.insert(README, name, report.table(results)) == README
