@@ -14,23 +14,30 @@ OURS = "mapo_kernels"
 
 
 def table(results):
-    """Markdown: a row per measurement, milliseconds and the time of each peer over ours."""
+    """Markdown: a row per measurement, milliseconds and the time of each peer over ours.
+
+    And the peak memory beside the inputs, where it was taken.
+    """
     groups = defaultdict(dict)
+    memory = {}
     for row in results["benchmarks"]:
-        groups[row["group"]][row["params"]["provider"]] = row["stats"]["median"] * 1e3
+        group, provider = row["group"], row["params"]["provider"]
+        groups[group][provider] = row["stats"]["median"] * 1e3
+        if "extra_bytes" in row["extra_info"]:
+            memory[group, provider] = f"{row['extra_info']['extra_bytes'] / 1e6:.0f}"
     machine = results["machine_info"]
     lines = [
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, backend "
         f"{machine['backend'].split()[0]}, commit {results['commit_info']['id'][:9]}; medians.",
         "",
-        "| | provider | ms | times ours |",
-        "|---|---|---|---|",
+        "| | provider | ms | times ours |" + (" MB extra |" if memory else ""),
+        "|---|---|---|---|" + ("---|" if memory else ""),
     ]
     for group, rows in groups.items():
-        for provider, time in rows.items():
+        for i, (provider, time) in enumerate(rows.items()):
             ratio = "" if provider == OURS else f"{time / rows[OURS]:.2f}"
-            lines.append(f"| {group} | {provider} | {time:.3g} | {ratio} |")
-            group = ""
+            more = f" {memory.get((group, provider), '')} |" if memory else ""
+            lines.append(f"| {'' if i else group} | {provider} | {time:.4g} | {ratio} |{more}")
     return "\n".join(lines)
 
 

@@ -227,7 +227,7 @@ class MapoLinearLoss(torch.nn.Module):
     The head stays the model's own (tied embeddings too): nothing is copied.
 
     Args:
-        lm_head: a `torch.nn.Linear` from H to V, with or without bias.
+        lm_head: a `torch.nn.Linear` with weight [V, H], with or without bias [V].
         spec: which loss, and how it is aggregated.
         advantage_spec: how rewards become advantages.
         **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows, temperature.

@@ -48,8 +48,9 @@ class Wanted(NamedTuple):
 def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
     """Hidden states per chunk where the caller leaves it open.
 
-    As many as make 1 GiB of float32 logits and their gradient (64 MiB on a CPU), in multiples of
-    128, at least 128; on a GPU halved while they would take more than half of its free memory.
+    At most as many as make 1 GiB of float32 logits and their gradient (64 MiB on a CPU); on a GPU
+    that is halved while it is more than half of the free memory. Chunks are of one size, a multiple
+    of 128, but for the last.
     """
     weight = head.weight
     budget = _GPU_CHUNK if weight.is_cuda else _CPU_CHUNK
@@ -59,8 +60,20 @@ def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
         free = free - torch.cuda.memory_allocated(weight.device)
         while budget > free // 2 and budget > 1 << 20:
             budget = budget // 2
-    rows = budget // (weight.shape[0] * (4 + weight.element_size()))
-    return max(_ROUND, min(rows // _ROUND * _ROUND, max(n_live, 1)))
+    most = max(_ROUND, budget // (weight.shape[0] * (4 + weight.element_size())) // _ROUND * _ROUND)
+    n_chunks = max(1, -(-n_live // most))
+    return -(-max(n_live, 1) // (n_chunks * _ROUND)) * _ROUND
+
+
+def mixes_dtypes(weight: torch.Tensor) -> bool:
+    """Whether a product of inputs like `weight` can come out in float32 at full speed.
+
+    The one place that knows. Elsewhere a narrow weight is widened once per call, and the products
+    run in float32.
+    """
+    narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    on_cuda = weight.is_cuda and torch.version.hip is None
+    return narrow and on_cuda and hasattr(torch.ops.aten.mm, "dtype")
 
 
 class _Head:
@@ -68,11 +81,7 @@ class _Head:
 
     def __init__(self, head: HeadInputs) -> None:
         self.bias, self.softcap, self.scale = head.bias, head.softcap, head.logit_scale
-        # The one place that knows where a product of narrow inputs comes out in float32. Elsewhere
-        # the weight is widened once per call, and the products run in float32.
-        self._mixed = head.weight.is_cuda and torch.version.hip is None
-        self._mixed = self._mixed and hasattr(torch.ops.aten.mm, "dtype")
-        self._mixed = self._mixed and head.weight.dtype in (torch.bfloat16, torch.float16)
+        self._mixed = mixes_dtypes(head.weight)
         self.weight = head.weight if self._mixed else head.weight.to(self.dtype_of(head.weight))
 
     @staticmethod

@@ -140,8 +140,28 @@ def packed_logits():
     mk.mapo_loss_from_logits(x, ids, **given).loss.backward()
 
 
+def hidden_chunk(**settings):
+    """What the hidden level launches on a chunk of float32 logits from bfloat16 products."""
+    import mapo_kernels as mk
+    from mapo_kernels import ops_logits
+    from mapo_kernels.inputs import RowInputs, TokenInputs
+
+    x, ones = torch.zeros((16, 1, V)), torch.ones(16, 1)
+    ops_logits.logits_loss(
+        x,
+        RowInputs(torch.zeros((16, 1), dtype=torch.int64)),
+        TokenInputs(ones, loss_weights=ones, advantages=ones[:, 0], normalizer=ones[0, 0]),
+        mk.LossSpec(**settings),
+        mk.AdvantageSpec(),
+        True,
+        torch.empty_like(x, dtype=torch.bfloat16),
+    )
+
+
 V = 152064
 CASES = {
+    "hidden chunk": hidden_chunk,
+    "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
     "logits": lambda: logits((8, 2, V), scoring=True),
     "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
     "float32 logits": lambda: logits((8, 2, V), dtype=torch.float32),

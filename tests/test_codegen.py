@@ -46,7 +46,8 @@ def is_wide(name):
     ["clip", "bfloat16", "odd length", "packed", "sequence level", "sapo", "cispo"]
     + ["groups of 16", "groups of 4096", "ids", "many ids"]
     + ["logits", "logits view", "float32 logits", "float16 logits", "odd vocabulary"]
-    + ["entropy bonus", "logits, sequence level", "packed logits"],
+    + ["entropy bonus", "logits, sequence level", "packed logits"]
+    + ["hidden chunk", "hidden chunk, entropy bonus"],
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_leaves_the_registers(target, case):

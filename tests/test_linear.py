@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mapo_kernels as mk
 import reference
 from benchmarks.memory import MemoryOfTensors
+from mapo_kernels.inputs import HeadInputs
+from mapo_kernels.linear import chunk_rows_of
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
@@ -141,6 +143,50 @@ def test_accuracy_rule(bonus, dtype, device):
     for grad, exact, leaf in zip(grads, exact_grads, leaves, strict=True):
         assert grad.dtype == dtype
         assert_accurate(grad, exact, leaf.grad)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_products_that_come_out_in_float32(softcap, level, device, monkeypatch):
+    """As on CUDA: the weight stays narrow, logits do not, their gradient is rounded once."""
+    if device.type != "cuda":
+        mm, addmm = torch.mm, torch.addmm
+
+        def mixed_mm(a, b, out_dtype=None):
+            return mm(a.float(), b.float()) if out_dtype else mm(a, b)
+
+        def mixed_addmm(x, a, b, out_dtype=None, out=None):
+            assert out_dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+            return addmm(x, a.float(), b.float(), out=out)
+
+        monkeypatch.setattr(torch, "mm", mixed_mm)
+        monkeypatch.setattr(torch, "addmm", mixed_addmm)
+        monkeypatch.setattr("mapo_kernels.linear.mixes_dtypes", lambda weight: True)
+    batch = make_hidden(4, 5, torch.bfloat16)
+    spec = mk.LossSpec(importance_level=level, objective="none")
+    given = {"old_logprobs": batch["old"]}
+    loss, grads, _ = run(batch, spec, device, chunk_rows=4, softcap=softcap, **given)
+    exact_loss, exact_grads, _ = oracle(batch, spec, head={"softcap": softcap}, **given)
+    assert_close(loss, exact_loss, 1e-6)
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == torch.bfloat16
+        # One rounding of the logits' gradient, at random in each of the summed terms, and one more.
+        error = (grad.cpu().double() - exact).abs().max()
+        assert error <= 2**-7 * exact.abs().max()
+
+
+def test_the_size_of_chunks():
+    def size(n_live, vocab, dtype=torch.float32):
+        head = HeadInputs(torch.empty(vocab, 1, dtype=dtype))
+        return chunk_rows_of(head, n_live)
+
+    # 64 MiB of float32 logits and their gradient: 262 rows of 32000, hence 256.
+    assert size(100_000, 32_000) == 256
+    assert size(256, 32_000) == 256 and size(257, 32_000) == 256
+    assert size(300, 32_000) == 256 and size(10, 32_000) == 128 and size(0, 32_000) == 128
+    assert size(1000, 1 << 20) == 128
+    # Two chunks of 384 rather than one of 640 and one of 128.
+    assert size(768, 12_000) == 384
 
 
 @pytest.mark.parametrize("level", LEVELS)
