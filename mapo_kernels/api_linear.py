@@ -95,7 +95,7 @@ def mapo_loss_from_hidden(
         bias: [V], of the head, or None.
         softcap: c of `c tanh(x / c)` (Gemma), or None.
         logit_scale: positive factor of the product (Cohere, Granite).
-        chunk_rows: tokens per chunk, or None for as many as make 1 GiB of float32 logits and their
+        chunk_rows: tokens per chunk, or None for as many as make 2 GiB of float32 logits and their
             gradient (64 MiB on a CPU), halved while that is more than half of a GPU's free memory.
             It changes results by float32 rounding alone.
 

@@ -30,9 +30,10 @@ from mapo_kernels.tokens_eager import (
     scored_tokens,
 )
 
-# Bytes of logits and of their gradient that a chunk may take: on a GPU enough rows to keep its
-# matrix units busy, on a CPU what stays near its caches.
-_GPU_CHUNK = 1 << 30
+# Bytes of logits and of their gradient that a chunk may take. On a GPU every chunk also reads and
+# writes the weight's gradient, so that it takes some 2000 rows to keep the matrix units busy; on a
+# CPU the chunk should stay near the caches.
+_GPU_CHUNK = 1 << 31
 _CPU_CHUNK = 1 << 26
 _ROUND = 128
 
@@ -48,7 +49,7 @@ class Wanted(NamedTuple):
 def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
     """Hidden states per chunk where the caller leaves it open.
 
-    At most as many as make 1 GiB of float32 logits and their gradient (64 MiB on a CPU); on a GPU
+    At most as many as make 2 GiB of float32 logits and their gradient (64 MiB on a CPU); on a GPU
     that is halved while it is more than half of the free memory. Chunks are of one size, a multiple
     of 128, but for the last.
     """

@@ -103,6 +103,7 @@ def logits(
     view=False,
     scoring=False,
     temperature=1.0,
+    reference=False,
     **settings,
 ):
     """One step from logits; `view` drops the last position, as a trainer does."""
@@ -122,6 +123,7 @@ def logits(
         group_size=4,
         mask=mask,
         old_logprobs=old,
+        ref_logprobs=old if reference else None,
         spec=mk.LossSpec(**settings),
         temperature=temperature,
         inplace=inplace,
@@ -199,7 +201,9 @@ def ten_shapes_of_logits():
         logits(
             (4 * (i % 3 + 1), length, 1024),
             scoring=True,
+            reference=True,
             inplace=i % 2 == 0,
+            beta=0.01 * (i + 1),
             eps_low=0.1 + i / 50,
             temperature=0.5 + i / 10,
         )

@@ -144,8 +144,24 @@ def test_nothing_waits_for_the_device(device):
         out.loss.backward()
         mk.mapo_loss(logp, rewards=rewards, group_ids=ids, mask=mask)
         mk.group_advantages(large, group_ids=large_ids)
-        mk.make_plan(rewards=rewards, group_ids=ids, mask=mask)
+        for level in ("token", "sequence"):
+            spec = mk.LossSpec(importance_level=level, entropy_coef=0.1)
+            given = {"rewards": row_rewards, "group_size": 2, "mask": live, "spec": spec}
+            mk.token_logprobs(logits, row_ids, mask=live)
+            mk.mapo_loss_from_logits(logits, row_ids, **given).loss.backward()
+            out = mk.mapo_loss_from_hidden(hidden, weight, row_ids, plan=plans[level])
+            (out.loss * 2).backward()
 
+    logits, row_ids, _, live, row_rewards = logits_arguments(device)
+    hidden = torch.randn(4, 3, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(40, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    # Making a plan waits once, so that nothing it is used for does.
+    plans = {
+        level: mk.make_plan(
+            rewards=row_rewards, group_size=2, mask=live, spec=mk.LossSpec(importance_level=level)
+        )
+        for level in ("token", "sequence")
+    }
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -599,6 +599,56 @@ def test_more_than_2_31_elements(device, level):
     torch.testing.assert_close(grad[:, -2:], expected.grad)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+@pytest.mark.parametrize("level", LEVELS)
+def test_in_place_needs_no_second_matrix(device, level):
+    batch = make_logits(4, 64, 32_000, torch.bfloat16)
+    leaf = batch["logits"].to(device).requires_grad_()
+    given = {k: batch[k].to(device) for k in ("advantages", "mask")}
+    spec, ids = mk.LossSpec(importance_level=level), batch["ids"].to(device)
+
+    def step(inplace):
+        logits = leaf * 1
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = mk.mapo_loss_from_logits(logits, ids, spec=spec, inplace=inplace, **given)
+        torch.autograd.grad(out.loss, logits)
+        return torch.cuda.max_memory_allocated() - before
+
+    step(True)
+    assert step(True) < 1 << 20
+    assert step(False) < leaf.numel() * 2 + (1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_a_captured_graph_replays(device):
+    batch = make_logits(4, 8, 5000, torch.bfloat16)
+    logits = batch["logits"].to(device).requires_grad_()
+    given = {k: batch[k].to(device) for k in ("advantages", "mask")}
+    ids = batch["ids"].to(device)
+
+    def run():
+        out = mk.mapo_loss_from_logits(logits, ids, **given)
+        return out.loss, torch.autograd.grad(out.loss, logits)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = run()
+    for _ in range(3):
+        with torch.no_grad():
+            logits.copy_(torch.randn_like(logits))
+        graph.replay()
+        expected_loss, expected_grad = run()
+        assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
+
+
 def test_the_eager_backend_holds_one_chunk_in_float32(monkeypatch):
     """At most [chunk, V] float32 beside the logits and, unless in place, their gradient."""
     mk.set_backend("eager")
