@@ -9,6 +9,11 @@ import torch
 from mapo_kernels.spec import LossSpec
 
 
+def replaced(x: Any, **changes: Any) -> Any:
+    """The named tuple `x` with some fields changed: `_replace` as every torch.compile can trace."""
+    return type(x)(*[changes[k] if k in changes else getattr(x, k) for k in type(x)._fields])
+
+
 class GroupInputs(NamedTuple):
     """Rewards and which of them belong together.
 
@@ -61,7 +66,15 @@ class TokenInputs(NamedTuple):
 
     def token_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields with one value per token, in order; the mask is the last of them."""
-        return self[:7]
+        return (
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.rollout_logprobs,
+            self.token_weights,
+            self.entropy,
+            self.loss_weights,
+            self.mask,
+        )
 
     def of_rows(self, rows: slice) -> TokenInputs:
         """The inputs with only some rows of the token tensors."""

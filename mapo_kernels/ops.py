@@ -20,6 +20,7 @@ from mapo_kernels.inputs import (
     TokenInputs,
     TokenResults,
     empty_results,
+    replaced,
 )
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import eager_token_loss
@@ -132,9 +133,9 @@ def with_advantages(
         first = len(RESULTS) - len(GROUP_METRICS)
         metrics = torch.stack(advantages.group_metrics(table)).to(out.results.dtype)
         results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])
-        return out._replace(results=results, advantages=given)
+        return replaced(out, results=results, advantages=given)
 
-    return inputs._replace(groups=None, advantages=given), complete
+    return replaced(inputs, groups=None, advantages=given), complete
 
 
 @torch.library.custom_op(

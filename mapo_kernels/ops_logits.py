@@ -6,7 +6,7 @@ import torch
 
 from mapo_kernels import logits as rows_of_logits
 from mapo_kernels import logits_eager
-from mapo_kernels.inputs import RowInputs, TokenInputs, TokenResults, empty_results
+from mapo_kernels.inputs import RowInputs, TokenInputs, TokenResults, empty_results, replaced
 from mapo_kernels.ops import LOSS_SCHEMA, is_eager, pack, token_loss, unpack, with_advantages
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import TokenLayout, length_weight, scored_tokens
@@ -119,7 +119,7 @@ def _logits_loss(logits, token_ids, temperatures, temperature, *rest):  # type: 
     results = rows_of_logits.launch_logits_loss(
         logits, out if need_grad else None, rows, inputs, spec, advantage_spec
     )
-    return tuple(results._replace(grad=out))
+    return tuple(replaced(results, grad=out))
 
 
 @_logits_loss.register_fake
@@ -127,7 +127,7 @@ def _logits_loss_fake(logits, token_ids, temperatures, temperature, *rest):  # t
     inputs, need_grad, _, _ = unpack(*rest)
     results = empty_results(token_ids, inputs, False)
     return tuple(
-        results._replace(grad=empty_gradient(logits) if need_grad else logits.new_empty(0))
+        replaced(results, grad=empty_gradient(logits) if need_grad else logits.new_empty(0))
     )
 
 
@@ -157,7 +157,7 @@ def logits_loss(
     if spec.aggregation == "token-mean" and inputs.normalizer is None and inputs.mask is not None:
         if rows.token_ids.numel() > rows_of_logits.COUNT_LIMIT:
             live = TokenLayout(rows.token_ids, inputs).live
-            inputs = inputs._replace(normalizer=live.sum().float())
+            inputs = replaced(inputs, normalizer=live.sum().float())
     if torch.compiler.is_compiling():
         temperatures = _temperatures(rows)
         packed = pack(inputs, need_grad, spec, advantage_spec)
@@ -167,7 +167,7 @@ def logits_loss(
     elif out is None:
         out = empty_gradient(logits)
     results = rows_of_logits.launch_logits_loss(logits, out, rows, inputs, spec, advantage_spec)
-    return results if out is None else results._replace(grad=out)
+    return results if out is None else replaced(results, grad=out)
 
 
 def _fuses_groups(
@@ -203,7 +203,7 @@ def _scored_then_differentiated(
     scored = scored_tokens(layout, advantage, weight, spec)
     table = score_rows(logits, rows, scored, 5 if need_grad else 2)
     logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
-    inputs = inputs._replace(entropy=entropy)
+    inputs = replaced(inputs, entropy=entropy)
     found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
     if not need_grad:
         return found
@@ -214,7 +214,7 @@ def _scored_then_differentiated(
         if inputs.loss_weights is not None:
             bonus = bonus * inputs.loss_weights
     grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
-    return found._replace(grad=grad)
+    return replaced(found, grad=grad)
 
 
 @torch.library.custom_op(
