@@ -176,7 +176,7 @@ def mapo_loss(
             float16, or float64 (eager backend). Rows may be strided; tokens that are not adjacent
             in memory are copied.
         rewards: [B] any real dtype, whole groups; or give `advantages`.
-        advantages: [B] or per token, floating-point.
+        advantages: [B] or per token, floating-point; [B] where a packed batch allows both readings.
         group_size: sequences per group, groups contiguous; or give `group_ids`.
         group_ids: [B] integers, rows in any order, ragged groups.
         success: [B] bool, which sequences succeeded; default `rewards >= success_threshold`.

@@ -83,6 +83,15 @@ class TokenInputs(NamedTuple):
         some: dict[str, Any] = {k: None if x is None else x[rows] for k, x in tensors}
         return self._replace(**some)
 
+    def per_token(self, advantages: torch.Tensor, tokens: torch.Tensor) -> bool:
+        """Whether these advantages are the tokens' own, and not their sequences'.
+
+        A packed batch may have as many tokens as sequences; then they are the sequences'.
+        """
+        return advantages.shape == tokens.shape and (
+            self.cu_seqlens is None or advantages.shape[0] != self.cu_seqlens.shape[0] - 1
+        )
+
     def n_sequences(self, logprobs: torch.Tensor) -> int:
         """Number B of sequences in a batch with these log-probs."""
         return logprobs.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

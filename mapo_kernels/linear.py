@@ -179,7 +179,7 @@ def linear_loss(
     layout = TokenLayout(rows.token_ids, inputs)
     advantage = inputs.advantages
     assert advantage is not None
-    if advantage.shape != layout.live.shape:
+    if not inputs.per_token(advantage, layout.live):
         advantage = layout.spread(advantage).expand(layout.live.shape)
     live_rows = head.live_rows
     if live_rows is None:

@@ -213,7 +213,7 @@ def launch_logits_loss(
     tensors = [rows.token_ids, *inputs[:4], inputs.loss_weights, mask]
     tensors = [rows_of(x) for x in tensors]
     advantage = rows_of(inputs.advantages)
-    per_token = advantage is not None and advantage.shape == rows.token_ids.shape
+    per_token = advantage is not None and inputs.per_token(advantage, rows.token_ids)
     kind = "group" if advantage is None else "token" if per_token else "sequence"
     strides = [0 if x is None or packed else x.stride(0) for x in tensors]
     strides.append(1 if not per_token else 0 if packed else advantage.stride(0))  # type: ignore[union-attr]

@@ -78,10 +78,11 @@ class Plan:
         """
         if self.cu_seqlens is None:
             mask = None if self.mask is None else self.mask[sequences]
-            which = (
-                range(self.n_sequences)[sequences] if isinstance(sequences, slice) else sequences
-            )
-            counts = tuple(self.live_counts[int(i)] for i in which)
+            if isinstance(sequences, slice):
+                which = list(range(self.n_sequences))[sequences]
+            else:
+                which = torch.arange(self.n_sequences)[sequences.cpu()].tolist()
+            counts = tuple(self.live_counts[i] for i in which)
             return replace(
                 self, advantages=self.advantages[sequences], mask=mask, live_counts=counts
             )
@@ -91,7 +92,7 @@ class Plan:
         cu_seqlens = self.cu_seqlens[start : stop + 1]
         assert self.bounds is not None
         first, last = self.bounds[start], self.bounds[stop]
-        per_token = self.advantages.shape[0] == self.bounds[-1]
+        per_token = self.advantages.shape[0] != self.n_sequences
         tokens, rows = slice(first, last), slice(start, stop)
         return replace(
             self,
@@ -171,8 +172,9 @@ def _live_tokens(
     tokens = mask
     if tokens is None:
         tokens = torch.ones(total, dtype=torch.bool, device=advantages.device)
-    layout = TokenLayout(tokens, TokenInputs(mask=mask, cu_seqlens=cu_seqlens))
-    if advantages.shape != tokens.shape:
+    inputs = TokenInputs(mask=mask, cu_seqlens=cu_seqlens)
+    layout = TokenLayout(tokens, inputs)
+    if not inputs.per_token(advantages, tokens):
         advantages = layout.spread(advantages)
     return scored_tokens(layout, advantages, layout.live, spec)
 
@@ -199,11 +201,6 @@ def _count_live(
         sequences = TokenLayout(live, TokenInputs(cu_seqlens=cu_seqlens))
         counts = sequences.sum(live.to(torch.float32))
     found = torch.cat([counts.to(torch.int64), cu_seqlens.to(torch.int64)]).tolist()
-    if mask is None and found[-1] == n_sequences == advantages.shape[0]:
-        # As many tokens as sequences: like everywhere else, the advantages are the tokens' own.
-        live = _live_tokens(advantages, None, cu_seqlens, spec, n_sequences)
-        sequences = TokenLayout(live, TokenInputs(cu_seqlens=cu_seqlens))
-        found[:n_sequences] = [int(x) for x in sequences.sum(live.to(torch.float32)).tolist()]
     return tuple(found[:n_sequences]), tuple(found[n_sequences:])
 
 

@@ -128,7 +128,7 @@ def launch_token_loss(
 
     tokens = [rows_of(x) for x in (logprobs, *inputs.token_tensors())]
     advantage = rows_of(inputs.advantages)
-    per_token = advantage is not None and advantage.shape == logprobs.shape
+    per_token = advantage is not None and inputs.per_token(advantage, logprobs)
     kind = "group" if advantage is None else "token" if per_token else "sequence"
     strides = [_row_stride(x) for x in tokens]
     strides.append(_row_stride(advantage) if per_token else 1)

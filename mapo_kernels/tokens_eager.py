@@ -110,7 +110,7 @@ def _score_chunk(
         # Whatever lies at a token that is not scored, NaN included, stays out of every sum.
         return default if x is None else x.to(dtype).where(where, 0.0)
 
-    per_token = advantages.shape == logprobs.shape
+    per_token = inputs.per_token(advantages, logprobs)
     advantage = advantages if per_token else layout.spread(advantages)
     weight = clean(inputs.token_weights, layout.live, layout.live.to(dtype))
     scored = scored_tokens(layout, advantage, weight, spec)

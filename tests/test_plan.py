@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from support import assert_close, make_batch, pack
@@ -120,3 +122,64 @@ def test_a_plan_is_not_contradicted():
     assert torch.equal(same.loss, mk.mapo_loss(logp, plan=plan).loss)
     with pytest.raises(ValueError, match="mask: expected shape"):
         mk.mapo_loss(torch.zeros(4, 2), plan=plan)
+
+
+def check_live_rows(plan):
+    """They are what `live` says, and the host knows how many."""
+    expected = plan.live.reshape(-1).nonzero().squeeze(1)
+    assert torch.equal(plan.live_rows, expected) and sum(plan.live_counts) == len(expected)
+
+
+@pytest.mark.parametrize("spec", [mk.LossSpec(), mk.LossSpec(beta=0.1)], ids=["signal", "all"])
+def test_live_rows_are_counted_in_every_layout(spec, device):
+    advantages = torch.tensor([1.0, 0.0, -0.5, 2.0], device=device)
+    mask = torch.rand(4, 6, device=device) < 0.6
+    per_token = torch.randn(4, 6, device=device) * (torch.rand(4, 6, device=device) < 0.5)
+    for given in (advantages, per_token):
+        plan = mk.make_plan(advantages=given, mask=mask, spec=spec)
+        check_live_rows(plan)
+        chosen = torch.tensor([False, True, True, False], device=device)
+        picks = [
+            slice(1, 3),
+            slice(None, None, 2),
+            torch.tensor([3, 0]),
+            torch.tensor([-1]),
+            chosen,
+        ]
+        for pick in picks:
+            check_live_rows(plan.micro_batch(pick))
+    bounds = torch.tensor([0, 2, 2, 5, 9], device=device)
+    flat = torch.rand(9, device=device) < 0.6
+    tokens = torch.randn(9, device=device) * (torch.rand(9, device=device) < 0.5)
+    for given, live in itertools.product((advantages, tokens), (None, flat)):
+        plan = mk.make_plan(advantages=given, mask=live, cu_seqlens=bounds, spec=spec)
+        check_live_rows(plan)
+        for pick in (slice(0, 2), slice(1, 4), slice(3, None)):
+            part = plan.micro_batch(pick)
+            check_live_rows(part)
+            assert part.bounds == tuple(part.cu_seqlens.tolist())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_as_many_packed_tokens_as_sequences(level, device):
+    """Though not one each: advantages are then the sequences'."""
+    spec = mk.LossSpec(objective="cispo", importance_level=level)
+    bounds = torch.tensor([0, 0, 3, 4, 4], device=device)
+    advantages = torch.tensor([5.0, 1.0, 0.0, 7.0], device=device)
+    logits = torch.randn(4, 9, device=device)
+    ids = torch.randint(0, 9, (4,), device=device)
+    logp = mk.token_logprobs(logits, ids)
+    given = {"advantages": advantages, "cu_seqlens": bounds}
+    plan = mk.make_plan(spec=spec, **given)
+    assert plan.live_counts == (0, 3, 0, 0) and plan.live_rows.tolist() == [0, 1, 2]
+    expected = -logp[:3].sum() / 4
+    weight = torch.eye(9, device=device)
+    for loss in (
+        mk.mapo_loss(logp, spec=spec, **given),
+        mk.mapo_loss(logp, plan=plan),
+        mk.mapo_loss_from_logits(logits, ids, spec=spec, **given),
+        mk.mapo_loss_from_hidden(logits, weight, ids, spec=spec, **given),
+        mk.mapo_loss_from_hidden(logits, weight, ids, plan=plan),
+    ):
+        assert_close(loss.loss, expected, 1e-6)
+        assert loss.metrics["scored_tokens"] == 3
