@@ -37,7 +37,7 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
     Args:
         device_type: `torch.device.type` of the inputs, such as `cuda` or `cpu`.
         is_double: whether every floating-point input is float64, which only the eager backend
-            computes.
+            computes, whatever is chosen.
 
     Returns:
         `triton` or `eager`.
@@ -51,8 +51,10 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
         raise ValueError(f"{_ENVIRONMENT}: expected one of {list(BACKENDS)}, got {choice!r}")
     # ROCm calls its devices cuda too.
     on_gpu = device_type in ("cuda", "xpu")
+    if is_double:
+        return "eager"
     if choice == "auto":
-        return "triton" if HAS_TRITON and on_gpu and not is_double else "eager"
+        return "triton" if HAS_TRITON and on_gpu else "eager"
     if choice == "triton":
         if not HAS_TRITON:
             raise RuntimeError("backend 'triton': expected Triton to be installed, it is not")

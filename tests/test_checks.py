@@ -256,6 +256,7 @@ def test_backend_errors(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="expected tensors on a GPU"):
         mk.resolve_backend("cpu")
+    assert mk.resolve_backend("cpu", is_double=True) == "eager"
     monkeypatch.setenv("MAPO_KERNELS_BACKEND", "eager")
     assert mk.resolve_backend("cuda") == "eager"
     monkeypatch.delenv("MAPO_KERNELS_BACKEND")
