@@ -138,6 +138,11 @@ def advantage_flags(groups: GroupInputs | None, spec: AdvantageSpec) -> dict[str
     }
 
 
+def result_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the eager backend computes in for inputs like `x`: float64 stays, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """What the eager backend adds long runs of scattered values in; Apple's GPU has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -173,7 +178,7 @@ def eager_advantages(
     by_group = _Groups(groups)
     reduce, spread = by_group.reduce, by_group.spread
     if dtype is None:
-        dtype = torch.float64 if groups.rewards.dtype == torch.float64 else torch.float32
+        dtype = result_dtype(groups.rewards)
     given = groups.rewards.reshape(by_group.shape)
     rewards = given.to(dtype)
 

@@ -9,9 +9,10 @@ import torch
 from mapo_kernels import checks, ops
 from mapo_kernels.advantages import GroupStats
 from mapo_kernels.autograd import MapoLossFunction
-from mapo_kernels.inputs import GROUP_METRICS, RESULTS, GroupInputs, TokenInputs
+from mapo_kernels.inputs import GROUP_METRICS, RESULTS, GroupInputs, RowInputs, TokenInputs
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
+from mapo_kernels.tokens_eager import TokenLayout
 
 DEFAULT_SPEC = LossSpec()
 DEFAULT_ADVANTAGE_SPEC = AdvantageSpec()
@@ -133,6 +134,17 @@ def gather_inputs(
             f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
         )
     return inputs, spec
+
+
+def gather_rows(
+    token_ids: torch.Tensor, temperature: torch.Tensor | float, inputs: TokenInputs, vocab: int
+) -> RowInputs:
+    """Validated token ids and temperatures, one of these per token where the batch is packed."""
+    checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
+    checks.check_token_ids(token_ids, inputs.mask, vocab)
+    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
+        temperature = TokenLayout(token_ids, inputs).spread(temperature)
+    return RowInputs(token_ids, temperature)
 
 
 def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:

@@ -12,6 +12,7 @@ from mapo_kernels.api import (
     DEFAULT_SPEC,
     LossOutput,
     gather_inputs,
+    gather_rows,
     name_metrics,
     used_advantages,
 )
@@ -19,7 +20,6 @@ from mapo_kernels.autograd import MapoLinearLossFunction
 from mapo_kernels.inputs import HeadInputs, RowInputs
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
-from mapo_kernels.tokens_eager import TokenLayout
 
 
 def _as_linear_would(
@@ -95,8 +95,9 @@ def mapo_loss_from_hidden(
         bias: [V], of the head, or None.
         softcap: c of `c tanh(x / c)` (Gemma), or None.
         logit_scale: positive factor of the product (Cohere, Granite).
-        chunk_rows: tokens per chunk, or None for as many as make 2 GiB of float32 logits and their
-            gradient (64 MiB on a CPU), halved while that is more than half of a GPU's free memory.
+        chunk_rows: tokens per chunk, or None for as many as make 2 GiB (64 MiB on a CPU) of float32
+            logits, hidden states and their gradients, halved while that is more than half of a
+            GPU's free memory.
             It changes results by float32 rounding alone.
 
     Returns:
@@ -131,16 +132,12 @@ def mapo_loss_from_hidden(
             "token_weights": token_weights,
         },
     )
-    checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
-    checks.check_token_ids(token_ids, inputs.mask, weight.shape[0])
-    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
-        temperature = TokenLayout(token_ids, inputs).spread(temperature)
+    rows = gather_rows(token_ids, temperature, inputs, weight.shape[0])
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     live_rows = None if plan is None else plan.live_rows
     head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows, live_rows)
-    rows = RowInputs(token_ids, temperature)
     loss, results, computed = MapoLinearLossFunction.apply(
         hidden, weight, bias, head, rows, inputs, spec, advantage_spec
     )

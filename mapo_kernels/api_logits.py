@@ -12,6 +12,7 @@ from mapo_kernels.api import (
     DEFAULT_SPEC,
     LossOutput,
     gather_inputs,
+    gather_rows,
     name_metrics,
     used_advantages,
 )
@@ -19,7 +20,6 @@ from mapo_kernels.autograd import MapoLogitsLossFunction
 from mapo_kernels.inputs import RowInputs
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
-from mapo_kernels.tokens_eager import TokenLayout
 
 
 def mapo_loss_from_logits(
@@ -110,15 +110,11 @@ def mapo_loss_from_logits(
             "token_weights": token_weights,
         },
     )
-    n_sequences = inputs.n_sequences(token_ids)
-    checks.check_temperature(temperature, n_sequences, token_ids.device)
-    checks.check_token_ids(token_ids, inputs.mask, logits.shape[-1])
-    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
-        temperature = TokenLayout(token_ids, inputs).spread(temperature)
+    rows = gather_rows(token_ids, temperature, inputs, logits.shape[-1])
     if not torch.is_grad_enabled():
         logits = logits.detach()
     loss, results, computed = MapoLogitsLossFunction.apply(
-        logits, RowInputs(token_ids, temperature), inputs, spec, advantage_spec, inplace
+        logits, rows, inputs, spec, advantage_spec, inplace
     )
     return LossOutput(loss, name_metrics(results, inputs, plan), used_advantages(computed, inputs))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import ops, ops_logits
+from mapo_kernels.advantages import result_dtype
 from mapo_kernels.inputs import (
     RESULTS,
     SLOTS,
@@ -26,6 +27,7 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import (
     TokenLayout,
     denominator_of,
+    entropy_weights,
     length_weight,
     scored_tokens,
 )
@@ -49,9 +51,9 @@ class Wanted(NamedTuple):
 def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
     """Hidden states per chunk where the caller leaves it open.
 
-    At most as many as make 2 GiB of float32 logits and their gradient (64 MiB on a CPU); on a GPU
-    that is halved while it is more than half of the free memory. Chunks are of one size, a multiple
-    of 128, but for the last.
+    At most as many as make 2 GiB (64 MiB on a CPU) of float32 logits, their gradient, hidden states
+    and their gradient; on a GPU that is halved while it is more than half of the free memory.
+    Chunks are of one size, a multiple of 128, but for the last.
     """
     weight = head.weight
     budget = _GPU_CHUNK if weight.is_cuda else _CPU_CHUNK
@@ -61,7 +63,8 @@ def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
         free = free - torch.cuda.memory_allocated(weight.device)
         while budget > free // 2 and budget > 1 << 20:
             budget = budget // 2
-    most = max(_ROUND, budget // (weight.shape[0] * (4 + weight.element_size())) // _ROUND * _ROUND)
+    (vocab, width), size = weight.shape, weight.element_size()
+    most = max(_ROUND, budget // (vocab * (4 + size) + width * 2 * size) // _ROUND * _ROUND)
     n_chunks = max(1, -(-n_live // most))
     return -(-max(n_live, 1) // (n_chunks * _ROUND)) * _ROUND
 
@@ -83,12 +86,7 @@ class _Head:
     def __init__(self, head: HeadInputs) -> None:
         self.bias, self.softcap, self.scale = head.bias, head.softcap, head.logit_scale
         self._mixed = mixes_dtypes(head.weight)
-        self.weight = head.weight if self._mixed else head.weight.to(self.dtype_of(head.weight))
-
-    @staticmethod
-    def dtype_of(x: torch.Tensor) -> torch.dtype:
-        """What logits and sums of gradients are kept in."""
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.weight = head.weight if self._mixed else head.weight.to(result_dtype(head.weight))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of hidden states [n, H]; without a softcap their scale is still to come."""
@@ -101,10 +99,6 @@ class _Head:
         if self.softcap is not None:
             x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         return x
-
-    def temperature(self, temperature: torch.Tensor | float) -> torch.Tensor | float:
-        """What the logits of `logits` are divided by."""
-        return temperature if self.softcap is not None else temperature / self.scale
 
     def place(self, logits: torch.Tensor) -> torch.Tensor:
         """Where the gradient of these logits goes: over them, unless they are needed again."""
@@ -143,24 +137,37 @@ class _Head:
 
 
 class _Chunks:
-    """Live rows of a batch, chunk by chunk."""
+    """Live rows of a batch, chunk by chunk: positions, hidden states [n, H], ids, temperatures."""
 
-    def __init__(self, hidden: torch.Tensor, head: HeadInputs, live_rows: torch.Tensor) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, live_rows: torch.Tensor
+    ) -> None:
         self._hidden = hidden
-        self._rows = live_rows
+        self._live = live_rows
         self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0])
+        self._ids = rows.token_ids.reshape(-1)
+        temperature = rows.temperature
+        if isinstance(temperature, torch.Tensor) and rows.token_ids.dim() == 2:
+            temperature = temperature[:, None].expand(rows.token_ids.shape).reshape(-1)
+        # Without a softcap between them, the product's scale and the temperature are one factor.
+        self._temperature = (
+            temperature if head.softcap is not None else temperature / head.logit_scale
+        )
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in self._rows.split(self._step):
-            if rows.shape[0]:
-                yield rows, self.take(rows)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, RowInputs]]:
+        for chosen in self._live.split(self._step):
+            if chosen.shape[0]:
+                temperature = self._temperature
+                if isinstance(temperature, torch.Tensor):
+                    temperature = temperature[chosen]
+                yield chosen, self._take(chosen), RowInputs(self._ids[chosen], temperature)
 
-    def take(self, rows: torch.Tensor) -> torch.Tensor:
+    def _take(self, chosen: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, H] of some rows; a strided batch is not copied as a whole."""
         if self._hidden.dim() == 2:
-            return self._hidden.index_select(0, rows)
+            return self._hidden.index_select(0, chosen)
         length = self._hidden.shape[1]
-        return self._hidden[rows // length, rows % length]
+        return self._hidden[chosen // length, chosen % length]
 
 
 def linear_loss(
@@ -186,7 +193,7 @@ def linear_loss(
         weight = layout.live if inputs.token_weights is None else inputs.token_weights
         scored = scored_tokens(layout, advantage, weight, spec)
         live_rows = scored.reshape(-1).nonzero().squeeze(1)
-    dtype = _Head.dtype_of(hidden)
+    dtype = result_dtype(hidden)
     out = HeadResults(
         hidden.new_zeros((), dtype=dtype),
         hidden.new_zeros(SLOTS, dtype=dtype),
@@ -195,28 +202,15 @@ def linear_loss(
         head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None,
         head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if wanted.bias else None,
     )
-    chunks = _Chunks(hidden, head, live_rows)
-    by_chunk = any(wanted) and spec.importance_level == "token"
-    compute = _token_level if by_chunk else _in_two_passes
-    return compute(chunks, _Head(head), rows, inputs, spec, layout, advantage, out)
-
-
-def _temperature_of(
-    head: _Head, rows: RowInputs, layout: TokenLayout, chosen: torch.Tensor
-) -> torch.Tensor | float:
-    """The temperature of a chunk: a number, or one per row."""
-    temperature = rows.temperature
-    if isinstance(temperature, torch.Tensor):
-        if rows.token_ids.dim() == 2:
-            temperature = layout.spread(temperature).expand(rows.token_ids.shape)
-        temperature = temperature.reshape(-1)[chosen]
-    return head.temperature(temperature)
+    chunks = _Chunks(hidden, head, rows, live_rows)
+    if any(wanted) and spec.importance_level == "token":
+        return _token_level(chunks, _Head(head), inputs, spec, layout, advantage, out)
+    return _in_two_passes(chunks, _Head(head), inputs, spec, layout, out)
 
 
 def _token_level(
     chunks: _Chunks,
     head: _Head,
-    rows: RowInputs,
     inputs: TokenInputs,
     spec: LossSpec,
     layout: TokenLayout,
@@ -224,9 +218,9 @@ def _token_level(
     out: HeadResults,
 ) -> HeadResults:
     """Loss and gradients of a chunk from its logits while they are there."""
-    shape = rows.token_ids.shape
+    shape = layout.live.shape
     active = layout.live.sum().to(out.loss.dtype)
-    denominator = denominator_of(inputs, spec, inputs.n_sequences(rows.token_ids), active)
+    denominator = denominator_of(inputs, spec, layout.n_sequences, active)
     weights = inputs.loss_weights
     if spec.aggregation in ("seq-mean-token-mean", "seq-mean-token-sum-norm"):
         per_sequence = 1.0 / length_weight(layout, spec, shape[-1]).to(out.loss.dtype)
@@ -234,18 +228,17 @@ def _token_level(
     tensors = inputs._replace(loss_weights=weights).token_tensors()
     found = []
     chunk_spec = replace(spec, aggregation="token-mean", max_tokens=None)
-    for chosen, hidden in chunks:
+    for chosen, hidden, rows in chunks:
         # Sequences of one token each: all that is known of the real ones is in the weights.
         given = [None if x is None else x.reshape(-1)[chosen][:, None] for x in tensors[:-1]]
         chunk = TokenInputs(*given)._replace(  # type: ignore[arg-type]
             advantages=advantage.reshape(-1)[chosen], normalizer=denominator
         )
-        ids = rows.token_ids.reshape(-1)[chosen][:, None]
-        chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))
+        rows = RowInputs(rows.token_ids[:, None], rows.temperature)
         logits = head.logits(hidden)
         place = head.place(logits)
         result = ops_logits.logits_loss(
-            logits[:, None], chunk_rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
+            logits[:, None], rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
         )
         found.append(torch.cat([result.loss.reshape(1), result.results]))
         head.add_products(head.before_softcap(place, logits), hidden, chosen, out)
@@ -271,38 +264,31 @@ def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tenso
 def _in_two_passes(
     chunks: _Chunks,
     head: _Head,
-    rows: RowInputs,
     inputs: TokenInputs,
     spec: LossSpec,
     layout: TokenLayout,
-    advantage: torch.Tensor,
     out: HeadResults,
 ) -> HeadResults:
     """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
     need_grad = any(x is not None for x in out[3:])
-    table = _score(chunks, head, rows, layout, 5 if need_grad else 2)
-    logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
+    table = _score(chunks, head, layout.live.numel(), 5 if need_grad else 2)
+    logprobs, entropy = table[:2].view(2, *layout.live.shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
     found = ops.token_loss(logprobs, inputs, spec, AdvantageSpec(), need_grad)
     out = out._replace(loss=found.loss, results=found.results)
     if not need_grad:
         return out
-    slope, bonus = found.grad.reshape(-1), None
-    if spec.entropy_coef != 0:
-        divisor = length_weight(layout, spec, rows.token_ids.shape[-1]).to(table.dtype)
-        bonus = layout.spread(spec.entropy_coef / divisor).expand(rows.token_ids.shape).reshape(-1)
-    for chosen, hidden in chunks:
-        ids = rows.token_ids.reshape(-1)[chosen]
-        chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))
+    slope, bonus = found.grad.reshape(-1), entropy_weights(layout, inputs, spec, table)
+    for chosen, hidden, rows in chunks:
         logits = head.logits(hidden)
         place = head.place(logits)
         ops_logits.row_gradient(
             logits,
-            chunk_rows,
+            rows,
             None,
             table[:, chosen].contiguous(),
             slope[chosen],
-            None if bonus is None else bonus[chosen],
+            None if bonus is None else bonus.reshape(-1)[chosen],
             found.results,
             place,
         )
@@ -311,17 +297,12 @@ def _in_two_passes(
     return out
 
 
-def _score(
-    chunks: _Chunks, head: _Head, rows: RowInputs, layout: TokenLayout, columns: int
-) -> torch.Tensor:
-    """Table [columns, N] of `ops_logits.score_rows`, 0 at rows that are not live."""
-    n = rows.token_ids.numel()
-    table = head.weight.new_zeros((columns, n), dtype=head.dtype_of(head.weight))
-    for chosen, hidden in chunks:
-        ids = rows.token_ids.reshape(-1)[chosen]
-        chunk_rows = RowInputs(ids, _temperature_of(head, rows, layout, chosen))
+def _score(chunks: _Chunks, head: _Head, n: int, columns: int) -> torch.Tensor:
+    """Table [columns, n] of `ops_logits.score_rows`, 0 at rows that are not live."""
+    table = head.weight.new_zeros((columns, n), dtype=result_dtype(head.weight))
+    for chosen, hidden, rows in chunks:
         logits = head.logits(hidden)
-        table.index_copy_(1, chosen, ops_logits.score_rows(logits, chunk_rows, None, columns))
+        table.index_copy_(1, chosen, ops_logits.score_rows(logits, rows, None, columns))
         del logits
     return table
 
@@ -334,15 +315,8 @@ def linear_scores(
     columns: int,
 ) -> torch.Tensor:
     """Table [columns, N] of log-probs and entropies, without gradient; 0 where masked."""
-    layout_inputs = TokenInputs(mask=mask)
-    tokens = rows.token_ids if rows.token_ids.dim() == 2 else rows.token_ids[None]
-    if mask is not None and mask.dim() == 1:
-        layout_inputs = TokenInputs(mask=mask[None])
-    layout = TokenLayout(tokens, layout_inputs)
-    live_rows = head.live_rows
-    if live_rows is None:
-        if mask is None:
-            live_rows = torch.arange(rows.token_ids.numel(), device=hidden.device)
-        else:
-            live_rows = (mask.reshape(-1) != 0).nonzero().squeeze(1)
-    return _score(_Chunks(hidden, head, live_rows), _Head(head), rows, layout, columns)
+    n = rows.token_ids.numel()
+    live_rows = torch.arange(n, device=hidden.device)
+    if mask is not None:
+        live_rows = live_rows[mask.reshape(-1) != 0]
+    return _score(_Chunks(hidden, head, rows, live_rows), _Head(head), n, columns)

@@ -19,7 +19,7 @@ from mapo_kernels.inputs import (
 from mapo_kernels.logits_kernel import logits_loss_kernel
 from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens import counters, group_arguments, length_weight, normalizer_of, rows_of
+from mapo_kernels.tokens import counters, group_arguments, loss_flags, normalizer_of, rows_of
 
 # Above it, every row's program counting the mask of the whole batch would cost more than a launch.
 COUNT_LIMIT = 1 << 14
@@ -253,30 +253,17 @@ def launch_logits_loss(
             *advantage_arguments(advantage_spec),
             *loss_arguments(spec),
             HAS_TEMPERATURE=temperature is not None,
-            HAS_OLD=inputs.old_logprobs is not None,
-            HAS_REF=inputs.ref_logprobs is not None,
-            HAS_ROLLOUT=inputs.rollout_logprobs is not None,
-            HAS_WEIGHT=inputs.token_weights is not None,
-            HAS_LOSS_WEIGHT=inputs.loss_weights is not None,
-            HAS_MASK=mask is not None,
             HAS_BONUS=spec.entropy_coef != 0,
             HAS_GRAD=out is not None,
-            PACKED=packed,
             ADVANTAGE=kind,
             NORMALIZER=source,
-            LENGTH_WEIGHT=length_weight(spec),
-            SCORE_ALL=spec.needs_every_token,
-            OBJECTIVE=spec.objective,
-            HAS_DUAL_CLIP=spec.dual_clip is not None,
-            KL_ESTIMATOR=spec.kl_estimator,
-            KL_CORRECTION=spec.kl_importance_correction,
-            SLOTS=SLOTS,
             BLOCK_T=_BLOCK_T,
             # Eight numbers a thread.
             BLOCK_P=8 * tile["R"] // SLOTS,
             CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile,
+            **loss_flags(inputs, spec),
             **group_choices,
         )
     return results

@@ -7,10 +7,19 @@ from collections.abc import Iterator
 import torch
 
 from mapo_kernels import twin
+from mapo_kernels.advantages import result_dtype
 from mapo_kernels.inputs import RowInputs
 
 # Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
 _CHUNK_LOGITS = 1 << 20
+
+
+_Index = tuple[torch.Tensor, ...]
+
+
+def _is_matrix(x: torch.Tensor) -> bool:
+    """Whether the rows of [.., V] are those of a matrix, from which they are copied much faster."""
+    return x.dim() == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 class _Rows:
@@ -20,37 +29,32 @@ class _Rows:
         self._logits, self._rows, self._mask = logits, rows, mask
         self._shape = rows.token_ids.shape
         self._vocab = logits.shape[-1]
-        # Whole rows are copied several times faster from a matrix than from a strided batch.
-        gap = logits.dim() == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1)
-        self.is_matrix = not gap or logits.shape[0] == 1
+        self._is_matrix = _is_matrix(logits)
         self.n = rows.token_ids.numel()
 
-    def chunks(self, temporaries: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    def chunks(self, temporaries: int) -> Iterator[tuple[torch.Tensor, _Index]]:
         """Positions [n] in the flattened batch, and index tensors of these rows, per chunk.
 
         Tracing sees the whole batch as one chunk of rows that are all live: how many are is not
         known to it, and it plans the memory itself.
         """
         live = torch.arange(self.n, device=self._logits.device)
-        step = max(1, self.n)
-        if not torch.compiler.is_compiling():
-            if self._mask is not None:
-                live = live[self._mask.reshape(-1) != 0]
-            step = max(1, _CHUNK_LOGITS // (temporaries * self._vocab))
-        for positions in live.split(step):
-            yield positions, *self.index(positions)
+        if torch.compiler.is_compiling():
+            yield live, self._index(live)
+            return
+        if self._mask is not None:
+            live = live[self._mask.reshape(-1) != 0]
+        for positions in live.split(max(1, _CHUNK_LOGITS // (temporaries * self._vocab))):
+            yield positions, self._index(positions)
 
-    def index(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Index tensors of rows by their positions in the flattened batch."""
+    def _index(self, positions: torch.Tensor) -> _Index:
         if len(self._shape) == 1:
             return (positions,)
         return positions // self._shape[1], positions % self._shape[1]
 
-    def tempered(
-        self, positions: torch.Tensor, index: tuple[torch.Tensor, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
+    def tempered(self, positions: torch.Tensor, index: _Index, dtype: torch.dtype) -> torch.Tensor:
         """A copy of some rows over their temperature, [n, V]."""
-        if self.is_matrix:
+        if self._is_matrix:
             x = self._logits.view(-1, self._vocab).index_select(0, positions).to(dtype)
         else:
             x = self._logits[index].to(dtype)
@@ -59,36 +63,30 @@ class _Rows:
             return x.div_(temperature.to(dtype)[index[0]][:, None])
         return x if temperature == 1.0 else x.div_(temperature)
 
-    def inverse_temperature(
-        self, index: tuple[torch.Tensor, ...], dtype: torch.dtype
-    ) -> torch.Tensor | float:
+    def inverse_temperature(self, index: _Index, dtype: torch.dtype) -> torch.Tensor | float:
         """Its inverse, a number or [n]."""
         temperature = self._rows.temperature
         if isinstance(temperature, torch.Tensor):
             return 1.0 / temperature.to(dtype)[index[0]]
         return 1.0 / temperature
 
-    def targets(self, index: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(self, index: _Index) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [n, 1], 0 for those that do not exist, and which of them do, [n]."""
         ids = self._rows.token_ids[index].long()
         known = (ids >= 0) & (ids < self._vocab)
         return ids.where(known, 0)[:, None], known
 
 
-def _dtype(logits: torch.Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def eager_scores(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
     """What `launch_scores` computes; the table's rows differ from it past the first two."""
-    dtype = _dtype(logits)
+    dtype = result_dtype(logits)
     pieces = _Rows(logits, rows, mask)
     table = logits.new_zeros((columns, pieces.n), dtype=dtype)
-    for positions, *index in pieces.chunks(1 if columns == 1 else 2):
-        x = pieces.tempered(positions, tuple(index), dtype)
-        table[:, positions] = _scores(x, *pieces.targets(tuple(index)), columns)
+    for positions, index in pieces.chunks(1 if columns == 1 else 2):
+        x = pieces.tempered(positions, index, dtype)
+        table[:, positions] = _scores(x, *pieces.targets(index), columns)
         del x  # before the next chunk is there
     if mask is not None and torch.compiler.is_compiling():
         table = table.where(mask.reshape(-1) != 0, 0.0)
@@ -127,19 +125,19 @@ def eager_gradient(
     results: torch.Tensor,
 ) -> None:
     """What `launch_gradient` writes."""
-    dtype = _dtype(logits)
+    dtype = result_dtype(logits)
     pieces = _Rows(logits, rows, mask)
-    flat = out.view(-1, out.shape[-1]) if _Rows(out, rows, mask).is_matrix else None
-    for positions, *index in pieces.chunks(1 if bonus is None else 2):
-        factor = results[0] * pieces.inverse_temperature(tuple(index), dtype)
+    flat = out.view(-1, out.shape[-1]) if _is_matrix(out) else None
+    for positions, index in pieces.chunks(1 if bonus is None else 2):
+        factor = results[0] * pieces.inverse_temperature(index, dtype)
         g = slope.reshape(-1)[positions] * factor
         b = None if bonus is None else bonus.reshape(-1)[positions] * factor
-        x = pieces.tempered(positions, tuple(index), dtype)
-        x = _gradient(x, pieces.targets(tuple(index))[0], table[:, positions], g, b).to(out.dtype)
+        x = pieces.tempered(positions, index, dtype)
+        x = _gradient(x, pieces.targets(index)[0], table[:, positions], g, b).to(out.dtype)
         if flat is not None:
             flat.index_copy_(0, positions, x)
         else:
-            out[tuple(index)] = x
+            out[index] = x
         del x
     if mask is not None and flat is not None and not torch.compiler.is_compiling():
         flat.index_fill_(0, (mask.reshape(-1) == 0).nonzero().squeeze(1), 0.0)

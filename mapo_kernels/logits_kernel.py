@@ -13,8 +13,9 @@ from mapo_kernels.rows_kernel import (
     write_zeros,
 )
 from mapo_kernels.tokens_device import (
-    finish,
+    arrive,
     live_tokens,
+    put_sums,
     score_tokens,
     sequence_bounds,
     sequence_statistics,
@@ -162,7 +163,6 @@ def logits_loss_kernel(
     Advantage = Advantage + wide * stride_advantage if ADVANTAGE != "group" else Advantage
     inside, live = live_tokens(RowMask, offs, begin, end, limit, HAS_MASK)
 
-    slots = tl.arange(0, SLOTS)
     sums = tl.zeros([SLOTS], tl.float32)
     advantage = tl.full([], 1.0, tl.float32)
     if ADVANTAGE == "group":
@@ -182,7 +182,8 @@ def logits_loss_kernel(
         Weight, Advantage, offs, inside, candidates, advantage,
         HAS_WEIGHT, ADVANTAGE, SCORE_ALL, False,
     )  # fmt: skip
-    sums = tl.where(slots == 1, tl.sum(live.to(tl.float32), 0), sums)
+    active = tl.sum(live.to(tl.float32), 0)
+    sums = tl.where(tl.arange(0, SLOTS) == 1, active, sums)
 
     Out = Grad
     if HAS_GRAD:
@@ -214,15 +215,11 @@ def logits_loss_kernel(
             scale = scale * tl.load(LossWeight + wide * stride_loss_weight + position).to(
                 tl.float32
             )
-        sums = tl.where(slots == 0, tl.sum(loss, 0) * scale, sums)
-        sums = tl.where(slots == 2, tl.sum(one, 0), sums)
-        sums = tl.where(slots == 3, tl.sum(low, 0), sums)
-        sums = tl.where(slots == 4, tl.sum(high, 0), sums)
-        sums = tl.where(slots == 5, tl.sum(ratio, 0), sums)
-        sums = tl.where(slots == 6, tl.sum(new_kl, 0), sums)
-        sums = tl.where(slots == 7, tl.sum(ref_kl, 0), sums)
-        sums = tl.where(slots == 8, entropy, sums)
-        sums = tl.where(slots == 9, tl.max(ratio, 0), sums)
+        sums = put_sums(
+            sums, tl.sum(loss, 0) * scale, active, tl.sum(one, 0), tl.sum(low, 0),
+            tl.sum(high, 0), tl.sum(ratio, 0), tl.sum(new_kl, 0), tl.sum(ref_kl, 0), entropy,
+            tl.max(ratio, 0), SLOTS,
+        )  # fmt: skip
         if HAS_GRAD:
             divisor = denominator
             if NORMALIZER == "tensor":
@@ -250,11 +247,7 @@ def logits_loss_kernel(
     elif HAS_GRAD:
         write_zeros(Out, vocab, R, A, WIDE)
 
-    tl.store(Partials + slots * n_programs + row, sums)
-    # The barrier and the release make this program's sums visible before its arrival is.
-    tl.debug_barrier()
-    if tl.atomic_add(Counter, 1, sem="acq_rel") == n_programs - 1:
-        finish(
-            Partials, Normalizer, Loss, Results, n_programs, denominator, NORMALIZER, SLOTS, BLOCK_P
-        )
-        tl.store(Counter, 0)
+    arrive(
+        sums, Partials, Counter, Normalizer, Loss, Results, row, n_programs, denominator,
+        NORMALIZER, SLOTS, BLOCK_P,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from mapo_kernels import logits_eager
 from mapo_kernels.inputs import RowInputs, TokenInputs, TokenResults, empty_results, replaced
 from mapo_kernels.ops import LOSS_SCHEMA, is_eager, pack, token_loss, unpack, with_advantages
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_eager import TokenLayout, length_weight, scored_tokens
+from mapo_kernels.tokens_eager import TokenLayout, entropy_weights, scored_tokens
 
 
 def _temperatures(rows: RowInputs) -> tuple[torch.Tensor | None, float]:
@@ -207,12 +207,7 @@ def _scored_then_differentiated(
     found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
     if not need_grad:
         return found
-    bonus = None
-    if spec.entropy_coef != 0:
-        divisor = length_weight(layout, spec, rows.token_ids.shape[-1]).to(table.dtype)
-        bonus = layout.spread(spec.entropy_coef / divisor).expand(rows.token_ids.shape).contiguous()
-        if inputs.loss_weights is not None:
-            bonus = bonus * inputs.loss_weights
+    bonus = entropy_weights(layout, inputs, spec, table)
     grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
     return replaced(found, grad=grad)
 

@@ -56,9 +56,24 @@ def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous()
 
 
-def length_weight(spec: LossSpec) -> str:
-    """What a sequence's token losses are divided by, as the kernels know it."""
-    return _LENGTH_WEIGHTS[spec.aggregation]
+def loss_flags(inputs: TokenInputs, spec: LossSpec) -> dict[str, object]:
+    """The compile-time choices of the loss kernels."""
+    return {
+        "HAS_OLD": inputs.old_logprobs is not None,
+        "HAS_REF": inputs.ref_logprobs is not None,
+        "HAS_ROLLOUT": inputs.rollout_logprobs is not None,
+        "HAS_WEIGHT": inputs.token_weights is not None,
+        "HAS_LOSS_WEIGHT": inputs.loss_weights is not None,
+        "HAS_MASK": inputs.mask is not None,
+        "PACKED": inputs.cu_seqlens is not None,
+        "LENGTH_WEIGHT": _LENGTH_WEIGHTS[spec.aggregation],
+        "SCORE_ALL": spec.needs_every_token,
+        "OBJECTIVE": spec.objective,
+        "HAS_DUAL_CLIP": spec.dual_clip is not None,
+        "KL_ESTIMATOR": spec.kl_estimator,
+        "KL_CORRECTION": spec.kl_importance_correction,
+        "SLOTS": SLOTS,
+    }
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -160,30 +175,17 @@ def launch_token_loss(
             0 if packed else length,
             *advantage_arguments(advantage_spec),
             *loss_arguments(spec),
-            HAS_OLD=inputs.old_logprobs is not None,
-            HAS_REF=inputs.ref_logprobs is not None,
-            HAS_ROLLOUT=inputs.rollout_logprobs is not None,
-            HAS_WEIGHT=inputs.token_weights is not None,
             HAS_ENTROPY=inputs.entropy is not None,
-            HAS_LOSS_WEIGHT=inputs.loss_weights is not None,
-            HAS_MASK=inputs.mask is not None,
             HAS_GRAD=need_grad,
-            PACKED=packed,
             ADVANTAGE=kind,
             NORMALIZER=source,
-            LENGTH_WEIGHT=length_weight(spec),
-            SCORE_ALL=spec.needs_every_token,
             SEQUENCE_LEVEL=sequence_level,
-            OBJECTIVE=spec.objective,
-            HAS_DUAL_CLIP=spec.dual_clip is not None,
-            KL_ESTIMATOR=spec.kl_estimator,
-            KL_CORRECTION=spec.kl_importance_correction,
-            SLOTS=SLOTS,
             BLOCK_T=block_t,
             BLOCK_P=128,
             # The default is about to change, and the kernel's instruction budget counts on it.
             enable_fp_fusion=True,
             num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
+            **loss_flags(inputs, spec),
             **group_choices,
         )
     return out

@@ -113,6 +113,61 @@ def finish(
 
 
 @jit
+def put_sums(
+    sums,
+    loss,
+    active,
+    scored,
+    low,
+    high,
+    ratio,
+    new_kl,
+    ref_kl,
+    entropy,
+    ratio_max,
+    SLOTS: tl.constexpr,
+):
+    """A program's sums [SLOTS] over its tokens, beside those about groups, which are there."""
+    slots = tl.arange(0, SLOTS)
+    sums = tl.where(slots == 0, loss, sums)
+    sums = tl.where(slots == 1, active, sums)
+    sums = tl.where(slots == 2, scored, sums)
+    sums = tl.where(slots == 3, low, sums)
+    sums = tl.where(slots == 4, high, sums)
+    sums = tl.where(slots == 5, ratio, sums)
+    sums = tl.where(slots == 6, new_kl, sums)
+    sums = tl.where(slots == 7, ref_kl, sums)
+    sums = tl.where(slots == 8, entropy, sums)
+    return tl.where(slots == 9, ratio_max, sums)
+
+
+@jit
+def arrive(
+    sums,
+    Partials,
+    Counter,
+    Normalizer,
+    Loss,
+    Results,
+    pid,
+    n_programs,
+    denominator,
+    NORMALIZER: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Leave a program's sums; the last program to do so finishes the batch."""
+    tl.store(Partials + tl.arange(0, SLOTS) * n_programs + pid, sums)
+    # The barrier and the release make this program's sums visible before its arrival is.
+    tl.debug_barrier()
+    if tl.atomic_add(Counter, 1, sem="acq_rel") == n_programs - 1:
+        finish(
+            Partials, Normalizer, Loss, Results, n_programs, denominator, NORMALIZER, SLOTS, BLOCK_P
+        )
+        tl.store(Counter, 0)
+
+
+@jit
 def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constexpr):
     """Where a sequence's tokens begin and end, and the span of gradient its programs write."""
     begin = 0

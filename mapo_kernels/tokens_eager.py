@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels.advantages import accumulator_dtype, eager_advantages, group_metrics
+from mapo_kernels.advantages import (
+    accumulator_dtype,
+    eager_advantages,
+    group_metrics,
+    result_dtype,
+)
 from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults, loss_arguments
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -64,6 +69,21 @@ def length_weight(layout: TokenLayout, spec: LossSpec, length: int) -> torch.Ten
     if spec.aggregation == "seq-mean-token-sum-norm":
         return torch.full_like(n_live, float(spec.max_tokens or max(length, 1)))
     return torch.ones_like(n_live)
+
+
+def entropy_weights(
+    layout: TokenLayout, inputs: TokenInputs, spec: LossSpec, like: torch.Tensor
+) -> torch.Tensor | None:
+    """Weight of each token's entropy bonus, the shape of the tokens; None if there is no bonus.
+
+    Before the batch's denominator, in the dtype of `like`.
+    """
+    if spec.entropy_coef == 0:
+        return None
+    shape = layout.live.shape
+    divisor = length_weight(layout, spec, shape[-1]).to(like.dtype)
+    weights = layout.spread(spec.entropy_coef / divisor).expand(shape).contiguous()
+    return weights if inputs.loss_weights is None else weights * inputs.loss_weights
 
 
 def denominator_of(
@@ -191,7 +211,7 @@ def eager_token_loss(
     need_grad: bool,
 ) -> TokenResults:
     """What the token loss kernel computes; see `TokenResults` for what comes back."""
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(logprobs)
     computed = logprobs.new_empty(0, dtype=dtype)
     group_values = [logprobs.new_zeros((), dtype=dtype)] * len(GROUP_METRICS)
     if inputs.groups is not None:

@@ -10,9 +10,10 @@ gradient); the backward launch applies both.
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.advantages_kernel import advantage_of_sequence
 from mapo_kernels.tokens_device import (
-    finish,
+    arrive,
     live_tokens,
     load_row,
+    put_sums,
     score_tokens,
     sequence_bounds,
     sequence_statistics,
@@ -130,7 +131,6 @@ def token_loss_kernel(
     Advantage = Advantage + row * stride_advantage if ADVANTAGE != "group" else Advantage
     Grad = Grad + row * stride_grad if HAS_GRAD else Grad
 
-    slots = tl.arange(0, SLOTS)
     sums = tl.zeros([SLOTS], tl.float32)
     advantage = tl.full([], 1.0, tl.float32)
     if ADVANTAGE == "group":
@@ -223,24 +223,15 @@ def token_loss_kernel(
         slope = tl.sum(slope_sum, 0) / n_live * scale
         spread_slope(Grad, Mask, slope, begin, stop, HAS_MASK, BLOCK_T)
 
-    sums = tl.where(slots == 0, tl.sum(loss_sum, 0) * scale, sums)
-    sums = tl.where(slots == 1, tl.sum(active_sum, 0), sums)
-    sums = tl.where(slots == 2, tl.sum(scored_sum, 0), sums)
-    sums = tl.where(slots == 3, tl.sum(low_sum, 0), sums)
-    sums = tl.where(slots == 4, tl.sum(high_sum, 0), sums)
-    sums = tl.where(slots == 5, tl.sum(ratio_sum, 0), sums)
-    sums = tl.where(slots == 6, tl.sum(approx_kl_sum, 0), sums)
-    sums = tl.where(slots == 7, tl.sum(ref_kl_sum, 0), sums)
-    sums = tl.where(slots == 8, tl.sum(entropy_sum, 0), sums)
-    sums = tl.where(slots == 9, tl.max(ratio_max, 0), sums)
-    tl.store(Partials + slots * n_programs + pid, sums)
-    # The barrier and the release make this program's sums visible before its arrival is.
-    tl.debug_barrier()
-    if tl.atomic_add(Counter, 1, sem="acq_rel") == n_programs - 1:
-        finish(
-            Partials, Normalizer, Loss, Results, n_programs, denominator, NORMALIZER, SLOTS, BLOCK_P
-        )
-        tl.store(Counter, 0)
+    sums = put_sums(
+        sums, tl.sum(loss_sum, 0) * scale, tl.sum(active_sum, 0), tl.sum(scored_sum, 0),
+        tl.sum(low_sum, 0), tl.sum(high_sum, 0), tl.sum(ratio_sum, 0), tl.sum(approx_kl_sum, 0),
+        tl.sum(ref_kl_sum, 0), tl.sum(entropy_sum, 0), tl.max(ratio_max, 0), SLOTS,
+    )  # fmt: skip
+    arrive(
+        sums, Partials, Counter, Normalizer, Loss, Results, pid, n_programs, denominator,
+        NORMALIZER, SLOTS, BLOCK_P,
+    )  # fmt: skip
 
 
 @jit
