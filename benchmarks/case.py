@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .shapes import Batch, Head
+from .shapes import NO_HEAD, Batch, Head
 
 OURS = "mapo_kernels"
 PLAIN = "plain PyTorch"
@@ -30,7 +30,7 @@ class Case:
 
     level: str
     batch: Batch
-    head: Head | None = None
+    head: Head = NO_HEAD
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = ("both",)
     sweep: str = "tokens"
@@ -40,14 +40,20 @@ class Case:
     def shape(self) -> str:
         """The case's name for people."""
         batch = self.batch
-        size = f"{batch.n_sequences}" if batch.length == 1 else f"{batch.n_sequences} x {batch.length}"
-        head = f", {self.head.name}" if self.head else ""
+        size = (
+            f"{batch.n_sequences}" if batch.length == 1 else f"{batch.n_sequences} x {batch.length}"
+        )
+        head = f", {self.head.name}" if self.head.name else ""
         return f"{size}{head}, {str(self.dtype).removeprefix('torch.')}"
 
     def tiny(self) -> Case:
         """The same case with a few tokens and words, for Triton's interpreter."""
-        head = self.head and replace(self.head, width=16, vocab=50)
-        return replace(self, batch=self.batch.tiny(), head=head)
+        small = (
+            self
+            if self.head is NO_HEAD
+            else replace(self, head=replace(self.head, width=16, vocab=50))
+        )
+        return replace(small, batch=self.batch.tiny())
 
 
 @dataclass

@@ -169,9 +169,9 @@ class CaseRun:
             "padding": case.batch.padding,
             "no_signal": case.batch.no_signal,
             "live": first.live,
-            "head": case.head.name if case.head else None,
-            "width": case.head.width if case.head else None,
-            "vocab": case.head.vocab if case.head else None,
+            "head": case.head.name or None,
+            "width": case.head.width or None,
+            "vocab": case.head.vocab or None,
         }
 
     def measure(self, name: str, provider: Provider, effort: Effort) -> list[dict[str, Any]]:

@@ -84,8 +84,7 @@ def draw_policy(case: Case, generator: torch.Generator, device: torch.device) ->
     advantages = peers.plain_advantages(shapes.rewards(whole, generator), batch.group_size)
     advantages = advantages.view(-1, batch.group_size)[:, 0].contiguous()
     live = float((mask & (advantages[:, None] != 0)).float().mean())
-    vocab = case.head.vocab if case.head else 2
-    ids = torch.randint(0, vocab, size, generator=generator)
+    ids = torch.randint(0, max(case.head.vocab, 1), size, generator=generator)
     noise = torch.randn(size, generator=generator) * 0.1
     rest = SimpleNamespace(ids=ids, mask=mask, advantages=advantages, noise=noise)
     rest.__dict__.update({k: x.to(device) for k, x in rest.__dict__.items()})

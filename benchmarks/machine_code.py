@@ -97,7 +97,8 @@ def nvidia_report(kernel: Any) -> dict[str, Any]:
 
 def parse(text: str, label: str, instruction: str, branch: str) -> list[tuple[str, Any]]:
     """Instructions in order: their names, and where each jumps back to (a position, or None)."""
-    labels, code = {}, []
+    labels: dict[str, int] = {}
+    code: list[tuple[str, Any]] = []
     for line in text.splitlines():
         if found := re.match(label, line):
             labels[found.group(1)] = len(code)

@@ -110,7 +110,7 @@ class _TrlState:
         self.accelerator = SimpleNamespace(
             gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
         )
-        self._metrics = defaultdict(lambda: defaultdict(list))
+        self._metrics: Any = defaultdict(lambda: defaultdict(list))
         self.top_entropy_quantile = 1.0
         self.off_policy_mask_threshold = None
         self.use_vllm = self.aux_loss_enabled = self._entropy_bonus_enabled = False

@@ -45,14 +45,13 @@ class Roofs:
     def product_rate(self, case: Case) -> float:
         """Flops a second of the three bare products of a head, a chunk of rows at a time."""
         head = case.head
-        assert head is not None
         name = f"{head.width} x {head.vocab} {str(case.dtype).removeprefix('torch.')}"
         if name not in self.products:
             rows = 8 if self.tiny else PRODUCT_ROWS[self.clock.device.type]
-            draw = {"device": self.clock.device}
-            hidden = torch.randn(rows, head.width, **draw).to(case.dtype)
-            weight = torch.randn(head.vocab, head.width, **draw).to(case.dtype)
-            logits = torch.randn(rows, head.vocab, **draw).to(case.dtype)
+            hidden, weight, logits = (
+                torch.randn(size, device=self.clock.device).to(case.dtype)
+                for size in ((rows, head.width), (head.vocab, head.width), (rows, head.vocab))
+            )
 
             def products() -> None:
                 torch.mm(hidden, weight.t(), out=logits)

@@ -21,6 +21,8 @@ class Head:
     softcap: float | None = None
 
 
+# Of levels without a vocabulary.
+NO_HEAD = Head("", 0, 0)
 HEADS = {
     head.name: head
     for head in (

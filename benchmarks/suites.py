@@ -1,4 +1,4 @@
-"""Which cases a suite has: quick on any machine, gpu in minutes on one, full for a day's numbers."""
+"""Which cases a suite has: quick on any machine, gpu in minutes on one, full for all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def _advantages(powers: tuple[int, ...]) -> list[Case]:
 
 def _logprobs(shapes: tuple[tuple[int, int], ...]) -> list[Case]:
     batches = [Batch(*shape, padding=0.5, no_signal=0.3) for shape in shapes]
-    return [Case("log-probs", batch, directions=("both", "forward", "backward")) for batch in batches]
+    return [
+        Case("log-probs", batch, directions=("both", "forward", "backward")) for batch in batches
+    ]
 
 
 def _live(case: Case, shares: tuple[float, ...]) -> list[Case]:
@@ -49,9 +51,7 @@ def _heads(level: str, batch: Batch, names: tuple[str, ...]) -> list[Case]:
 def quick_cases() -> list[Case]:
     """Under a minute on two CPU cores."""
     head = HEADS["laptop"]
-    logits = [
-        Case("logits", Batch(8, t, 8, 0.5, 0.3), head, sweep="tokens") for t in (8, 16, 32)
-    ]
+    logits = [Case("logits", Batch(8, t, 8, 0.5, 0.3), head, sweep="tokens") for t in (8, 16, 32)]
     hidden = [Case("hidden states", Batch(8, t, 8, 0.5, 0.3), head) for t in (32, 64, 128)]
     return [
         *_advantages((10, 14, 18)),

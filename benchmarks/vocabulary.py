@@ -54,9 +54,7 @@ def _logit_truth(inputs: Inputs) -> list[torch.Tensor]:
     if "score" in inputs.case.directions:
         logits = inputs.leaves[0][:, :-1].double()
         return [peers.plain_token_logprobs(logits, inputs.rest.ids)]
-    return _sequences_truth(
-        inputs, lambda leaves, row: _plain_row(inputs, leaves[0][:, :-1], row)
-    )
+    return _sequences_truth(inputs, lambda leaves, row: _plain_row(inputs, leaves[0][:, :-1], row))
 
 
 def _ours_from_logits(logits, rest, inplace=False):
@@ -150,7 +148,9 @@ def _logits_of(hidden, weight, softcap):
 def _hidden_truth(inputs: Inputs) -> list[torch.Tensor]:
     return _sequences_truth(
         inputs,
-        lambda leaves, row: _plain_row(inputs, _logits_of(*leaves, inputs.rest.softcap), row),
+        lambda leaves, row: _plain_row(
+            inputs, _logits_of(leaves[0], leaves[1], inputs.rest.softcap), row
+        ),
     )
 
 

@@ -45,7 +45,14 @@ def is_wide(name):
     "case",
     ["clip", "bfloat16", "odd length", "packed", "sequence level", "sapo", "cispo"]
     + ["groups of 16", "groups of 4096", "ids", "many ids"]
-    + ["logits", "logits view", "logits, given advantages", "float32 logits", "float16 logits", "odd vocabulary"]
+    + [
+        "logits",
+        "logits view",
+        "logits, given advantages",
+        "float32 logits",
+        "float16 logits",
+        "odd vocabulary",
+    ]
     + ["entropy bonus", "logits, sequence level", "packed logits"]
     + ["hidden chunk", "hidden chunk, entropy bonus"],
 )
