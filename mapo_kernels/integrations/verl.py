@@ -37,7 +37,7 @@ def mapo_advantages(
     config: Any = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """verl's advantage estimator `mapo`: `group_advantages` of each response's summed rewards.
+    """The estimator `mapo` of verl: `group_advantages` of each response's summed rewards.
 
     Args:
         token_level_rewards: [B, T]; a response's reward is their sum, wherever they lie.
@@ -87,7 +87,7 @@ def mapo_fused_loss(
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """verl's policy loss `mapo_fused`: what `vanilla` computes, by `mapo_loss`.
+    """The policy loss `mapo_fused` of verl: what `vanilla` computes, by `mapo_loss`.
 
     Args:
         old_log_prob: [B, T], of the policy that sampled.
