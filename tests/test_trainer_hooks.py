@@ -322,6 +322,7 @@ for point in entry_points(group="verl.plugins"):
     except Exception as error:
         print("plugin failed:", error)
 """
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 FATAL = ["-W", "error"]
 CORE_ALGOS = """
 ESTIMATORS, LOSSES = {}, {}
@@ -478,3 +479,13 @@ def test_the_page_is_linked_and_names_files_that_exist():
     assert "(docs/integrations.md)" in (ROOT / "README.md").read_text()
     for name in re.findall(r"`((?:tests|mapo_kernels)/[\w/]+\.py)`", DOCS):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(("body", "fails"), [("pytest.skip('not here')", True), ("pass", False)])
+def test_where_a_trainer_is_installed_skipping_everything_fails(tmp_path, body, fails):
+    conftest = (ROOT / "tests/integrations/conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_it():\n    {body}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--must-run", "test_it.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | NO_PLUGINS)
+    assert (done.returncode != 0) == fails
