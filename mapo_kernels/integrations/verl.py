@@ -12,7 +12,6 @@ themselves: the advantages are those of `group_advantages`, the loss is that of 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -185,7 +184,9 @@ def batch_denominator(
         # A response without tokens is no sequence to verl.
         count = (response_mask != 0).any(-1).sum()
     # A batch without tokens: its loss is 0 whatever it is divided by.
-    return None if count is None or (isinstance(count, int) and count == 0) else count / dp_size
+    if count is None or (isinstance(count, (int, float)) and count == 0):
+        return None
+    return count / dp_size
 
 
 def _metrics(
@@ -253,15 +254,17 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != CORE_ALGOS:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
+            # Not before: an import that fails may be tried again.
+            sys.meta_path.remove(self)
             register(module)
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]

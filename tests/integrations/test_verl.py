@@ -412,3 +412,56 @@ def test_verls_own_step_from_rewards_to_advantages():
     done = compute_advantage(data, adv_estimator=config.adv_estimator, config=config)
     assert done.batch["advantages"].abs().sum() > 0
     torch.testing.assert_close(done.batch["advantages"], done.batch["returns"])
+
+
+def test_training_by_verls_own_steps_raises_the_reward():
+    """Rewards to advantages to loss by verl's functions, around a tiny random model."""
+    transformers = pytest.importorskip("transformers")
+    from verl import DataProto
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    config = compose_documented().algorithm
+    n_prompts, size, length = 6, 8, 4
+
+    def logprobs(ids):
+        logits = model(input_ids=ids).logits[:, -length - 1 : -1]
+        return logits.log_softmax(-1).gather(2, ids[:, -length:, None])[..., 0]
+
+    history = []
+    for _ in range(25):
+        prompts = torch.randint(0, 12, (n_prompts, 1)).repeat_interleave(size, 0)
+        ids = prompts
+        with torch.no_grad():
+            for _ in range(length):
+                drawn = torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1)
+                ids = torch.cat([ids, drawn], 1)
+            old = logprobs(ids)
+        rewards = (ids[:, 1:] == 5).any(1).float()
+        history.append(float(rewards.mean()))
+        mask = torch.ones(ids.shape[0], length, dtype=torch.long)
+        scores = torch.zeros(mask.shape)
+        scores[:, -1] = rewards
+        uids = np.array([f"uid-{i // size}" for i in range(ids.shape[0])], dtype=object)
+        data = DataProto.from_dict(
+            tensors={"token_level_rewards": scores, "response_mask": mask},
+            non_tensors={"uid": uids},
+        )
+        data = compute_advantage(data, adv_estimator=config.adv_estimator, config=config)
+        count = {"dp_size": 1, "batch_num_tokens": mask.numel(), "global_batch_size": len(mask)}
+        for rows in torch.randperm(len(mask)).split(16):
+            loss, _ = core_algos.get_policy_loss_fn("mapo_fused")(
+                old_log_prob=old[rows],
+                log_prob=logprobs(ids[rows]),
+                advantages=data.batch["advantages"][rows],
+                response_mask=mask[rows],
+                loss_agg_mode="token-mean",
+                config=actor(info=count),
+            )
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(history[-5:]) / 5 > sum(history[:5]) / 5 + 0.2, history
