@@ -150,6 +150,7 @@ def slime_logprobs(logits, *, args, unconcat_tokens, total_lengths, response_len
 
 def slime_args(**settings):
     base = {"eps_clip": 0.2, "eps_clip_high": 0.28, "eps_clip_c": 3.0, "entropy_coef": 0.0}
+    base["advantage_estimator"] = "grpo"
     flags = ("use_kl_loss", "use_tis", "use_opsm", "use_rollout_logprobs")
     return SimpleNamespace(**base | dict.fromkeys(flags, False) | settings)
 
@@ -200,7 +201,14 @@ def test_slime_loss(slime_loss, per_token, source):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"use_kl_loss": True}, {"entropy_coef": 0.01}, {"use_tis": True}]
+    "setting",
+    [
+        {"use_kl_loss": True},
+        {"entropy_coef": 0.01},
+        {"use_tis": True},
+        {"custom_pg_loss_reducer_function_path": "mine.reduce"},
+        {"advantage_estimator": "gspo"},
+    ],
 )
 def test_slime_loss_says_what_it_leaves_out(slime_loss, setting):
     batch, logits = slime_batch()

@@ -16,7 +16,13 @@ from mapo_kernels.api import group_advantages, mapo_loss
 from mapo_kernels.spec import LossSpec
 
 # What slime's own policy loss adds to the clipped term, and the value that leaves it out.
-_ABSENT = {"use_kl_loss": False, "entropy_coef": 0.0, "use_tis": False, "use_opsm": False}
+_ABSENT = {
+    "use_kl_loss": False,
+    "entropy_coef": 0.0,
+    "use_tis": False,
+    "use_opsm": False,
+    "custom_pg_loss_reducer_function_path": None,
+}
 
 
 def mapo_rewards(
@@ -58,7 +64,7 @@ def policy_loss(
 
     Args:
         args: slime's arguments: `eps_clip`, `eps_clip_high`, `eps_clip_c`, `use_rollout_logprobs`,
-            `calculate_per_token_loss`.
+            `calculate_per_token_loss`, `advantage_estimator`.
         batch: a micro-batch of b samples: `advantages`, `loss_masks` and old log-probs as lists of
             [response length] tensors, `rollout_mask_sums` of b counts.
         logits: [1, T, V], over which slime's own code computes the log-probs.
@@ -78,6 +84,11 @@ def policy_loss(
     for name, absent in _ABSENT.items():
         if getattr(args, name, absent) != absent:
             raise ValueError(f"{name}: expected {absent} with this loss, got {getattr(args, name)}")
+    if args.advantage_estimator in ("gspo", "cispo"):
+        raise ValueError(
+            f"advantage_estimator: expected one whose loss is clipped per token, such as 'grpo', "
+            f"got {args.advantage_estimator!r}"
+        )
     lengths = batch["response_lengths"]
     _, scored = get_log_probs_and_entropy(
         logits,

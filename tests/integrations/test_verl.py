@@ -14,7 +14,6 @@ import torch
 verl = pytest.importorskip("verl", reason="verl is not installed")
 hydra = pytest.importorskip("hydra", reason="hydra is not installed")
 
-from omegaconf import OmegaConf  # noqa: E402
 from tensordict import NonTensorData, TensorDict  # noqa: E402
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
@@ -348,16 +347,16 @@ def documented(language):
     return re.findall(rf"```{language}\n(.*?)```", DOCS.read_text().split("\n## verl")[1], re.S)
 
 
-def compose_documented():
-    """The yaml of the docs on top of verl's own defaults."""
-    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
-        defaults = hydra.compose("ppo_trainer")
-    OmegaConf.set_struct(defaults, False)
-    return OmegaConf.merge(defaults, OmegaConf.create(documented("yaml")[0]))
+@pytest.fixture
+def documented_config(tmp_path):
+    """The file of the docs, composed as verl's `--config-path` and `--config-name` do."""
+    (tmp_path / "mapo.yaml").write_text(documented("yaml")[0])
+    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
+        return hydra.compose("mapo")
 
 
-def test_the_documented_yaml_resolves():
-    config = compose_documented()
+def test_the_documented_yaml_resolves(documented_config):
+    config = documented_config
     assert config.algorithm.adv_estimator == "mapo"
     actor_config = config.actor_rollout_ref.actor
     actor_config.ppo_micro_batch_size_per_gpu, actor_config.rollout_n = 1, 4
@@ -414,7 +413,7 @@ def test_verls_own_step_from_rewards_to_advantages():
     torch.testing.assert_close(done.batch["advantages"], done.batch["returns"])
 
 
-def test_training_by_verls_own_steps_raises_the_reward():
+def test_training_by_verls_own_steps_raises_the_reward(documented_config):
     """Rewards to advantages to loss by verl's functions, around a tiny random model."""
     transformers = pytest.importorskip("transformers")
     from verl import DataProto
@@ -424,7 +423,7 @@ def test_training_by_verls_own_steps_raises_the_reward():
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = compose_documented().algorithm
+    config = documented_config.algorithm
     n_prompts, size, length = 6, 8, 4
 
     def logprobs(ids):
