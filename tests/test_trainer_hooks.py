@@ -459,6 +459,8 @@ def test_estimator_errors_name_the_argument():
         estimate({"mapo": {"group_size": 2}})
     with pytest.raises(ValueError, match="algorithm.mapo: certainty: expected"):
         estimate({"mapo": {"certainty": "cubic"}})
+    with pytest.raises(ValueError, match="algorithm.mapo: "):
+        estimate({"mapo": "linear"})
     with pytest.raises(ValueError, match="index: expected one prompt id"):
         estimate(index=None)
     with pytest.raises(ValueError, match="index: expected 4 prompt ids"):

@@ -57,8 +57,8 @@ def mapo_advantages(
     from mapo_kernels.api import group_advantages
     from mapo_kernels.spec import AdvantageSpec
 
-    options = dict(_setting(config, "mapo") or {})
     try:
+        options = dict(_setting(config, "mapo") or {})
         AdvantageSpec(**options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"algorithm.mapo: {error}") from error
