@@ -81,14 +81,7 @@ def policy_loss(
         get_rollout_top_p_logprob_kwargs,
     )
 
-    for name, absent in _ABSENT.items():
-        if getattr(args, name, absent) != absent:
-            raise ValueError(f"{name}: expected {absent} with this loss, got {getattr(args, name)}")
-    if args.advantage_estimator in ("gspo", "cispo"):
-        raise ValueError(
-            f"advantage_estimator: expected one whose loss is clipped per token, such as 'grpo', "
-            f"got {args.advantage_estimator!r}"
-        )
+    _check_settings(args)
     lengths = batch["response_lengths"]
     _, scored = get_log_probs_and_entropy(
         logits,
@@ -125,3 +118,15 @@ def policy_loss(
     )
     loss = out.loss.detach().clone()
     return out.loss, {"loss": loss, "pg_loss": loss}
+
+
+def _check_settings(args: Any) -> None:
+    """Raise if slime is asked for more than the clipped term."""
+    for name, absent in _ABSENT.items():
+        if getattr(args, name, absent) != absent:
+            raise ValueError(f"{name}: expected {absent} with this loss, got {getattr(args, name)}")
+    if args.advantage_estimator in ("gspo", "cispo"):
+        raise ValueError(
+            f"advantage_estimator: expected one whose loss is clipped per token, such as 'grpo', "
+            f"got {args.advantage_estimator!r}"
+        )
