@@ -76,27 +76,9 @@ def policy_loss(
     Raises:
         ValueError: a setting of slime's that this loss leaves out, or context parallelism.
     """
-    from slime.backends.megatron_utils.loss import (
-        get_log_probs_and_entropy,
-        get_rollout_top_p_logprob_kwargs,
-    )
-
     _check_settings(args)
     lengths = batch["response_lengths"]
-    _, scored = get_log_probs_and_entropy(
-        logits,
-        args=args,
-        unconcat_tokens=batch["unconcat_tokens"],
-        total_lengths=batch["total_lengths"],
-        response_lengths=lengths,
-        **get_rollout_top_p_logprob_kwargs(args, batch),
-    )
-    logp = torch.cat(scored["log_probs"])
-    if logp.shape[0] != sum(lengths):
-        raise ValueError(
-            f"batch: expected whole responses (context parallel size 1), {sum(lengths)} tokens, "
-            f"got {logp.shape[0]}"
-        )
+    logp = _response_logprobs(args, batch, logits)
     old = batch.get("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
     per_token = args.calculate_per_token_loss
     divisors = torch.as_tensor(batch["rollout_mask_sums"], device=logp.device).clamp(min=1)
@@ -130,3 +112,28 @@ def _check_settings(args: Any) -> None:
             f"advantage_estimator: expected one whose loss is clipped per token, such as 'grpo', "
             f"got {args.advantage_estimator!r}"
         )
+
+
+def _response_logprobs(args: Any, batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """Log-probs of the responses' tokens, one after the other, [sum of lengths]."""
+    from slime.backends.megatron_utils.loss import (
+        get_log_probs_and_entropy,
+        get_rollout_top_p_logprob_kwargs,
+    )
+
+    lengths = batch["response_lengths"]
+    _, scored = get_log_probs_and_entropy(
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=batch["total_lengths"],
+        response_lengths=lengths,
+        **get_rollout_top_p_logprob_kwargs(args, batch),
+    )
+    logp = torch.cat(scored["log_probs"])
+    if logp.shape[0] != sum(lengths):
+        raise ValueError(
+            f"batch: expected whole responses (context parallel size 1), {sum(lengths)} tokens, "
+            f"got {logp.shape[0]}"
+        )
+    return logp
