@@ -1,30 +1,39 @@
 """MAPO advantages and clipped policy losses in fused Triton kernels.
 
 CPU tensors, and machines without Triton, take the eager backend: same functions, same numbers.
+
+What is exported is imported when it is first asked for: a trainer's plugin (`integrations`) is
+loaded in every process of a run, and few of those processes compute a loss.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 from mapo_kernels._version import __version__
-from mapo_kernels.advantages import GroupStats
-from mapo_kernels.api import (
-    LossOutput,
-    MapoLoss,
-    group_advantages,
-    mapo_loss,
-)
-from mapo_kernels.api_linear import (
-    MapoLinearLoss,
-    mapo_loss_from_hidden,
-    token_logprobs_from_hidden,
-)
-from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
-from mapo_kernels.autograd import (
-    MapoLinearLossFunction,
-    MapoLogitsLossFunction,
-    MapoLossFunction,
-)
-from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
-from mapo_kernels.plan import Plan, make_plan
-from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+if TYPE_CHECKING:
+    from mapo_kernels.advantages import GroupStats
+    from mapo_kernels.api import (
+        LossOutput,
+        MapoLoss,
+        group_advantages,
+        mapo_loss,
+    )
+    from mapo_kernels.api_linear import (
+        MapoLinearLoss,
+        mapo_loss_from_hidden,
+        token_logprobs_from_hidden,
+    )
+    from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
+    from mapo_kernels.autograd import (
+        MapoLinearLossFunction,
+        MapoLogitsLossFunction,
+        MapoLossFunction,
+    )
+    from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
+    from mapo_kernels.plan import Plan, make_plan
+    from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 __all__ = [
     "AdvantageSpec",
@@ -49,3 +58,43 @@ __all__ = [
     "token_logprobs",
     "token_logprobs_from_hidden",
 ]
+
+_HOMES = {
+    "AdvantageSpec": "spec",
+    "GroupStats": "advantages",
+    "LossOutput": "api",
+    "LossSpec": "spec",
+    "MapoLinearLoss": "api_linear",
+    "MapoLinearLossFunction": "autograd",
+    "MapoLogitsLossFunction": "autograd",
+    "MapoLoss": "api",
+    "MapoLossFunction": "autograd",
+    "Plan": "plan",
+    "describe_backend": "backend",
+    "group_advantages": "api",
+    "make_plan": "plan",
+    "mapo_loss": "api",
+    "mapo_loss_from_hidden": "api_linear",
+    "mapo_loss_from_logits": "api_logits",
+    "resolve_backend": "backend",
+    "set_backend": "backend",
+    "token_logprobs": "api_logits",
+    "token_logprobs_from_hidden": "api_linear",
+}
+
+
+if not TYPE_CHECKING:  # which would take any name for an exported one
+
+    def __getattr__(name: str) -> object:
+        """An exported name, or a module of this package, imported now."""
+        if name in _HOMES:
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+            globals()[name] = value
+            return value
+        if name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -95,6 +95,18 @@ def test_importing_does_no_work():
     assert out.strip() == "[]"
 
 
+def test_what_is_exported_is_imported_when_asked_for():
+    out = run_python(
+        "import sys, mapo_kernels as mk\n"
+        "print(sorted({'torch', 'numpy', 'triton', 'mapo_kernels.api'} & set(sys.modules)))\n"
+        "assert set(mk.__all__) <= set(dir(mk)) and not hasattr(mk, 'nothing')\n"
+        "assert mk.ops.__name__ == 'mapo_kernels.ops'\n"
+        "from mapo_kernels import *\n"
+        "print([name for name in mk.__all__ if globals()[name] is not getattr(mk, name)])\n"
+    )
+    assert out.split("\n")[:2] == ["[]", "[]"]
+
+
 def test_version():
     out = run_python("from mapo_kernels.__main__ import main; main(['--version'])")
     assert f"mapo-kernels {mk.__version__}, backend eager" in out

@@ -1,0 +1,1 @@
+"""What trainers load: each module names the trainer it serves, and imports it only when called."""

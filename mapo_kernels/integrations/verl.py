@@ -1,0 +1,277 @@
+"""verl 0.9.1: the advantage estimator `mapo` and the policy loss `mapo_fused`.
+
+verl imports this module by the entry point `verl.plugins` on `import verl`, in every process of a
+run. So importing it does next to nothing: registration waits for verl to import its registries, and
+the rest of `mapo_kernels` is imported by the first call. Whatever goes wrong is logged as a
+warning; `import verl` works all the same.
+
+Both functions follow the contracts of `verl/trainer/ppo/core_algos.py` (0.9.1) and compute nothing
+themselves: the advantages are those of `group_advantages`, the loss is that of `mapo_loss`.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from mapo_kernels.spec import LossSpec
+
+CORE_ALGOS = "verl.trainer.ppo.core_algos"
+ESTIMATOR, POLICY_LOSS = "mapo", "mapo_fused"
+log = logging.getLogger(__name__)
+
+
+def mapo_advantages(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Iterable[Any] | None = None,
+    config: Any = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimator `mapo` of verl: `group_advantages` of each response's summed rewards.
+
+    Args:
+        token_level_rewards: [B, T]; a response's reward is their sum, wherever they lie.
+        response_mask: [B, T], nonzero where a token was generated.
+        index: [B] hashable prompt ids (verl's uids), rows in any order.
+        config: verl's algorithm config; its optional `mapo` holds fields of `AdvantageSpec`.
+        unused: what verl passes to other estimators.
+
+    Returns:
+        Advantages and returns, which are equal: [B, T] float32, 0 where masked.
+
+    Raises:
+        ValueError: no `index`, one of another length, or an option that makes no sense.
+        TypeError: an option that `AdvantageSpec` does not have.
+    """
+    import torch
+
+    from mapo_kernels.api import group_advantages
+    from mapo_kernels.spec import AdvantageSpec
+
+    try:
+        options = dict(_setting(config, "mapo") or {})
+        AdvantageSpec(**options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"algorithm.mapo: {error}") from error
+    if index is None:
+        raise ValueError("index: expected one prompt id (uid) per response, got None")
+    known: dict[Any, int] = {}
+    ids = [known.setdefault(uid, len(known)) for uid in index]
+    if len(ids) != token_level_rewards.shape[0]:
+        raise ValueError(
+            f"index: expected {token_level_rewards.shape[0]} prompt ids, one per response, got "
+            f"{len(ids)}"
+        )
+    group_ids = torch.tensor(ids, device=token_level_rewards.device)
+    advantages = group_advantages(token_level_rewards.sum(-1), group_ids=group_ids, **options)
+    per_token = advantages[:, None] * (response_mask != 0)
+    return per_token, per_token
+
+
+def mapo_fused_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The policy loss `mapo_fused` of verl: what `vanilla` computes, by `mapo_loss`.
+
+    Args:
+        old_log_prob: [B, T], of the policy that sampled.
+        log_prob: [B, T], differentiated.
+        advantages: [B, T], of any estimator.
+        response_mask: [B, T], nonzero where a token counts.
+        loss_agg_mode: any of verl's modes.
+        config: verl's actor config; `clip_ratio`, `clip_ratio_low`, `clip_ratio_high`,
+            `clip_ratio_c` and `global_batch_info` are read.
+        rollout_is_weights: [B, T] factors of the token losses, or None.
+
+    Returns:
+        The loss [] and the metrics of `vanilla` as floats: `actor/pg_clipfrac`, `actor/ppo_kl`,
+        `actor/pg_clipfrac_lower`, means over the response's tokens.
+
+    Raises:
+        ValueError: a mode or a clip range that makes no sense, or a count over the global batch
+            that is missing though there are several ranks.
+    """
+    from mapo_kernels.api import mapo_loss
+
+    if config is None:
+        raise ValueError("config: expected verl's actor config, got None")
+    info = dict(_setting(config, "global_batch_info") or {})
+    out = mapo_loss(
+        log_prob,
+        advantages=advantages,
+        mask=response_mask,
+        old_logprobs=old_log_prob,
+        token_weights=rollout_is_weights,
+        normalizer=batch_denominator(loss_agg_mode, response_mask, info),
+        spec=loss_spec(loss_agg_mode, config, info),
+    )
+    cap = _setting(config, "clip_ratio_c", 3.0)
+    return out.loss, _metrics(out.metrics, old_log_prob, log_prob, advantages, response_mask, cap)
+
+
+def loss_spec(loss_agg_mode: str, config: Any, info: dict[str, Any]) -> LossSpec:
+    """The `LossSpec` of verl's actor config and of its `global_batch_info`.
+
+    Args:
+        loss_agg_mode: verl's name; `token-sum` is `token-mean` with another denominator.
+        config: see `mapo_fused_loss`.
+        info: its `global_batch_info`, for `loss_scale_factor`.
+
+    Raises:
+        ValueError: a value outside its range.
+        TypeError: a value of the wrong type.
+    """
+    from mapo_kernels.spec import LossSpec
+
+    clip = _setting(config, "clip_ratio")
+    low, high = (_setting(config, f"clip_ratio_{side}") for side in ("low", "high"))
+    try:
+        return LossSpec(
+            eps_low=clip if low is None else low,
+            eps_high=clip if high is None else high,
+            dual_clip=_setting(config, "clip_ratio_c", 3.0),
+            aggregation="token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode,
+            max_tokens=info.get("loss_scale_factor"),
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"actor config: {error} (clip_ratio_low, clip_ratio_high, clip_ratio_c, loss_agg_mode, "
+            f"loss_scale_factor are eps_low, eps_high, dual_clip, aggregation, max_tokens)"
+        ) from error
+
+
+def batch_denominator(
+    loss_agg_mode: str, response_mask: torch.Tensor, info: dict[str, Any]
+) -> torch.Tensor | float | None:
+    """The `normalizer` that stands for verl's counts over the global batch.
+
+    verl multiplies a rank's loss by `dp_size`, because gradients are averaged over ranks.
+
+    Args:
+        loss_agg_mode: verl's name.
+        response_mask: [B, T].
+        info: `dp_size`, `batch_num_tokens` and `global_batch_size`, each optional.
+
+    Returns:
+        A number or a 0-d tensor; None where the tokens of this batch are to be counted.
+
+    Raises:
+        ValueError: a count is missing and `dp_size` is more than 1.
+    """
+    dp_size = info.get("dp_size") or 1
+    if loss_agg_mode == "token-sum":
+        return 1 / dp_size
+    name = "batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size"
+    count = info.get(name)
+    if count is None and dp_size > 1:
+        raise ValueError(f"{name}: expected the global batch's with dp_size {dp_size}, got None")
+    if count is None and name == "global_batch_size":
+        # A response without tokens is no sequence to verl.
+        count = (response_mask != 0).any(-1).sum()
+    # A batch without tokens: its loss is 0 whatever it is divided by.
+    if count is None or (isinstance(count, (int, float)) and count == 0):
+        return None
+    return count / dp_size
+
+
+def _metrics(
+    values: dict[str, torch.Tensor],
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    cap: float,
+) -> dict[str, float]:
+    """The metrics of `vanilla`; the one wait for the device.
+
+    Clip fractions are counted among tokens with an advantage, and reported among all.
+    """
+    import torch
+
+    active = values["active_tokens"].clamp(min=1)
+    clipped = values["clip_fraction_low"] + values["clip_fraction_high"]
+    with torch.no_grad():
+        live = response_mask != 0
+        log_ratio = (log_prob - old_log_prob).where(live, 0.0).clamp(-20, 20)
+        capped = (log_ratio.exp() > cap) & (advantages < 0) & live
+        found = torch.stack(
+            [
+                clipped * values["scored_tokens"] / active,
+                -log_ratio.sum() / active,
+                capped.sum() / active,
+            ]
+        ).tolist()
+    return dict(
+        zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), found, strict=True)
+    )
+
+
+def _setting(config: Any, name: str, default: Any = None) -> Any:
+    """An entry of verl's config, which is an OmegaConf or one of its dataclasses."""
+    if config is None:
+        return default
+    get = getattr(config, "get", None)
+    return getattr(config, name, default) if get is None else get(name, default)
+
+
+def register(core_algos: ModuleType) -> None:
+    """Enter estimator and loss into verl's registries; log a warning where that fails.
+
+    Args:
+        core_algos: the module `verl.trainer.ppo.core_algos`.
+    """
+    try:
+        core_algos.register_adv_est(ESTIMATOR)(mapo_advantages)
+        core_algos.register_policy_loss(POLICY_LOSS)(mapo_fused_loss)
+    except Exception as error:
+        log.warning(
+            "mapo_kernels is not registered with verl (tested with 0.9.1): %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Registers as soon as verl has imported its registries, which most processes never do."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != CORE_ALGOS:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            # Not before: an import that fails may be tried again.
+            sys.meta_path.remove(self)
+            register(module)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if CORE_ALGOS in sys.modules:
+    register(sys.modules[CORE_ALGOS])
+else:
+    sys.meta_path.insert(0, _AfterImport())
