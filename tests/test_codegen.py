@@ -17,12 +17,13 @@ TOKENS_PER_THREAD = 4
 def compile_for(target):
     root = Path(__file__).parents[1]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(root), *filter(None, [environment.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, str(root / "tests/codegen.py"), target],
         capture_output=True,
         text=True,
         cwd=root,
-        env=environment | {"PYTHONPATH": str(root)},
+        env=environment | {"PYTHONPATH": os.pathsep.join(path)},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
