@@ -42,7 +42,7 @@ def new_model(family="Qwen2", seed=0, **changes):
     }
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def share_of_a(completions, **_):
@@ -138,9 +138,12 @@ def loss_and_gradients(trainer, compute, batch):
     return float(loss.detach()), grads
 
 
+def norm(grads):
+    """Euclidean norm over all parameters together."""
+    return sum(float(grad.double().square().sum()) for grad in grads.values()) ** 0.5
+
+
 def relative_gap(grads, expected):
     """|difference| / |expected| over all parameters together."""
     assert grads.keys() == expected.keys()
-    gap = sum(float((grads[name] - expected[name]).double().square().sum()) for name in grads)
-    size = sum(float(expected[name].double().square().sum()) for name in grads)
-    return (gap / max(size, 1e-300)) ** 0.5
+    return norm({name: grads[name] - expected[name] for name in grads}) / max(norm(expected), 1e-30)
