@@ -7,7 +7,7 @@ lm_head is fused. Generation, reference model, data and logging stay TRL's.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,7 @@ class MAPOTrainer(GRPOTrainer):
             raise TypeError(f"args: expected a MAPOConfig, got {type(args).__name__}")
         super().__init__(model, reward_funcs, args, *positional, **named)
         self._loss_spec = options.loss_spec_of(args)
+        self._evaluation_spec = replace(self._loss_spec, score_all=True)
         self._advantage_spec = options.advantage_spec_of(args)
         self._success_column = options.success_column(args.success_reward, self.reward_func_names)
         self._gathered_rewards = torch.empty(0)
@@ -230,7 +231,8 @@ class MAPOTrainer(GRPOTrainer):
             "old_logprobs": inputs.get("old_per_token_logps"),
             "ref_logprobs": inputs.get("ref_per_token_logps") if self.beta != 0 else None,
             "normalizer": normalizer,
-            "spec": self._loss_spec,
+            # In evaluation metrics are the point: they speak of every token.
+            "spec": self._loss_spec if self.model.training else self._evaluation_spec,
         }
 
         def weigh(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor | None:
@@ -319,14 +321,19 @@ class MAPOTrainer(GRPOTrainer):
         names = {ours: trls for ours, trls in names.items() if ours in metrics}
         scored, active = metrics["scored_tokens"], metrics["active_tokens"]
         counts = torch.tensor([kept, n_sequences], device=scored.device)
-        sums = torch.stack([metrics[name] * scored for name in names] + [scored, active])
-        totals = self.accelerator.reduce(torch.cat([sums, counts.to(sums)]), reduction="sum")
-        *values, n_scored, n_active, n_kept, n_all = totals.tolist()
+        # TRL's own head has computed the entropy of every token.
+        every = {"entropy"} if self.args.fused == "logprobs" else set()
+        sums = [metrics[name] * (active if name in every else scored) for name in names]
+        table = torch.cat([torch.stack([*sums, scored, active]), counts.to(scored)])
+        totals = self.accelerator.reduce(table, reduction="sum").tolist()
+        *values, n_scored, n_active, n_kept, n_all = totals
         logged = self._metrics[mode]
-        means = [value / max(n_scored, 1.0) for value in values]
-        for name, mean in zip(names.values(), means, strict=True):
-            logged[name].append(mean)
-        if self._loss_spec.objective == "clip":
+        for (ours, trls), value in zip(names.items(), values, strict=True):
+            count = n_active if ours in every else n_scored
+            # The mean over no token is no zero: then nothing is logged.
+            if count > 0:
+                logged[trls].append(value / count)
+        if self._loss_spec.objective == "clip" and n_scored > 0:
             region = sum(logged[name][-1] for name in clipped.values())
             logged["clip_ratio/region_mean"].append(region)
         logged["mapo/scored_tokens"].append(n_scored / max(n_active, 1.0))
