@@ -83,6 +83,31 @@ def test_the_hugging_face_example_trains(family):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-7)
 
 
+def test_a_plain_loop_with_the_hugging_face_example_learns():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = transformers.LlamaConfig(**sizes, bos_token_id=0, eos_token_id=None)
+    model = transformers.LlamaForCausalLM(config)
+    scope = {}
+    exec(BLOCKS[1], scope)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    history = []
+    for _ in range(30):
+        prompts = torch.randint(1, 13, (8, 3)).repeat_interleave(8, 0)
+        with torch.no_grad():
+            ids = model.generate(prompts, do_sample=True, max_new_tokens=4, pad_token_id=0)
+        rewards = (ids[:, 3] <= 2).float()
+        mask = (torch.arange(ids.shape[1] - 1) >= 2).expand(len(ids), -1)
+        old = scope["score_from_hidden"](model, ids, mask)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scope["step_from_hidden"](model, ids, mask, rewards, old)
+            optimizer.step()
+        history.append(float(rewards.mean()))
+    assert max(history[:3]) < 0.4 and min(history[-3:]) > 0.8, history
+
+
 def test_the_plan_example_accumulates():
     import mapo_kernels as mk
 

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import trl
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
 from mapo_kernels.api import group_advantages, mapo_loss
@@ -19,6 +21,10 @@ from mapo_kernels.integrations import trl_options as options
 from mapo_kernels.integrations.fused_forward import FusedOutput, LossCall, patch_forward
 
 __all__ = ["MAPOConfig", "MAPOTrainer"]
+
+OLDEST = "1.16.0"
+if Version(trl.__version__) < Version(OLDEST):
+    raise ImportError(f"trl: expected {OLDEST} or newer, got {trl.__version__}")
 
 
 @dataclass
