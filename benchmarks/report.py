@@ -18,6 +18,8 @@ def table(results):
 
     And the peak memory beside the inputs, where it was taken.
     """
+    if "benchmarks" not in results:
+        return zero_signal_table(results)
     groups = defaultdict(dict)
     memory = {}
     for row in results["benchmarks"]:
@@ -38,6 +40,28 @@ def table(results):
             ratio = "" if provider == OURS else f"{time / rows[OURS]:.2f}"
             more = f" {memory.get((group, provider), '')} |" if memory else ""
             lines.append(f"| {'' if i else group} | {provider} | {time:.4g} | {ratio} |{more}")
+    return "\n".join(lines)
+
+
+def zero_signal_table(result):
+    """Markdown: what `benchmarks/trl_zero_signal.py` measured, and what was saved."""
+    versions = result["versions"]
+    whole, dropping = result["runs"]
+    lines = [
+        f"{result['machine']}, torch {versions['torch']}, trl {versions['trl']}, commit "
+        f"{result['commit']}; {result['parameters'] / 1e6:.1f}M parameters, the demo's task, "
+        f"{result['steps']} steps, seed 0.",
+        "",
+        "| | groups without signal | forward and backward, s | all else, s | success after |",
+        "|---|---|---|---|---|",
+    ]
+    for name, run in (("every sequence", whole), ("`drop_zero_signal`", dropping)):
+        lines.append(
+            f"| {name} | {run['groups_without_signal']:.0%} | {run['model_seconds']:.1f} | "
+            f"{run['preparing_seconds']:.1f} | {run['success_before_and_after'][-1]:.3f} |"
+        )
+    saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
+    lines += ["", f"Saved: {saved:.0%} of forward and backward."]
     return "\n".join(lines)
 
 

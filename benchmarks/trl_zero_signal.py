@@ -103,6 +103,7 @@ def main():
             "trl": trl.__version__,
             "transformers": transformers.__version__,
         },
+        "steps": SETTINGS.steps,
         "parameters": sum(p.numel() for p in bench.new_model(0).parameters()),
         "runs": runs,
         "raw": measured,

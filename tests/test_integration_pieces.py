@@ -202,3 +202,16 @@ def test_a_patched_forward_returns_the_loss_of_the_models_logits(family, level):
     assert seen[0][0].shape == seen[0][1].shape == (4, 5)
     # Any other call is the model's own.
     torch.testing.assert_close(model(input_ids=ids).logits, plain)
+
+
+def test_wrappers_see_no_tensors_in_a_loss_call():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from torch.distributed.utils import _apply_to_tensors
+    from torch.utils import _pytree
+
+    from mapo_kernels.integrations.fused_forward import LossCall
+
+    call = LossCall(torch.ones(1, 2), {"old_logprobs": torch.rand(1, 2)})
+    assert _pytree.tree_leaves({"loss_call": call}) == [call]
+    # FSDP casts what it finds in its inputs.
+    assert _apply_to_tensors(lambda x: x.bfloat16(), {"loss_call": call})["loss_call"] is call

@@ -132,7 +132,7 @@ def test_the_plan_example_accumulates():
     torch.testing.assert_close(logp.grad, again.grad)
 
 
-@pytest.mark.parametrize("name", ["cpu_logprobs", "cpu_logits", "cpu_linear"])
+@pytest.mark.parametrize("name", ["cpu_logprobs", "cpu_logits", "cpu_linear", "trl_zero_signal"])
 def test_the_benchmark_tables_are_those_of_the_result_files(name):
     results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert report.insert(README, name, report.table(results)) == README

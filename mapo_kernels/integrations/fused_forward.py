@@ -24,20 +24,23 @@ from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
-@dataclass(frozen=True)
 class LossCall:
     """One loss to compute at the end of a forward.
 
-    Attributes:
+    No dataclass: FSDP looks for tensors in those, and would round log-probs to the model's dtype.
+
+    Args:
         token_ids: [B, T], the last T tokens of the input.
         arguments: keywords of `mapo_loss_from_hidden`; token tensors are [B, T].
         weigh: where token weights depend on the current policy: log-probs and entropies [B, T],
             without gradient, to token weights [B, T]. Scoring them costs one more product.
     """
 
-    token_ids: torch.Tensor
-    arguments: dict[str, Any]
-    weigh: Weigh | None = None
+    def __init__(
+        self, token_ids: torch.Tensor, arguments: dict[str, Any], weigh: Weigh | None = None
+    ) -> None:
+        """Keep them."""
+        self.token_ids, self.arguments, self.weigh = token_ids, arguments, weigh
 
 
 @dataclass

@@ -265,9 +265,8 @@ class MAPOTrainer(GRPOTrainer):
         """TRL's own call of the model: log-probs, entropies, auxiliary loss."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        taken = self._get_per_token_logps_and_entropies
         named = {key: inputs[key] for key in _MODEL_INPUTS if key in inputs}
-        return taken(
+        return self._get_per_token_logps_and_entropies(
             model,
             ids,
             attention,

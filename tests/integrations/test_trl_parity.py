@@ -205,11 +205,23 @@ def test_model_families(family, changes, level, tmp_path):
     assert trainer.aux_loss_enabled == (family in ("Mixtral", "Qwen3Moe"))
 
 
-def test_advantages_are_those_of_trl(trl_advantages, tmp_path):
+def failing(function):
+    """The reward function, with no reward for every fifth completion."""
+
+    def flaky(completions, **_):
+        return [None if i % 5 == 2 else reward for i, reward in enumerate(function(completions))]
+
+    return flaky
+
+
+@pytest.mark.parametrize("functions", ("sound", "flaky"))
+def test_advantages_are_those_of_trl(functions, trl_advantages, tmp_path):
+    rewards = [share_of_a, starts_with_a]
     trainer = new_trainer(
         tmp_path,
-        rewards=[share_of_a, starts_with_a],
+        rewards=rewards if functions == "sound" else [failing(reward) for reward in rewards],
         reward_weights=[1.0, 0.3],
+        per_device_train_batch_size=16,
         estimator="grpo",
         advantage_eps=1e-4,
     )

@@ -59,8 +59,8 @@ def prompts(n=32):
     return Dataset.from_dict({"prompt": [LETTERS[i % 9 : i % 9 + 1 + i % 4] for i in range(n)]})
 
 
-def new_config(tmp_path, config_class=MAPOConfig, **changes):
-    options = {
+def vars_of_a_tiny_run(tmp_path):
+    return {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 8,
         "num_generations": 4,
@@ -77,7 +77,10 @@ def new_config(tmp_path, config_class=MAPOConfig, **changes):
         "dataloader_pin_memory": False,
         "seed": 3,
     }
-    return config_class(**{**options, **changes})
+
+
+def new_config(tmp_path, **changes):
+    return MAPOConfig(**{**vars_of_a_tiny_run(tmp_path), **changes})
 
 
 def new_trainer(tmp_path, *, model=None, rewards=starts_with_a, trainer=MAPOTrainer, **changes):
