@@ -110,7 +110,7 @@ class _TrlState:
         self.accelerator = SimpleNamespace(
             gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
         )
-        self._metrics = defaultdict(lambda: defaultdict(list))
+        self._metrics: Any = defaultdict(lambda: defaultdict(list))
         self.top_entropy_quantile = 1.0
         self.off_policy_mask_threshold = None
         self.use_vllm = self.aux_loss_enabled = self._entropy_bonus_enabled = False
@@ -184,6 +184,7 @@ def trl_hidden_logprobs(
     token_ids: torch.Tensor,
     mask: torch.Tensor,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [B, T] as TRL's fused head computes them for its GRPO trainer.
 
@@ -197,7 +198,7 @@ def trl_hidden_logprobs(
     rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
     targets = token_ids[mask] if compact else token_ids.reshape(-1)
     logp, entropy, *_ = ChunkedLogProbFunction.apply(
-        rows, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
+        rows, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, 1.0,
         ("log_probs", "entropy"),
     )  # fmt: skip
     if compact:
@@ -222,3 +223,57 @@ def liger_hidden_loss(
         loss_type="bnpo", compiled=hidden.is_cuda,
     )  # fmt: skip
     return loss(hidden, weight, token_ids, mask, advantages, old_per_token_logps=old)[0]
+
+
+class _VerlConfig(SimpleNamespace):
+    """What verl's loss reads from its actor's configuration."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)
+
+
+def verl_advantages(rewards: torch.Tensor, rest: Any) -> torch.Tensor:
+    """verl's GRPO advantages [B] of rewards that come at the only token of each answer."""
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+    # It writes into the sums of the rewards, which for one token are the rewards themselves.
+    found, _ = compute_grpo_outcome_advantage(rewards[:, None].clone(), rest.mask, rest.ids)
+    return found[:, 0]
+
+
+def verl_loss(
+    logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, spec: Any, old: torch.Tensor
+) -> torch.Tensor:
+    """verl's own clipped loss [] (its metrics included) on log-probs [B, T]."""
+    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+
+    config = _VerlConfig(
+        clip_ratio=spec.eps_low, clip_ratio_low=spec.eps_low, clip_ratio_high=spec.eps_high,
+        clip_ratio_c=1e6, global_batch_info={},
+    )  # fmt: skip
+    spread = advantages[:, None].expand_as(logp)
+    return compute_policy_loss_vanilla(old, logp, spread, mask, "token-mean", config)[0]
+
+
+def verl_hidden_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor
+) -> torch.Tensor:
+    """Log-probs [B, T] of verl's fused linear kernel, of all positions."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logp, _ = linear_cross_entropy(hidden, weight, token_ids, 1.0, "none", None)
+    return logp.view(token_ids.shape)
+
+
+def cce_hidden_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    mask: torch.Tensor,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Log-probs [B, T] of cut-cross-entropy, which leaves masked positions out."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    targets = token_ids.masked_fill(~mask, -100)
+    return -linear_cross_entropy(hidden, weight, targets, softcap=softcap, reduction="none")

@@ -1,84 +1,88 @@
-"""Turn result files of the benchmarks into the README's tables.
+"""The README's tables, from result files: no number in them is typed by hand."""
 
-python -m benchmarks.report README.md benchmarks/results/NAME.json ...
+from __future__ import annotations
 
-A file's table goes between the README's markers of its name.
-"""
+from typing import Any
 
-import json
-import sys
-from collections import defaultdict
-from pathlib import Path
+from .case import OURS
+from .console import left_out, size
 
-OURS = "mapo_kernels"
+Row = dict[str, Any]
 
 
-def table(results):
-    """Markdown: a row per measurement, milliseconds and the time of each peer over ours.
+def _case(row: Row) -> tuple[Any, ...]:
+    same = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
+    return tuple(row[key] for key in same)
 
-    And the peak memory beside the inputs, where it was taken.
-    """
-    if "benchmarks" not in results:
-        return zero_signal_table(results)
-    groups = defaultdict(dict)
-    memory = {}
-    for row in results["benchmarks"]:
-        group, provider = row["group"], row["params"]["provider"]
-        groups[group][provider] = row["stats"]["median"] * 1e3
-        if "extra_bytes" in row["extra_info"]:
-            memory[group, provider] = f"{row['extra_info']['extra_bytes'] / 1e6:.0f}"
-    machine = results["machine_info"]
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, backend "
-        f"{machine['backend'].split()[0]}, commit {results['commit_info']['id'][:9]}; medians.",
-        "",
-        "| | provider | ms | times ours |" + (" MB extra |" if memory else ""),
-        "|---|---|---|---|" + ("---|" if memory else ""),
-    ]
-    for group, rows in groups.items():
-        for i, (provider, time) in enumerate(rows.items()):
-            ratio = "" if provider == OURS else f"{time / rows[OURS]:.2f}"
-            more = f" {memory.get((group, provider), '')} |" if memory else ""
-            lines.append(f"| {'' if i else group} | {provider} | {time:.4g} | {ratio} |{more}")
+
+def _peer(row: Row, ours: Row | None) -> str:
+    """A peer's cell: its time over ours, its peak memory."""
+    if row["status"] == "unavailable":
+        return "-"
+    if row["status"] != "ok":
+        return row["status"]
+    memory = size(row.get("peak_bytes"))
+    times = f"{row['median_ms'] / ours['median_ms']:.2f}" if ours else f"{row['median_ms']:.3g} ms"
+    return f"{times} ({memory} MB)" if memory else times
+
+
+def level_table(level: str, rows: list[Row]) -> list[str]:
+    """Markdown of one level: a row a case, ours in ms, peers as multiples of it."""
+    measured = {row["provider"] for row in rows if row["status"] != "unavailable"}
+    peers = [x for x in dict.fromkeys(row["provider"] for row in rows) if x in measured - {OURS}]
+    heads = [level, "live", "", f"{OURS}, ms", "of the roof", "peak MB", *peers]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(_case(row), {})[row["provider"]] = row
+    for found in cases.values():
+        ours = found.get(OURS)
+        if ours is None or ours["status"] != "ok":
+            continue
+        cells = [
+            ours["shape"],
+            f"{ours['live']:.0%}",
+            ours["direction"],
+            f"{ours['median_ms']:.3g}",
+            f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
+            size(ours["peak_bytes"]),
+            *[_peer(found[name], ours) if name in found else "-" for name in peers],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
+    where, roofs = results["environment"], results["roofs"]
+    versions = where["versions"]
+    products = roofs["products_teraflops_per_second"]
+    about = (
+        f"{where['device']}, {where['threads']} threads, torch {versions['torch']}, triton "
+        f"{versions['triton']}, commit {(where['commit'] or 'unknown')[:9]}"
+        f"{' with changes' if where['dirty'] else ''}; copy "
+        f"{roofs['copy_gigabytes_per_second']:.3g} GB/s, launch "
+        f"{roofs['launch_microseconds']:.2g} us"
+        + "".join(f", products {name} {rate:.3g} TFLOP/s" for name, rate in products.items())
+        + ". Medians; peers as multiples of our time, their peak memory in brackets."
+    )
+    lines = [about]
+    levels: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        levels.setdefault(row["level"], []).append(row)
+    for level, rows in levels.items():
+        lines += ["", *level_table(level, rows)]
+    absent = left_out(results["rows"])
+    if absent:
+        lines += ["", "Not measured: " + "; ".join(absent) + "."]
     return "\n".join(lines)
 
 
-def zero_signal_table(result):
-    """Markdown: what `benchmarks/trl_zero_signal.py` measured, and what was saved."""
-    versions = result["versions"]
-    whole, dropping = result["runs"]
-    lines = [
-        f"{result['machine']}, torch {versions['torch']}, trl {versions['trl']}, commit "
-        f"{result['commit']}; {result['parameters'] / 1e6:.1f}M parameters, the demo's task, "
-        f"{result['steps']} steps, seed 0.",
-        "",
-        "| | groups without signal | forward and backward, s | all else, s | success after |",
-        "|---|---|---|---|---|",
-    ]
-    for name, run in (("every sequence", whole), ("`drop_zero_signal`", dropping)):
-        lines.append(
-            f"| {name} | {run['groups_without_signal']:.0%} | {run['model_seconds']:.1f} | "
-            f"{run['preparing_seconds']:.1f} | {run['success_before_and_after'][-1]:.3f} |"
-        )
-    saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
-    lines += ["", f"Saved: {saved:.0%} of forward and backward."]
-    return "\n".join(lines)
-
-
-def insert(text, name, new):
-    """`text` with what stands between the markers of `name` replaced."""
+def insert(text: str, name: str, new: str) -> str:
+    """`text` with what stands between the markers of `name` replaced; ValueError without them."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected one {begin} and one {end} in the README")
     head, rest = text.split(begin)
     _, tail = rest.split(end)
     return f"{head}{begin}\n{new}\n{end}{tail}"
-
-
-def main(readme, *results):
-    path = Path(readme)
-    for result in map(Path, results):
-        new = table(json.loads(result.read_text()))
-        path.write_text(insert(path.read_text(), result.stem, new))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,10 +1,20 @@
-"""Command line: `mapo-kernels demo` and `mapo-kernels doctor`."""
+"""Command line: `mapo-kernels demo`, `mapo-kernels bench` and `mapo-kernels doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+
+def _benchmarks() -> Any:
+    """The benchmarks' command line: installed with the package, or beside it in a checkout."""
+    try:
+        return import_module("mapo_kernels.bench.cli")
+    except ModuleNotFoundError:
+        return import_module("benchmarks.cli")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from mapo_kernels import __version__, demo, describe_backend, doctor
 
+        benchmarks = _benchmarks()
         parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
         version = f"mapo-kernels {__version__}, backend {describe_backend()}"
         parser.add_argument("--version", action="version", version=version)
@@ -21,8 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands.add_parser("demo", help="train a small model with MAPO and GRPO")
         )
         commands.add_parser("doctor", help="versions, backend, and a check of its numbers")
+        bench = commands.add_parser("bench", help="time every level against its peers and limits")
+        benchmarks.add_arguments(bench)
         given = parser.parse_args(arguments)
-        return {"demo": demo.main, "doctor": doctor.main}[given.command](given)
+        run = {"demo": demo.main, "doctor": doctor.main, "bench": benchmarks.main}
+        return run[given.command](given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

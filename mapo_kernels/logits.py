@@ -47,6 +47,15 @@ def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
     }
 
 
+def _one_program_at_once(tile: dict[str, int | bool]) -> dict[str, int]:
+    """Where Triton can say so, registers such that a multiprocessor holds one program of 1024.
+
+    The compiler otherwise spills to fit two of them on an A100, and the cache then has to hold two
+    rows for each multiprocessor until they are read again.
+    """
+    return {"maxnreg": 64} if tile["R"] == 1024 and warp_size() == 32 else {}
+
+
 def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
     """Rows per sequence, their stride, and what is added to it between two sequences.
 
@@ -263,6 +272,7 @@ def launch_logits_loss(
             CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile,
+            **_one_program_at_once(tile),
             **loss_flags(inputs, spec),
             **group_choices,
         )

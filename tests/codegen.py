@@ -3,62 +3,15 @@
     python tests/codegen.py TARGET
 
 prints one JSON object: for each case what it launches, and for each kernel its variants' registers,
-stack, memory accesses and instruction counts. The real launchers run, so sizes, strides and
-alignments are what a user gets; only the driver is replaced, and a launch ends after compilation.
+stack, memory accesses and instruction counts.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import jit
-from triton.runtime.driver import driver
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-
-class CompileOnlyDriver:
-    """Answers the questions that Triton asks before it compiles."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-def record_compilations(target):
-    """Make every launch compile for `target` and stop there; the list that it fills."""
-    driver.set_active(CompileOnlyDriver(target))
-    compiled = []
-    original = jit.JITFunction.run
-
-    def run(self, *args, grid, warmup, **kwargs):
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.fn.__name__, kernel))
-        return kernel
-
-    jit.JITFunction.run = run
-    return compiled
+from benchmarks.machine_code import compile_launches, report
 
 
 def batch(shape, packed=False):
@@ -104,6 +57,7 @@ def logits(
     scoring=False,
     temperature=1.0,
     reference=False,
+    signal=None,
     **settings,
 ):
     """One step from logits; `view` drops the last position, as a trainer does."""
@@ -119,8 +73,7 @@ def logits(
     out = mk.mapo_loss_from_logits(
         x,
         ids,
-        rewards=torch.zeros(n_sequences),
-        group_size=4,
+        **(signal or {"rewards": torch.zeros(n_sequences), "group_size": 4}),
         mask=mask,
         old_logprobs=old,
         ref_logprobs=old if reference else None,
@@ -166,6 +119,7 @@ CASES = {
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
     "logits": lambda: logits((8, 2, V), scoring=True),
     "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
+    "logits, given advantages": lambda: logits((8, 2, V), signal={"advantages": torch.ones(8)}),
     "float32 logits": lambda: logits((8, 2, V), dtype=torch.float32),
     "float16 logits": lambda: logits((8, 2, V), dtype=torch.float16),
     "odd vocabulary": lambda: logits((8, 2, 50257)),
@@ -213,101 +167,8 @@ CASES["ten lengths"] = ten_lengths
 CASES["ten shapes of logits"] = ten_shapes_of_logits
 
 
-def nvidia_report(kernel):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        usage = tool("cuobjdump", "-res-usage", path)
-        sass = tool("nvdisasm", "-c", path)
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    code = parse(
-        sass,
-        label=r"\s*(\.L_x_\d+):",
-        instruction=r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)",
-        branch=r".*BRA.*`\((\.L_x_\d+)\)",
-    )
-    names = [name for name, _ in code]
-    return {
-        "registers": int(numbers["REG"]),
-        "stack": int(numbers["STACK"]),
-        "local": int(numbers["LOCAL"]),
-        "spills": sum(1 for name in names if name.startswith(("LDL", "STL"))),
-        "accesses": Counter(name for name in names if name.startswith(("LDG", "STG"))),
-        "exponentials": names.count("MUFU.EX2"),
-        "loops": [
-            {
-                "instructions": len(body),
-                "exponentials": body.count("MUFU.EX2"),
-                "wide_loads": sum(1 for x in body if x.startswith("LDG") and x.endswith(".128")),
-                "stores": sum(1 for x in body if x.startswith("STG")),
-                "barriers": sum(1 for x in body if x.startswith("BAR")),
-            }
-            for body in loops(code)
-        ],
-    }
-
-
-def parse(text, label, instruction, branch):
-    """Instructions in order: their names, and where each jumps back to (a position, or None)."""
-    labels, code = {}, []
-    for line in text.splitlines():
-        if found := re.match(label, line):
-            labels[found.group(1)] = len(code)
-        elif found := re.match(instruction, line):
-            jump = re.match(branch, line)
-            code.append((found.group(1), labels.get(jump.group(1)) if jump else None))
-    return code
-
-
-def loops(code):
-    """Names of the instructions between each backward branch and its target, empty loops apart."""
-    names = [name for name, _ in code]
-    spans = [(start, end) for end, (_, start) in enumerate(code) if start not in (None, end)]
-    return [names[start : end + 1] for start, end in spans]
-
-
-def tool(name, *arguments):
-    done = subprocess.run(
-        [NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-def amd_report(kernel):
-    text = kernel.asm["amdgcn"]
-    numbers = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
-    code = parse(
-        text,
-        label=r"(\.LBB\d+_\d+):",
-        instruction=r"\s+((?:[sv]|global|buffer|ds|flat)_\w+)",
-        branch=r"\s+s_c?branch\w*\s+(\.LBB\d+_\d+)",
-    )
-    return {
-        "stack": int(numbers["private_segment_fixed_size"]),
-        "spills": int(numbers["vgpr_spill_count"]),
-        "accesses": Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)),
-        "loops": [
-            {
-                "instructions": len(body),
-                "exponentials": sum(1 for x in body if x.startswith("v_exp_f32")),
-                "wide_loads": sum(1 for x in body if "_load_dwordx4" in x),
-                "stores": sum(1 for x in body if re.match("(global|buffer)_store", x)),
-                "barriers": body.count("s_barrier"),
-            }
-            for body in loops(code)
-        ],
-    }
-
-
 def main(target):
-    compiled = record_compilations(TARGETS[target])
-    import mapo_kernels as mk
-    from mapo_kernels import ops, ops_logits
-
-    mk.set_backend("triton")
-    # The tensors are on the CPU; what would run on them is compiled for the target instead.
-    ops.is_eager = ops_logits.is_eager = lambda x: False
-    report = amd_report if target == "gfx942" else nvidia_report
+    compiled = compile_launches(target)
     results = {}
     for case, launch in CASES.items():
         compiled.clear()

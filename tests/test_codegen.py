@@ -45,7 +45,14 @@ def is_wide(name):
     "case",
     ["clip", "bfloat16", "odd length", "packed", "sequence level", "sapo", "cispo"]
     + ["groups of 16", "groups of 4096", "ids", "many ids"]
-    + ["logits", "logits view", "float32 logits", "float16 logits", "odd vocabulary"]
+    + [
+        "logits",
+        "logits view",
+        "logits, given advantages",
+        "float32 logits",
+        "float16 logits",
+        "odd vocabulary",
+    ]
     + ["entropy bonus", "logits, sequence level", "packed logits"]
     + ["hidden chunk", "hidden chunk, entropy bonus"],
 )
@@ -99,6 +106,14 @@ def test_lengths_and_hyper_parameters_do_not_recompile():
     assert len(report["kernels"]["token_loss_kernel"]) == 1
     # One more variant where the number of tokens happens to be a multiple of 16.
     assert len(report["kernels"]["scale_kernel"]) <= 2
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("case", ["logits", "logits, given advantages", "entropy bonus"])
+def test_a_multiprocessor_holds_one_row(target, case):
+    """Two programs of 1024 threads would share it, and their rows the cache, at 32 registers."""
+    (loss,) = compile_case(target, case)["kernels"]["logits_loss_kernel"]
+    assert loss["registers"] > 32
 
 
 LOGITS_PER_STEP = 16  # a thread's columns in one step of either pass over a row of bfloat16

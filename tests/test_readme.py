@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import report, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -132,10 +132,10 @@ def test_the_plan_example_accumulates():
     torch.testing.assert_close(logp.grad, again.grad)
 
 
-@pytest.mark.parametrize("name", ["cpu_logprobs", "cpu_logits", "cpu_linear", "trl_zero_signal"])
+@pytest.mark.parametrize("name", re.findall(r"<!-- (\w+): begin -->", README))
 def test_the_benchmark_tables_are_those_of_the_result_files(name):
-    results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert report.insert(README, name, report.table(results)) == README
+    found = results.read(ROOT / f"benchmarks/results/{name}.json")
+    assert report.insert(README, name, report.markdown(found)) == README
 
 
 def test_the_demo_table_is_that_of_the_result_file():
@@ -154,6 +154,21 @@ def test_the_demo_table_is_that_of_the_result_file():
         )
         expected = [f"{x:.2f}" for x in before + after] + [f"{sum(after) / len(after):.3f}"]
         assert re.findall(r"\d\.\d+", row) == expected
+
+
+def test_what_dropping_saves_is_what_the_result_file_says():
+    result = json.loads((ROOT / "benchmarks/results/trl_zero_signal.json").read_text())
+    whole, dropping = result["runs"]
+    for name, run in (("every sequence", whole), ("`drop_zero_signal`", dropping)):
+        cells = [
+            f"{run['groups_without_signal']:.0%}",
+            f"{run['model_seconds']:.1f}",
+            f"{run['preparing_seconds']:.1f}",
+            f"{run['success_before_and_after'][-1]:.3f}",
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
+    assert f"{saved:.0%} of forward and backward saved" in README
 
 
 def test_files_that_the_readme_names_exist():

@@ -1,0 +1,182 @@
+"""`mapo-kernels bench codegen`: what the compiler makes of our kernels, and how fast that can be.
+
+Each kernel is compiled on the spot for the architecture of each GPU. A bound is the largest of
+three times an element: its bytes over the memory's bandwidth, its instructions over the issue rate
+(four warps a clock and multiprocessor), its exponentials over the units that take 16 a clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What bounds a kernel, by its data sheet: TB/s, multiprocessors, boost clock in GHz."""
+
+    name: str
+    target: str
+    terabytes_per_second: float
+    multiprocessors: int
+    gigahertz: float
+
+    def bounds(self, work: dict[str, float]) -> dict[str, float]:
+        """Picoseconds an element by memory, instructions and exponentials."""
+        clocks = self.multiprocessors * self.gigahertz * 1e-3  # clocks of all in a picosecond
+        return {
+            "memory": work["bytes"] / self.terabytes_per_second,
+            "instructions": work["instructions"] / (128 * clocks),
+            "exponentials": work["exponentials"] / (16 * clocks),
+        }
+
+
+GPUS = (
+    Gpu("A100", "sm_80", 2.04, 108, 1.41),
+    Gpu("H100", "sm_90", 3.35, 132, 1.98),
+    Gpu("H200", "sm_90", 4.8, 132, 1.98),
+    Gpu("B200", "sm_100", 8.0, 148, 1.97),
+)
+# What a thread handles in one turn of its loop: bfloat16 logits, tokens.
+BF16_STEP, TOKEN_STEP = 16, 4
+
+
+def main_loop(kernel: dict[str, Any], stores: int, step: int) -> dict[str, Any]:
+    """The unmasked loop over a row: wide loads, that many stores, the fewest instructions."""
+    found = [
+        loop
+        for loop in kernel["loops"]
+        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= step
+    ]
+    return min(found, key=lambda loop: loop["instructions"])
+
+
+def _element(loop: dict[str, Any], step: int, nbytes: float) -> dict[str, float]:
+    return {
+        "instructions": loop["instructions"] / step,
+        "exponentials": loop["exponentials"] / step,
+        "bytes": nbytes,
+    }
+
+
+def _row_passes(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The fused loss from bfloat16 logits: two passes, of which only one reaches memory."""
+    first = _element(main_loop(kernel, 0, BF16_STEP), BF16_STEP, 2)
+    second = _element(main_loop(kernel, 2, BF16_STEP), BF16_STEP, 2)
+    both = {name: first[name] + second[name] for name in first}
+    return {"statistics pass": first, "gradient pass": second, "both passes": both}
+
+
+def _tokens(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The loss from log-probs: logp, old, mask read and the gradient written."""
+    longest = max(kernel["loops"], key=lambda loop: loop["instructions"])
+    return {"a token": _element(longest, TOKEN_STEP, 13)}
+
+
+def _whole(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """A kernel without a loop over elements: all its code, by the float32 numbers it stores."""
+    width = {".128": 4, ".64": 2}
+    stored = sum(
+        n * next((w for end, w in width.items() if name.endswith(end)), 1)
+        for name, n in kernel["accesses"].items()
+        if name.startswith("STG")
+    )
+    return {"a reward": _element(kernel, stored, 8)}
+
+
+def _score(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {"statistics pass": _element(main_loop(kernel, 0, BF16_STEP), BF16_STEP, 2)}
+
+
+def _launch_all() -> None:
+    """One call of each level on small tensors; nothing runs, everything is compiled."""
+    from .case import OURS, Case, evaluate
+    from .shapes import HEADS, Batch
+    from .vocabulary import ALL
+
+    head, generator, cpu = HEADS["Qwen2.5-7B"], torch.Generator(), torch.device("cpu")
+    batch = Batch(16, 1024, 8)
+    row = Case("logits", Batch(16, 1, 8), head, torch.bfloat16)
+    for case, direction in (
+        (Case("advantages, MAPO", Batch(1 << 14, 1)), "score"),
+        (Case("log-probs", batch), "both"),
+        (row, "both"),
+    ):
+        level = ALL[case.level]
+        inputs = level.make(case, generator, cpu)
+        evaluate(level.providers[OURS], inputs, direction)
+
+
+# What `bench codegen` shows of a row, by heading.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "GPU": lambda row: row["gpu"],
+    "kernel": lambda row: row["kernel"],
+    "an element of": lambda row: row["part"],
+    "registers": lambda row: f"{row['registers']}",
+    "spills": lambda row: f"{row['spills']}",
+    "instructions": lambda row: f"{row['instructions']:.1f}",
+    "exponentials": lambda row: f"{row['exponentials']:.2f}",
+    "bytes": lambda row: f"{row['bytes']:g}",
+    "bound, ps": lambda row: f"{row['bound_ps']:.2f}",
+    "bound by": lambda row: row["bound_by"],
+}
+READERS = {
+    "advantages_kernel": ("group advantages, groups of 16", _whole),
+    "token_loss_kernel": ("loss from float32 log-probs", _tokens),
+    "score_kernel": ("log-probs of bfloat16 logits", _score),
+    "logits_loss_kernel": ("loss from bfloat16 logits", _row_passes),
+}
+
+
+def compile_here(target: str) -> list[dict[str, Any]]:
+    """Rows of the table for one architecture; changes Triton for the whole process."""
+    from .machine_code import compile_launches, report
+
+    compiled = compile_launches(target)
+    _launch_all()
+    rows = []
+    for name, kernel in {name: kernel for name, kernel in compiled if name in READERS}.items():
+        title, read = READERS[name]
+        found = report(kernel)
+        for part, work in read(found).items():
+            rows.append(
+                {"kernel": title, "part": part, "target": target, **work}
+                | {key: found[key] for key in ("registers", "stack", "spills")}
+            )
+    return rows
+
+
+def compile_for(target: str) -> list[dict[str, Any]]:
+    """Rows of the table for one architecture, compiled in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = f"from {__name__} import main_in_process; main_in_process({target!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main_in_process(target: str) -> None:
+    """Print the rows of one architecture as JSON."""
+    print(json.dumps(compile_here(target)))
+
+
+def static_table() -> list[dict[str, Any]]:
+    """For each kernel, pass and GPU: counts an element and the bound they give, in picoseconds."""
+    by_target = {target: compile_for(target) for target in dict.fromkeys(g.target for g in GPUS)}
+    rows = []
+    for gpu in GPUS:
+        for row in by_target[gpu.target]:
+            bounds = gpu.bounds(row)
+            binding = max(bounds, key=lambda name: bounds[name])
+            rows.append({**row, "gpu": gpu.name, "bound_ps": bounds[binding], "bound_by": binding})
+    return rows

@@ -1,0 +1,91 @@
+"""What the machine can do at best, measured in the same run: copies, products, a launch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .case import Case, Counts
+
+if TYPE_CHECKING:
+    from .harness import Clock, Effort
+
+# Rows of a product: what a chunk of the loss from hidden states has.
+PRODUCT_ROWS = {"cuda": 3456, "cpu": 512}
+
+
+class Roofs:
+    """Bytes a second of a copy, flops a second of products by shape, seconds of a launch."""
+
+    def __init__(self, clock: Clock, effort: Effort, tiny: bool = False) -> None:
+        """Measure the copy and the launch; products are measured when a shape first asks."""
+        self.clock, self.effort, self.tiny = clock, effort, tiny
+        size = 1 << (16 if tiny else 30 if clock.on_gpu else 27)
+        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=clock.device)
+        target = torch.empty_like(source)
+        self.copy = 2 * size / self._seconds(lambda: target.copy_(source))
+        self.launch = self._seconds(self._empty_launch())
+        self.products: dict[str, float] = {}
+
+    def _seconds(self, function: Callable[[], Any]) -> float:
+        samples, _ = self.clock.samples(lambda i: None, lambda _: function(), self.effort)
+        return statistics.median(samples) / 1e3
+
+    def _empty_launch(self) -> Callable[[], Any]:
+        if self.clock.on_gpu:
+            from .empty_kernel import empty_kernel
+
+            return lambda: empty_kernel[(1,)]()
+        one = torch.zeros(1)
+        return lambda: one.add_(1)
+
+    def product_rate(self, case: Case) -> float:
+        """Flops a second of the three bare products of a head, a chunk of rows at a time."""
+        head = case.head
+        name = f"{head.width} x {head.vocab} {str(case.dtype).removeprefix('torch.')}"
+        if name not in self.products:
+            rows = 8 if self.tiny else PRODUCT_ROWS[self.clock.device.type]
+            hidden, weight, logits = (
+                torch.randn(size, device=self.clock.device).to(case.dtype)
+                for size in ((rows, head.width), (head.vocab, head.width), (rows, head.vocab))
+            )
+
+            def products() -> None:
+                torch.mm(hidden, weight.t(), out=logits)
+                torch.mm(logits, weight)
+                torch.mm(logits.t(), hidden)
+
+            flops = 6 * rows * head.width * head.vocab
+            self.products[name] = flops / self._seconds(products)
+        return self.products[name]
+
+    def compare(self, case: Case, counts: Counts, median_ms: float) -> dict[str, Any]:
+        """Counts of a row, the rate it reached, the roof that binds it and the share reached."""
+        floors = {
+            "copy": counts.nbytes / self.copy * 1e3,
+            "launch": counts.launches * self.launch * 1e3,
+        }
+        if counts.flops:
+            floors["products"] = counts.flops / self.product_rate(case) * 1e3
+        roof = max(floors, key=lambda name: floors[name])
+        seconds = median_ms / 1e3
+        return {
+            "bytes": counts.nbytes,
+            "flops": counts.flops,
+            "gigabytes_per_second": counts.nbytes / seconds / 1e9,
+            "teraflops_per_second": counts.flops / seconds / 1e12,
+            "roof": roof,
+            "floor_ms": floors[roof],
+            "percent_of_roof": 100 * floors[roof] / median_ms,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The roofs for a result file."""
+        return {
+            "copy_gigabytes_per_second": self.copy / 1e9,
+            "launch_microseconds": self.launch * 1e6,
+            "products_teraflops_per_second": {k: x / 1e12 for k, x in self.products.items()},
+        }
