@@ -134,4 +134,4 @@ def cases_of(suite: str, device: torch.device) -> tuple[list[Case], Effort]:
         return found, Effort(0.15, least=3)
     if suite == "gpu":
         return gpu_cases(), Effort(0.2)
-    return (full_gpu_cases() if device.type == "cuda" else cpu_cases()), Effort(0.6, least=7)
+    return (full_gpu_cases() if device.type == "cuda" else cpu_cases()), Effort(0.3)

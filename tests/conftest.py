@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import numpy as np
@@ -5,11 +6,12 @@ import pytest
 import torch
 
 # Before Triton is imported: without a GPU every kernel runs in the interpreter.
-if not torch.cuda.is_available():
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETS = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETS
 
 
@@ -21,7 +23,7 @@ def device(request):
     if request.param == "gpu" and not HAS_GPU:
         pytest.skip("needs a GPU")
     if request.param == "interpreter" and not INTERPRETS:
-        pytest.skip("Triton compiles here: the gpu variant runs instead")
+        pytest.skip("Triton compiles here (the gpu variant runs instead) or is not installed")
     mapo_kernels.set_backend("eager" if request.param == "eager" else "triton")
     yield torch.device("cuda" if request.param == "gpu" else "cpu")
     mapo_kernels.set_backend(None)

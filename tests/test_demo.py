@@ -330,3 +330,15 @@ def test_conclusion_claims_only_what_the_seeds_show():
     assert "larger than the spread" in report.conclusion(clear)
     assert "mean difference +0.193" in report.conclusion(clear)
     assert report.conclusion({}) == ""
+
+
+def test_trl_is_asked_for_in_one_line(monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    found = {name: object() for name in (*demo.EXTRA_MODULES, "trl")}
+    monkeypatch.setattr(demo.importlib.util, "find_spec", found.get)
+    assert demo.main(parser.parse_args(["--trainer", "trl", "--resume"])) == 2
+    assert "--resume: expected --trainer torch" in capsys.readouterr().err
+    del found["trl"]
+    assert demo.main(parser.parse_args(["--trainer", "trl"])) == 2
+    assert "pip install mapo-kernels[trl]" in capsys.readouterr().err

@@ -83,6 +83,31 @@ def test_the_hugging_face_example_trains(family):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-7)
 
 
+def test_a_plain_loop_with_the_hugging_face_example_learns():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = transformers.LlamaConfig(**sizes, bos_token_id=0, eos_token_id=None)
+    model = transformers.LlamaForCausalLM(config)
+    scope = {}
+    exec(BLOCKS[1], scope)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    history = []
+    for _ in range(30):
+        prompts = torch.randint(1, 13, (8, 3)).repeat_interleave(8, 0)
+        with torch.no_grad():
+            ids = model.generate(prompts, do_sample=True, max_new_tokens=4, pad_token_id=0)
+        rewards = (ids[:, 3] <= 2).float()
+        mask = (torch.arange(ids.shape[1] - 1) >= 2).expand(len(ids), -1)
+        old = scope["score_from_hidden"](model, ids, mask)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scope["step_from_hidden"](model, ids, mask, rewards, old)
+            optimizer.step()
+        history.append(float(rewards.mean()))
+    assert max(history[:3]) < 0.4 and min(history[-3:]) > 0.8, history
+
+
 def test_the_plan_example_accumulates():
     import mapo_kernels as mk
 
@@ -129,6 +154,21 @@ def test_the_demo_table_is_that_of_the_result_file():
         )
         expected = [f"{x:.2f}" for x in before + after] + [f"{sum(after) / len(after):.3f}"]
         assert re.findall(r"\d\.\d+", row) == expected
+
+
+def test_what_dropping_saves_is_what_the_result_file_says():
+    result = json.loads((ROOT / "benchmarks/results/trl_zero_signal.json").read_text())
+    whole, dropping = result["runs"]
+    for name, run in (("every sequence", whole), ("`drop_zero_signal`", dropping)):
+        cells = [
+            f"{run['groups_without_signal']:.0%}",
+            f"{run['model_seconds']:.1f}",
+            f"{run['preparing_seconds']:.1f}",
+            f"{run['success_before_and_after'][-1]:.3f}",
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
+    assert f"{saved:.0%} of forward and backward saved" in README
 
 
 def test_files_that_the_readme_names_exist():

@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sampled success at which the supervised warm-up ends (default: 0.1)",
     )
     parser.add_argument(
+        "--trainer",
+        choices=("torch", "trl"),
+        default="torch",
+        help="what runs the RL steps: a plain loop, or TRL with MAPOTrainer (default: torch)",
+    )
+    parser.add_argument(
         "--device", default="auto", help="a torch device; auto takes a GPU if there is one"
     )
     parser.add_argument(
@@ -71,6 +77,11 @@ def main(args: argparse.Namespace) -> int:
     if missing:
         return _refuse(f"{', '.join(missing)} not installed: pip install mapo-kernels[demo]")
 
+    if args.trainer == "trl" and importlib.util.find_spec("trl") is None:
+        return _refuse("trl not installed: pip install mapo-kernels[trl]")
+    if args.trainer == "trl" and args.resume:
+        return _refuse("--resume: expected --trainer torch, whose runs have checkpoints, got trl")
+
     from mapo_kernels.demo.experiment import SetupError, run_experiment
     from mapo_kernels.demo.runs import Settings
 
@@ -82,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
             prompts=args.prompts,
             group_size=args.group_size,
             warmup_success=args.warmup_success,
+            trainer=args.trainer,
         )
         device = _device(args.device)
     except ValueError as error:

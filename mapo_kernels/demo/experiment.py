@@ -129,7 +129,12 @@ def _run_seed(
     for estimator in estimators:
         run = Run(bench, estimator, seed, out, start)
         journal.data["runs"].append(run.record)
-        reinforce(run, reporter)
+        if bench.settings.trainer == "trl":
+            from mapo_kernels.demo.trl_train import reinforce_with_trl
+
+            reinforce_with_trl(run, reporter)
+        else:
+            reinforce(run, reporter)
         run.save_model()
 
 

@@ -101,7 +101,12 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """[B, S] token ids -> logits [B, S, V] and the new cache.
+        """[B, S] token ids -> logits [B, S, V] and the new cache; see `hidden`."""
+        x, new_cache = self.hidden(tokens, cache)
+        return self.head(x), new_cache
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """[B, S] token ids -> what the head sees [B, S, width], and the new cache.
 
         With `cache`, `tokens` is [B, 1]: the token after those in the cache.
         """
@@ -112,7 +117,7 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             x, keys_values = block(x, cache[index] if cache else None)
             new_cache.append(keys_values)
-        return self.head(self.norm(x)), new_cache
+        return self.norm(x), new_cache
 
 
 class Rollouts(NamedTuple):

@@ -14,6 +14,7 @@ from mapo_kernels.demo.model import Characters, Decoder, Rollouts, sample
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, Verifier, held_out_problems
 
 EVAL_SEED = 10**6
+TRAINERS = ("torch", "trl")
 
 Record = dict[str, Any]
 
@@ -42,6 +43,7 @@ class Settings:
         width: hidden size of the model.
         layers: its number of blocks.
         heads: its attention heads.
+        trainer: `torch` (a plain loop) or `trl`, for the RL steps.
     """
 
     task: str = "number_sorting"
@@ -62,12 +64,15 @@ class Settings:
     width: int = 64
     layers: int = 2
     heads: int = 4
+    trainer: str = "torch"
 
     def __post_init__(self) -> None:
         """Refuse what could not run."""
         for name in ("prompts", "minibatches", "warmup_batch", "eval_prompts", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.trainer not in TRAINERS:
+            raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {self.trainer!r}")
         if self.steps < 0:
             raise ValueError(f"steps: expected at least 0, got {self.steps}")
         if self.group_size < 2:
@@ -113,6 +118,13 @@ class Workbench:
         texts = [problem.prompt for problem in problems]
         return self.characters.prompts(texts, self.task.prompt_length).to(self.device)
 
+    def sample(
+        self, model: Decoder, prompts: Tensor, copies: int, generator: torch.Generator | None
+    ) -> Rollouts:
+        """Sampled answers (greedy without a generator), `copies` per prompt [Q, P]."""
+        max_tokens = self.task.answer_length + 1  # the end token
+        return sample(model, prompts, max_tokens, copies=copies, generator=generator)
+
     def roll_out(
         self,
         model: Decoder,
@@ -121,9 +133,7 @@ class Workbench:
         generator: torch.Generator | None,
     ) -> tuple[Rollouts, list[float]]:
         """Sampled answers (greedy without a generator), `copies` per problem, and their rewards."""
-        max_tokens = self.task.answer_length + 1  # the end token
-        prompts = self.prompts(problems)
-        rollouts = sample(model, prompts, max_tokens, copies=copies, generator=generator)
+        rollouts = self.sample(model, self.prompts(problems), copies, generator)
         answers = self.characters.decode(rollouts.tokens)
         rewards = [
             self.verifier.reward(problems[row // copies], answer)

@@ -67,7 +67,7 @@ def warm_up(run: Run, listener: Listener) -> None:
         done = record["success"] >= settings.warmup_success or updates >= settings.warmup_steps
         if not done:
             record["loss"] = [_supervised_update(run) for _ in range(WARM_UP_STRIDE)][-1]
-        _note(run, listener, record, began)
+        note(run, listener, record, began)
         if done:
             run.record["finished"] = True
         if done or len(run.record["steps"]) % CHECKPOINT_STRIDE == 0:
@@ -101,7 +101,7 @@ def reinforce(run: Run, listener: Listener) -> None:
             step += 1
             if step % settings.eval_every == 0 or step == settings.steps:
                 run.record["evals"].append(run.bench.evaluate(run.model, step))
-            _note(run, listener, record, began)
+            note(run, listener, record, began)
         run.record["finished"] = step == settings.steps
         if run.record["finished"] or step % CHECKPOINT_STRIDE == 0:
             run.save()
@@ -158,7 +158,8 @@ def _set_learning_rate(run: Run, rate: float) -> None:
         group["lr"] = rate
 
 
-def _note(run: Run, listener: Listener, record: Record, began: float) -> None:
+def note(run: Run, listener: Listener, record: Record, began: float) -> None:
+    """Add a step's record to the run, with the seconds since `began`, and pass it on."""
     record["seconds"] = time.perf_counter() - began
     run.record["seconds"] += record["seconds"]
     run.record["steps"].append(record)

@@ -1,0 +1,262 @@
+"""What the TRL integration decides without TRL: specs from a config, denominators, rows to keep.
+
+Names of options are TRL's (`GRPOConfig` of 1.16), so that errors speak of what the user wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool, require_choice, require_number
+
+LEVELS = ("hidden", "logits", "logprobs")
+# TRL's loss types: what is averaged, and over what.
+AGGREGATIONS = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "cispo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum",
+}
+OBJECTIVES = {"cispo": "cispo", "sapo": "sapo"}
+
+
+def check_config(args: Any) -> None:
+    """Raise unless this package can do what the config asks for.
+
+    Args:
+        args: a `MAPOConfig`, or anything with its attributes.
+
+    Raises:
+        ValueError: an option, or a combination, that cannot work; it names the option.
+        TypeError: an option of the wrong type.
+    """
+    require_choice("fused", args.fused, LEVELS)
+    require_bool("drop_zero_signal", args.drop_zero_signal)
+    require_bool("score_all", args.score_all)
+    if args.loss_type not in AGGREGATIONS:
+        raise ValueError(
+            f"loss_type: expected one of {sorted(AGGREGATIONS)}, got {args.loss_type!r} (use TRL's "
+            f"GRPOTrainer for it)"
+        )
+    _expect(
+        args,
+        "scale_rewards",
+        "group",
+        "the estimator decides the scale: 'grpo' divides by the group's deviation, 'mean' does not",
+    )
+    _expect(
+        args,
+        "multi_objective_aggregation",
+        "sum_then_normalize",
+        "the estimators take one reward per completion",
+    )
+    why = "TRL's bonus has a denominator of its own, the tokens of a micro-batch"
+    _expect(args, "entropy_coef", 0.0, why)
+    _expect(args, "use_adaptive_entropy", False, why)
+    if args.drop_zero_signal:
+        why = "with drop_zero_signal=True a sequence without signal never enters the model"
+        _expect(args, "beta", 0.0, f"{why}, but the KL term acts on it")
+        _expect(args, "top_entropy_quantile", 1.0, f"{why}, but the quantile counts its tokens")
+        _expect(args, "score_all", False, f"{why}, but score_all=True scores its tokens")
+    loss_spec_of(args)
+    advantage_spec_of(args)
+
+
+def _expect(args: Any, name: str, value: object, why: str) -> None:
+    given = getattr(args, name)
+    if given != value:
+        raise ValueError(f"{name}: expected {value!r} ({why}), got {given!r}")
+
+
+def loss_spec_of(args: Any) -> LossSpec:
+    """The loss that a config describes, as `GRPOTrainer` understands it.
+
+    Args:
+        args: a `MAPOConfig`, or anything with its attributes.
+
+    Returns:
+        The spec; TRL's KL estimate is k3, and its `delta` is the dual clip.
+
+    Raises:
+        ValueError: a value outside its range, by TRL's name.
+        TypeError: a value of the wrong type.
+    """
+    kind = args.loss_type
+    objective = OBJECTIVES.get(kind, "clip")
+    require_number("epsilon", args.epsilon, 0.0, 1.0, open_low=True, open_high=True)
+    eps_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    require_number("epsilon_high", eps_high, 0.0, open_low=True)
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+        require_number(name, getattr(args, name), 0.0, open_low=True)
+    require_choice(
+        "importance_sampling_level", args.importance_sampling_level, ("token", "sequence")
+    )
+    if args.delta is not None:
+        if objective != "clip":
+            raise ValueError(f"delta: expected None with loss_type {kind!r}, got {args.delta!r}")
+        require_number("delta", args.delta, 1.0 + eps_high, open_low=True)
+    if kind == "dr_grpo" and args.max_completion_length is None:
+        raise ValueError(
+            "max_completion_length: expected a number with loss_type 'dr_grpo', which divides by "
+            "it, got None"
+        )
+    return LossSpec(
+        objective=objective,
+        importance_level=args.importance_sampling_level,
+        eps_low=args.epsilon,
+        eps_high=eps_high,
+        dual_clip=args.delta,
+        eps_high_cispo=eps_high,
+        sapo_tau_pos=args.sapo_temperature_pos,
+        sapo_tau_neg=args.sapo_temperature_neg,
+        beta=args.beta,
+        kl_importance_correction=args.use_bias_correction_kl,
+        aggregation=AGGREGATIONS[kind],
+        max_tokens=args.max_completion_length if kind == "dr_grpo" else None,
+        score_all=args.score_all,
+    )
+
+
+def advantage_spec_of(args: Any) -> AdvantageSpec:
+    """How a config turns rewards into advantages.
+
+    Args:
+        args: a `MAPOConfig`, or anything with its attributes.
+
+    Returns:
+        The spec. A certainty such as "0.5", which is how a command line says it, is a number.
+
+    Raises:
+        ValueError: a value outside its range, by the config's name.
+        TypeError: a value of the wrong type.
+    """
+    require_number("advantage_eps", args.advantage_eps, 0.0, open_low=True)
+    certainty = args.certainty
+    if isinstance(certainty, str):
+        try:
+            certainty = float(certainty)
+        except ValueError:
+            pass
+    return AdvantageSpec(
+        estimator=args.estimator,
+        certainty=certainty,
+        success_threshold=args.success_threshold,
+        eps=args.advantage_eps,
+        max_abs=args.max_abs,
+    )
+
+
+def success_column(name: str | None, reward_names: Sequence[str]) -> int | None:
+    """Which reward function says what a success is; None for the total.
+
+    Args:
+        name: of a reward function, or None.
+        reward_names: those of all reward functions, in TRL's order.
+
+    Returns:
+        Its position.
+
+    Raises:
+        ValueError: no reward function, or more than one, has this name.
+    """
+    if name is None:
+        return None
+    if list(reward_names).count(name) != 1:
+        raise ValueError(
+            f"success_reward: expected the name of one of the reward functions "
+            f"{list(reward_names)}, got {name!r}"
+        )
+    return list(reward_names).index(name)
+
+
+def rewards_and_success(
+    per_function: torch.Tensor, weights: torch.Tensor, column: int | None, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Total rewards, and successes where a reward function defines them.
+
+    Args:
+        per_function: [B, F], NaN where a function does not apply.
+        weights: [F].
+        column: the function that defines success, or None for the total.
+        threshold: its value from which on a completion is a success.
+
+    Returns:
+        [B] weighted sums, NaN where no function applies (such a completion takes no part); and [B]
+        bool, or None where the total is compared with the threshold.
+    """
+    weighted = per_function * weights.to(per_function)
+    nobody = per_function.isnan().all(dim=1)
+    total = weighted.nansum(dim=1).masked_fill(nobody, float("nan"))
+    return total, None if column is None else per_function[:, column] >= threshold
+
+
+def denominator(
+    loss_type: str,
+    mask: torch.Tensor,
+    num_items_in_batch: torch.Tensor,
+    *,
+    accumulation: int,
+    steps_per_generation: int,
+    num_processes: int,
+    training: bool,
+) -> torch.Tensor | float:
+    """What TRL divides a micro-batch's loss by, so that steps and ranks average as they do there.
+
+    Args:
+        loss_type: TRL's.
+        mask: [B, T] of the whole micro-batch, before any sequence is dropped.
+        num_items_in_batch: [] tokens of the generation batch, over all processes.
+        accumulation: micro-batches of this optimizer step.
+        steps_per_generation: micro-batches that a generation batch is split into.
+        num_processes: number of ranks; their gradients are averaged.
+        training: in evaluation nothing is accumulated.
+
+    Returns:
+        The `normalizer` of a loss: a number, or a 0-d tensor where tokens are counted.
+    """
+    steps = accumulation if training else 1
+    if loss_type in ("dapo", "cispo"):
+        share = steps / steps_per_generation if training else 1.0
+        return num_items_in_batch.clamp(min=1).to(torch.float32) * (share / num_processes)
+    if loss_type == "bnpo":
+        return (mask != 0).sum().clamp(min=1).to(torch.float32) * steps
+    return float(mask.shape[0] * steps)
+
+
+def rows_with_signal(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sequences that can change a loss without a KL term, and never none of them.
+
+    A sequence whose advantage is 0, or whose tokens are all masked, changes neither loss nor
+    gradient. Where that is all of them the first one stays, so that every rank runs the model (its
+    collectives wait for each other) and every parameter gets its gradient, which is 0.
+
+    Args:
+        advantages: [B] or [B, T].
+        mask: [B, T].
+
+    Returns:
+        [n] positions, 1 <= n <= B. Waits for the device.
+    """
+    signal = (advantages.reshape(mask.shape[0], -1) != 0) & (mask != 0)
+    rows = signal.any(dim=1).nonzero().squeeze(1)
+    return rows if rows.numel() else torch.zeros(1, dtype=torch.int64, device=mask.device)
+
+
+def take_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The batch with only some of its sequences; what belongs to all of them stays.
+
+    Args:
+        inputs: tensors [B, ...], 0-d tensors, or None.
+        rows: [n] positions.
+
+    Returns:
+        A new dict; the tensors [n, ...] are copies.
+    """
+    per_row = {key: x for key, x in inputs.items() if isinstance(x, torch.Tensor) and x.dim() > 0}
+    return {**inputs, **{key: x[rows] for key, x in per_row.items()}}
