@@ -1,21 +1,30 @@
 # `make demo` and `make test` set everything up by themselves: python3 and make are all they need.
-# `make test-integrations` does so for each trainer.
+# `make test-integrations` does so for each trainer, `make test-triton` for each supported Triton.
 # On Linux without a GPU, torch's CPU build is the small one:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 TEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 TRAINERS ?= trl verl
-# What verl's trainer imports and its metadata does not ask for.
+# What the tests of each need beside the trainer: the demo runs in TRL, with and without adapters;
+# verl's trainer imports packages that its metadata does not ask for.
+WITH_trl := test,demo,trl
+WITH_verl := test,verl
+ALSO_trl := peft
 ALSO_verl := cachetools fastapi uvicorn
+# `make demo DEMO_ARGS="--trainer trl"` runs where TRL is.
+DEMO_VENV := $(if $(findstring trl,$(DEMO_ARGS)),.venv-trl,$(VENV))
+# Tritons that the kernels are interpreted and compiled with, beside the one in constraints.txt.
+TRITONS ?= 3.6.0 3.8.0 3.9.0
 
-.PHONY: demo test test-integrations $(TRAINERS:%=test-with-%) lint bench clean
+.PHONY: demo test test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
 
-demo: $(VENV)/.installed
-	$(BIN)/mapo-kernels demo $(DEMO_ARGS)
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/mapo-kernels demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto $(TEST_ARGS)
@@ -26,13 +35,20 @@ test-integrations: $(TRAINERS:%=test-with-%)
 $(TRAINERS:%=test-with-%): test-with-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest --must-run tests/integrations/test_$**.py $(TEST_ARGS)
 
+# A Triton lies in a folder of its own, which comes before the environment's on the path.
+test-triton: $(TRITONS:%=test-triton-%)
+
+$(TRITONS:%=test-triton-%): test-triton-%: .triton/%/.installed
+	MAPO_KERNELS_TEST_TRITON=$* PYTHONPATH=$(CURDIR)/.triton/$* \
+		$(BIN)/python -m pytest -n auto -k "interpreter or codegen or triton_version" $(TEST_ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name
+	$(BIN)/mapo-kernels bench $(BENCH_ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,8 +57,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install $(PIP_ARGS) -c constraints-$*.txt -e ".[test,$*]" $(ALSO_$*)
+	.venv-$*/bin/python -m pip install $(PIP_ARGS) -c constraints-$*.txt -e ".[$(WITH_$*)]" $(ALSO_$*)
+	touch $@
+
+.triton/%/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $(@D) triton==$*
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache

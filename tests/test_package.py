@@ -1,5 +1,6 @@
 """The package as a whole: what it exports, documents and imports."""
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -126,3 +127,10 @@ def test_kernels_do_not_validate_and_the_api_does_not_compute():
 def test_files_stay_readable():
     for path in [*ROOT.glob("mapo_kernels/**/*.py"), *ROOT.glob("reference/*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_triton_version_is_the_one_that_is_to_be_tested():
+    expected = os.environ.get("MAPO_KERNELS_TEST_TRITON")
+    if expected is None:
+        pytest.skip("any Triton will do: MAPO_KERNELS_TEST_TRITON is not set")
+    assert importlib.import_module("triton").__version__ == expected
