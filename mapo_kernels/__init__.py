@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         MapoLossFunction,
     )
     from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
+    from mapo_kernels.metrics import Metrics
     from mapo_kernels.plan import Plan, make_plan
     from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -45,6 +46,7 @@ __all__ = [
     "MapoLogitsLossFunction",
     "MapoLoss",
     "MapoLossFunction",
+    "Metrics",
     "Plan",
     "__version__",
     "describe_backend",
@@ -69,6 +71,7 @@ _HOMES = {
     "MapoLogitsLossFunction": "autograd",
     "MapoLoss": "api",
     "MapoLossFunction": "autograd",
+    "Metrics": "metrics",
     "Plan": "plan",
     "describe_backend": "backend",
     "group_advantages": "api",

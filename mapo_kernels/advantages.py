@@ -224,11 +224,13 @@ def group_metrics(table: torch.Tensor) -> list[torch.Tensor]:
     """The batch's `GROUP_METRICS`, 0-d each, from the statistics table."""
     _, _, success_ratio, certainty, count, nonfinite, factor = table.unbind(0)
     counted = count > 0
-    n_groups = counted.sum().clamp(min=1)
+    n_groups = counted.sum().to(table.dtype)
+    divisor = n_groups.clamp(min=1)
     without_signal = (factor == 0) & (count + nonfinite > 0)
     return [
-        success_ratio.where(counted, 0.0).sum() / n_groups,
-        certainty.where(counted, 0.0).sum() / n_groups,
+        success_ratio.where(counted, 0.0).sum() / divisor,
+        certainty.where(counted, 0.0).sum() / divisor,
         without_signal.sum().to(table.dtype),
         nonfinite.sum(),
+        n_groups,
     ]

@@ -6,11 +6,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels import checks, ops
+from mapo_kernels import checks, ops, parallel
 from mapo_kernels.advantages import GroupStats
 from mapo_kernels.autograd import MapoLossFunction
-from mapo_kernels.inputs import GROUP_METRICS, RESULTS, GroupInputs, RowInputs, TokenInputs
-from mapo_kernels.plan import Plan
+from mapo_kernels.inputs import (
+    GROUP_METRICS,
+    RESULTS,
+    GroupInputs,
+    KnownMetrics,
+    RowInputs,
+    TokenInputs,
+    replaced,
+)
+from mapo_kernels.metrics import as_metrics
+from mapo_kernels.plan import Plan, count_tokens
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
 from mapo_kernels.tokens_eager import TokenLayout
 
@@ -24,7 +33,8 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: [] differentiable scalar, float32 (float64 for float64 log-probs on the eager
             backend).
-        metrics: name to 0-d tensor, on the device and detached; see `mapo_loss`.
+        metrics: name to 0-d tensor, on the device and detached; see `mapo_loss`. They are
+            `Metrics`, with `reduce(process_group)`, except from a graph compiled by an old torch.
         advantages: [B] as computed from the rewards, or as they were given.
     """
 
@@ -46,6 +56,7 @@ def group_advantages(
     eps: float = 1e-6,
     apd: str = "bounded",
     max_abs: float | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Any:
     """Advantage of each sequence from the rewards of its group (MAPO, arXiv 2509.18849).
@@ -69,15 +80,22 @@ def group_advantages(
         eps: added to both denominators.
         apd: `bounded` or `paper`, the denominator D.
         max_abs: optional symmetric clamp.
+        process_group: ranks that each hold a part of the batch, of any size, 0 included; `rewards`
+            and what else is given are this rank's. Groups may lie across ranks: ids are the same on
+            all of them, and with `group_size` the ranks' rewards follow one another in the order of
+            the ranks. One collective gathers them, 24 bytes per reward and some 250 per rank (one
+            more when there are more rewards on a rank than ever, from 64 on), and the host waits
+            for it. Every rank of the group has to call this.
         return_stats: also return `GroupStats`. With `group_ids` this waits once for the device, to
             learn the number of groups; nothing else here does.
 
     Returns:
         [B] float32 (float64 for float64 rewards on the eager backend), without gradient; with
-        `return_stats` a pair of that and `GroupStats` of [Q] tensors.
+        `return_stats` a pair of that and `GroupStats` of [Q] tensors, of the groups of all ranks.
 
     Raises:
-        ValueError: a shape, a value or a combination that makes no sense.
+        ValueError: a shape, a value or a combination that makes no sense; or ranks that were called
+            with different settings.
         TypeError: an argument of the wrong type.
     """
     spec = AdvantageSpec(
@@ -90,8 +108,15 @@ def group_advantages(
         max_abs=max_abs,
     )
     require_bool("return_stats", return_stats)
-    groups = checks.check_groups(rewards, group_size, group_ids, success)
+    checks.check_process_group(process_group, None)
+    is_part = process_group is not None
+    groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
+    own = slice(None)
+    if process_group is not None:
+        call = parallel.Call("group_advantages", None, spec)
+        groups, own = parallel.gather_groups(groups, call, process_group)
     advantages, table = ops.group_advantages(groups, spec, return_stats)
+    advantages, table = advantages[own].to(rewards.device), table.to(rewards.device)
     if not return_stats:
         return advantages
     if group_ids is not None:
@@ -108,32 +133,63 @@ def gather_inputs(
     source: dict[str, Any],
     layout: dict[str, Any],
     token_tensors: dict[str, Any],
-) -> tuple[TokenInputs, LossSpec]:
+) -> tuple[TokenInputs, LossSpec, KnownMetrics]:
     """Validated inputs from the arguments of a loss call, or from the plan that stands for them.
 
     `source` is where advantages come from, `name` and `tokens` the argument that says which shape
     token tensors have.
     """
+    process_group = source["process_group"]
+    known = KnownMetrics({})
     if plan is not None:
         spec = _check_plan(plan, spec, {**source, **layout})
         advantages, layout = plan.advantages, {key: getattr(plan, key) for key in layout}
         groups: GroupInputs | None = None
+        known = KnownMetrics(plan.metrics, plan.across_ranks)
     else:
         rewards, advantages = source["rewards"], source["advantages"]
-        grouping = [source[key] for key in ("group_size", "group_ids", "success")]
+        grouping = {key: source[key] for key in ("group_size", "group_ids", "success")}
         checks.check_source(rewards, advantages)
-        groups = None if rewards is None else checks.check_groups(rewards, *grouping)
-        if rewards is None and any(x is not None for x in grouping):
+        checks.check_process_group(process_group, layout["normalizer"])
+        is_part = process_group is not None
+        groups = (
+            None if rewards is None else checks.check_groups(rewards, **grouping, is_part=is_part)
+        )
+        if rewards is None and any([x is not None for x in grouping.values()]):
             raise ValueError(
                 "group_size, group_ids, success: expected None with advantages, got a value"
             )
     inputs = TokenInputs(advantages=advantages, groups=groups, **layout, **token_tensors)
-    checks.check_tokens(name, tokens, inputs, spec)
+    is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
+    checks.check_tokens(name, tokens, inputs, spec, is_part)
     if not isinstance(advantage_spec, AdvantageSpec):
         raise TypeError(
             f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
         )
-    return inputs, spec
+    if process_group is not None:
+        inputs, known = _share(tokens, inputs, spec, advantage_spec, process_group)
+    return inputs, spec, known
+
+
+def _share(
+    tokens: torch.Tensor,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    process_group: torch.distributed.ProcessGroup,
+) -> tuple[TokenInputs, KnownMetrics]:
+    """Inputs with advantages and denominator of the batch of all ranks, and its group metrics."""
+    n_tokens: torch.Tensor | int = tokens.numel()
+    if inputs.mask is not None or inputs.cu_seqlens is not None:
+        n_tokens = count_tokens(inputs.mask, inputs.cu_seqlens)
+    part = parallel.Part(inputs.n_sequences(tokens), n_tokens, inputs.groups)
+    call = parallel.Call.of_loss(spec, advantage_spec, inputs.normalizer)
+    shared = parallel.share(part, call, process_group, tokens.device)
+    if inputs.groups is not None:
+        inputs = replaced(inputs, groups=None, advantages=shared.advantages)
+    if shared.normalizer is not None:
+        inputs = replaced(inputs, normalizer=shared.normalizer)
+    return inputs, shared.metrics
 
 
 def gather_rows(
@@ -173,7 +229,8 @@ def mapo_loss(
     ref_logprobs: torch.Tensor | None = None,
     rollout_logprobs: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | None = None,
+    normalizer: torch.Tensor | float | str | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     spec: LossSpec = DEFAULT_SPEC,
     advantage_spec: AdvantageSpec = DEFAULT_ADVANTAGE_SPEC,
     plan: Plan | None = None,
@@ -200,25 +257,32 @@ def mapo_loss(
         token_weights: factor of the policy term (importance, off-policy or entropy masks).
         normalizer: denominator over the batch, a positive number or a 0-d tensor, in place of the
             tokens (`token-mean`) or sequences (other modes) counted here; so micro-batches and
-            ranks add up.
+            ranks add up. `global` counts those of all ranks of `process_group` and divides by the
+            number of ranks, so that the mean over ranks of losses and gradients (DDP, FSDP) is that
+            of the whole batch; a trainer that adds them up divides the loss by that number. If
+            micro-batches follow, have the batch counted once: by `make_plan`.
+        process_group: ranks that each hold a part of the batch, all of which call this: groups may
+            lie across them, as in `group_advantages`, and `normalizer` may be `global`. One
+            collective; see there. Not inside torch.compile, where a plan made before will do.
         spec: which loss, and how it is aggregated.
         advantage_spec: how rewards become advantages.
-        plan: of `make_plan`, in place of rewards, advantages, groups, mask, cu_seqlens and
-            normalizer.
+        plan: of `make_plan`, in place of rewards, advantages, groups, mask, cu_seqlens, normalizer
+            and process_group.
 
     Returns:
         `LossOutput`. Metrics are means over the scored tokens (`scored_tokens` of `active_tokens`;
         a token whose advantage is 0 is not scored unless KL or `score_all` needs it):
         `clip_fraction_low`, `clip_fraction_high`, `ratio_mean`, `ratio_max` (their largest),
         `approx_kl` (k3 of new against old), `ref_kl` with a reference; from rewards also
-        `success_ratio_mean`, `lambda_mean` (over groups), `zero_advantage_groups`,
-        `nonfinite_rewards` (counts).
+        `success_ratio_mean`, `lambda_mean` (over the `active_groups`, those with a finite reward),
+        `zero_advantage_groups`, `nonfinite_rewards` (counts). With `process_group` these speak of
+        the groups of all ranks; `metrics.reduce(process_group)` does it for every metric.
 
     Raises:
         ValueError: a shape, a value, a device or a combination that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    inputs, spec = gather_inputs(
+    inputs, spec, known = gather_inputs(
         "logprobs",
         logprobs,
         plan,
@@ -230,6 +294,7 @@ def mapo_loss(
             "group_size": group_size,
             "group_ids": group_ids,
             "success": success,
+            "process_group": process_group,
         },
         {"mask": mask, "cu_seqlens": cu_seqlens, "normalizer": normalizer},
         {
@@ -244,13 +309,13 @@ def mapo_loss(
         # Otherwise the node would be told that a gradient is needed, and write one for nobody.
         logprobs = logprobs.detach()
     loss, results, computed = MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)
-    values = name_metrics(results, inputs, plan)
-    del values["entropy"]
-    return LossOutput(loss, values, used_advantages(computed, inputs))
+    metrics = name_metrics(results, inputs, known)
+    del metrics["entropy"]
+    return LossOutput(loss, metrics, used_advantages(computed, inputs))
 
 
 def name_metrics(
-    results: torch.Tensor, inputs: TokenInputs, plan: Plan | None
+    results: torch.Tensor, inputs: TokenInputs, known: KnownMetrics
 ) -> dict[str, torch.Tensor]:
     """Results by name, without those that this batch has nothing to say about."""
     results = results.detach()[: len(RESULTS)]
@@ -261,9 +326,8 @@ def name_metrics(
     if inputs.groups is None:
         for name in GROUP_METRICS:
             del values[name]
-    if plan is not None:
-        values.update(plan.metrics)
-    return values
+    values.update(known.values)
+    return as_metrics(values, known.across_ranks)
 
 
 def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:

@@ -50,7 +50,8 @@ def mapo_loss_from_hidden(
     ref_logprobs: torch.Tensor | None = None,
     rollout_logprobs: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | None = None,
+    normalizer: torch.Tensor | float | str | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     spec: LossSpec = DEFAULT_SPEC,
     advantage_spec: AdvantageSpec = DEFAULT_ADVANTAGE_SPEC,
     plan: Plan | None = None,
@@ -88,6 +89,7 @@ def mapo_loss_from_hidden(
         rollout_logprobs: see `mapo_loss`.
         token_weights: see `mapo_loss`.
         normalizer: see `mapo_loss`.
+        process_group: see `mapo_loss`.
         spec: which loss; `entropy_coef` adds its entropy bonus here.
         advantage_spec: how rewards become advantages.
         plan: of `make_plan`, in place of what it has.
@@ -111,7 +113,7 @@ def mapo_loss_from_hidden(
     bounds = cu_seqlens if plan is None else plan.cu_seqlens
     hidden, weight, bias = _checked_head(hidden, lm_head_weight, bias, token_ids, bounds)
     checks.check_head_options(softcap, logit_scale, chunk_rows)
-    inputs, spec = gather_inputs(
+    inputs, spec, known = gather_inputs(
         "token_ids",
         token_ids,
         plan,
@@ -123,6 +125,7 @@ def mapo_loss_from_hidden(
             "group_size": group_size,
             "group_ids": group_ids,
             "success": success,
+            "process_group": process_group,
         },
         {"mask": mask, "cu_seqlens": cu_seqlens, "normalizer": normalizer},
         {
@@ -141,7 +144,7 @@ def mapo_loss_from_hidden(
     loss, results, computed = MapoLinearLossFunction.apply(
         hidden, weight, bias, head, rows, inputs, spec, advantage_spec
     )
-    return LossOutput(loss, name_metrics(results, inputs, plan), used_advantages(computed, inputs))
+    return LossOutput(loss, name_metrics(results, inputs, known), used_advantages(computed, inputs))
 
 
 def _checked_head(

@@ -37,7 +37,8 @@ def mapo_loss_from_logits(
     ref_logprobs: torch.Tensor | None = None,
     rollout_logprobs: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | None = None,
+    normalizer: torch.Tensor | float | str | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     spec: LossSpec = DEFAULT_SPEC,
     advantage_spec: AdvantageSpec = DEFAULT_ADVANTAGE_SPEC,
     plan: Plan | None = None,
@@ -71,6 +72,7 @@ def mapo_loss_from_logits(
         token_weights: see `mapo_loss`.
         normalizer: see `mapo_loss`. It also is the exact way to accumulate over micro-batches:
             dividing the loss instead costs a second pass over the gradient, and one more rounding.
+        process_group: see `mapo_loss`.
         spec: which loss; `entropy_coef` adds its entropy bonus here.
         advantage_spec: how rewards become advantages.
         plan: of `make_plan`, in place of what it has.
@@ -89,7 +91,7 @@ def mapo_loss_from_logits(
     """
     checks.check_rows("logits", logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
     checks.check_inplace(logits, inplace)
-    inputs, spec = gather_inputs(
+    inputs, spec, known = gather_inputs(
         "token_ids",
         token_ids,
         plan,
@@ -101,6 +103,7 @@ def mapo_loss_from_logits(
             "group_size": group_size,
             "group_ids": group_ids,
             "success": success,
+            "process_group": process_group,
         },
         {"mask": mask, "cu_seqlens": cu_seqlens, "normalizer": normalizer},
         {
@@ -116,7 +119,7 @@ def mapo_loss_from_logits(
     loss, results, computed = MapoLogitsLossFunction.apply(
         logits, rows, inputs, spec, advantage_spec, inplace
     )
-    return LossOutput(loss, name_metrics(results, inputs, plan), used_advantages(computed, inputs))
+    return LossOutput(loss, name_metrics(results, inputs, known), used_advantages(computed, inputs))
 
 
 def token_logprobs(

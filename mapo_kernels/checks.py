@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 
 from mapo_kernels.inputs import GroupInputs, TokenInputs
 from mapo_kernels.spec import LossSpec, describe, require_bool, require_number
+
+# The normalizer that counts the batch of all ranks.
+GLOBAL = "global"
 
 
 @torch.compiler.assume_constant_result
@@ -54,16 +58,14 @@ def check_groups(
     group_size: int | None,
     group_ids: torch.Tensor | None,
     success: torch.Tensor | None,
+    is_part: bool = False,
 ) -> GroupInputs:
-    """Validate rewards [B] and their grouping."""
+    """Validate rewards [B] and their grouping; a part's groups may continue on other ranks."""
     check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(
             f"rewards: expected shape [B] (one reward per sequence), got {_shape(rewards.shape)}"
         )
-    n_rows = rewards.shape[0]
-    if n_rows == 0:
-        raise ValueError("rewards: expected at least one sequence (B >= 1), got an empty batch")
     if rewards.is_complex():
         raise TypeError(f"rewards: expected a real dtype, got {rewards.dtype}")
     check_constant("rewards", rewards, rewards.device, floating=False)
@@ -78,10 +80,12 @@ def check_groups(
     else:
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise TypeError(f"group_size: expected an int, got {describe(group_size)}")
-        if group_size < 1 or n_rows % group_size:
+        if group_size < 1:
             raise ValueError(
-                f"group_size: expected a positive divisor of the {n_rows} rewards, got {group_size}"
+                f"group_size: expected a positive divisor of all rewards, got {group_size}"
             )
+    if not is_part:
+        check_group_count(rewards.shape[0], group_size or 0)
     if success is not None:
         check_tensor("success", success, rewards.device)
         check_shape("success", success, rewards.shape, "one flag per reward")
@@ -92,29 +96,65 @@ def check_groups(
     return GroupInputs(rewards, group_size or 0, group_ids, success)
 
 
-def check_layout(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    """Validate the layout of a token tensor, [B, T] or [total]; the number B of sequences."""
+def check_group_count(n_rows: int, group_size: int) -> None:
+    """Raise unless the rewards of a whole batch are some, and make whole groups of `group_size`."""
+    if n_rows == 0:
+        raise ValueError("rewards: expected at least one sequence (B >= 1), got an empty batch")
+    if group_size and n_rows % group_size:
+        raise ValueError(
+            f"group_size: expected a positive divisor of the {n_rows} rewards, got {group_size}"
+        )
+
+
+def is_global(normalizer: object) -> bool:
+    """Whether the denominator is that of all ranks of a process group."""
+    return isinstance(normalizer, str) and normalizer == GLOBAL
+
+
+def check_process_group(process_group: object, normalizer: object) -> None:
+    """Validate a process group, and that there is one for a normalizer that needs it."""
+    if process_group is None:
+        if is_global(normalizer):
+            raise ValueError("process_group: expected one with normalizer='global', got None")
+        return
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup that this rank belongs to "
+            f"(of a DeviceMesh, mesh.get_group()), got {describe(process_group)}"
+        )
+
+
+def check_layout(
+    name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None, is_part: bool = False
+) -> int:
+    """Validate the layout of a token tensor, [B, T] or [total]; the number B of sequences.
+
+    Only where other ranks may hold the rest of the batch, this part may be empty.
+    """
     if cu_seqlens is None:
         if x.dim() != 2:
             raise ValueError(
                 f"{name}: expected shape [B, T], or [total] with cu_seqlens, got {_shape(x.shape)}"
             )
-        if x.shape[0] < 1:
+        if x.shape[0] < 1 and not is_part:
             raise ValueError(f"{name}: expected at least one sequence (B >= 1), got an empty batch")
         return x.shape[0]
     if x.dim() != 1:
         raise ValueError(f"{name}: expected shape [total] with cu_seqlens, got {_shape(x.shape)}")
-    return check_bounds(cu_seqlens, x.device, x.shape[0])
+    return check_bounds(cu_seqlens, x.device, x.shape[0], is_part)
 
 
 def check_bounds(
-    cu_seqlens: torch.Tensor, device: torch.device | None = None, total: int | None = None
+    cu_seqlens: torch.Tensor,
+    device: torch.device | None = None,
+    total: int | None = None,
+    is_part: bool = False,
 ) -> int:
     """Validate the boundaries of a packed batch (of `total` tokens, where known); the number B."""
     check_tensor("cu_seqlens", cu_seqlens, device)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < (1 if is_part else 2):
         raise ValueError(
             f"cu_seqlens: expected shape [B + 1] with B >= 1, got {_shape(cu_seqlens.shape)}"
         )
@@ -158,7 +198,7 @@ def check_normalizer(normalizer: object, device: torch.device) -> None:
         check_constant("normalizer", normalizer, device, floating=False)
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(
-            f"normalizer: expected a number or a 0-d tensor, got {describe(normalizer)}"
+            f"normalizer: expected a number, a 0-d tensor or 'global', got {describe(normalizer)}"
         )
     elif not 0 < normalizer < float("inf"):
         raise ValueError(f"normalizer: expected a positive finite number, got {normalizer!r}")
@@ -171,15 +211,18 @@ def check_source(rewards: object, advantages: object) -> None:
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {came}")
 
 
-def check_tokens(name: str, tokens: torch.Tensor, inputs: TokenInputs, spec: LossSpec) -> None:
+def check_tokens(
+    name: str, tokens: torch.Tensor, inputs: TokenInputs, spec: LossSpec, is_part: bool = False
+) -> None:
     """Validate the tensors of one loss against its spec and the tokens, an argument called `name`.
 
-    That is the log-probs, or the token ids of logits or hidden states.
+    That is the log-probs, or the token ids of logits or hidden states. `is_part`: see
+    `check_layout`.
     """
     check_tensor(name, tokens)
     if name == "logprobs" and not tokens.is_floating_point():
         raise TypeError(f"logprobs: expected a floating-point dtype, got {tokens.dtype}")
-    n_sequences = check_layout(name, tokens, inputs.cu_seqlens)
+    n_sequences = check_layout(name, tokens, inputs.cu_seqlens, is_part)
     for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights"):
         x = getattr(inputs, field)
         if x is not None:
@@ -193,7 +236,7 @@ def check_tokens(name: str, tokens: torch.Tensor, inputs: TokenInputs, spec: Los
         rewards = inputs.groups.rewards
         check_tensor("rewards", rewards, tokens.device)
         check_shape("rewards", rewards, (n_sequences,), f"one reward per sequence of {name}")
-    if inputs.normalizer is not None:
+    if inputs.normalizer is not None and not is_global(inputs.normalizer):
         check_normalizer(inputs.normalizer, tokens.device)
     _check_spec(inputs, spec)
 

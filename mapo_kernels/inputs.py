@@ -114,8 +114,8 @@ class TokenResults(NamedTuple):
 
 
 # Slots of the result vector, in the order in which the kernel keeps its sums (there, slot 0 sums
-# the loss, and one more slot counts the groups). `gradient_scale` is 1 over the batch's
-# denominator.
+# the loss). `gradient_scale` is 1 over the batch's denominator; a group is active if one of its
+# rewards is finite.
 RESULTS = (
     "gradient_scale",
     "active_tokens",
@@ -131,9 +131,22 @@ RESULTS = (
     "lambda_mean",
     "zero_advantage_groups",
     "nonfinite_rewards",
+    "active_groups",
 )
 GROUP_METRICS = RESULTS[10:]
 SLOTS = 16
+
+
+class KnownMetrics(NamedTuple):
+    """Metrics about groups that were known before the loss.
+
+    Attributes:
+        values: some of `GROUP_METRICS`, 0-d each.
+        across_ranks: whether they speak of the groups of all ranks of a process group.
+    """
+
+    values: dict[str, torch.Tensor]
+    across_ranks: bool = False
 
 
 def empty_results(logprobs: torch.Tensor, inputs: TokenInputs, need_grad: bool) -> TokenResults:

@@ -7,9 +7,9 @@ from functools import cached_property
 
 import torch
 
-from mapo_kernels import checks, ops
+from mapo_kernels import checks, ops, parallel
 from mapo_kernels.advantages import group_metrics
-from mapo_kernels.inputs import GROUP_METRICS, TokenInputs
+from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
 
@@ -24,11 +24,14 @@ class Plan:
         mask: [B, T] or [total], nonzero where a token counts; None if all of a packed batch do.
         cu_seqlens: [B + 1] if packed, else None.
         normalizer: [] float32, the batch's denominator: its tokens for `token-mean`, else its
-            sequences. Micro-batches share it, so their losses add up to the loss of the batch.
+            sequences. Micro-batches share it, so their losses add up to the loss of the batch. Of
+            all ranks and per rank with `normalizer="global"`: then the mean over ranks of what adds
+            up on each is the loss of the whole batch.
         metrics: 0-d tensors about the groups (empty if advantages were given).
         live_counts: live tokens of each sequence, on the host. Finding them is the one time that
             `make_plan` waits for the device; nothing that a plan is used for waits again.
         bounds: `cu_seqlens` on the host, or None if padded.
+        across_ranks: whether `metrics` speak of the groups of all ranks of a process group.
     """
 
     spec: LossSpec
@@ -39,6 +42,7 @@ class Plan:
     metrics: dict[str, torch.Tensor]
     live_counts: tuple[int, ...] = ()
     bounds: tuple[int, ...] | None = None
+    across_ranks: bool = False
 
     @property
     def n_sequences(self) -> int:
@@ -113,7 +117,8 @@ def make_plan(
     success: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | None = None,
+    normalizer: torch.Tensor | float | str | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     spec: LossSpec = LossSpec(),  # noqa: B008  frozen
     advantage_spec: AdvantageSpec = AdvantageSpec(),  # noqa: B008  frozen
 ) -> Plan:
@@ -127,7 +132,11 @@ def make_plan(
         success: [B] bool, which sequences succeeded; default `rewards >= success_threshold`.
         mask: [B, T] or [total], nonzero where a token counts. Optional if packed.
         cu_seqlens: [B + 1] int32 or int64, boundaries of a packed batch.
-        normalizer: denominator over the batch (of all ranks, say) in place of the one counted here.
+        normalizer: denominator over the batch in place of the one counted here: a number, a 0-d
+            tensor, or `global` for that of all ranks of `process_group` per rank; see `mapo_loss`.
+        process_group: ranks that each hold a part of the optimizer batch, none of it included
+            (B = 0), all of which make a plan: groups may lie across them. One collective; see
+            `group_advantages`.
         spec: the loss that the plan is for.
         advantage_spec: how rewards become advantages.
 
@@ -139,26 +148,49 @@ def make_plan(
         TypeError: an argument of the wrong type.
     """
     checks.check_source(rewards, advantages)
+    checks.check_process_group(process_group, normalizer)
+    is_part = process_group is not None
     if mask is not None:
         checks.check_tensor("mask", mask)
-        n_sequences, device = checks.check_layout("mask", mask, cu_seqlens), mask.device
+        n_sequences = checks.check_layout("mask", mask, cu_seqlens, is_part)
+        device = mask.device
     elif cu_seqlens is not None:
-        n_sequences, device = checks.check_bounds(cu_seqlens), cu_seqlens.device
+        n_sequences = checks.check_bounds(cu_seqlens, is_part=is_part)
+        device = cu_seqlens.device
     else:
         raise ValueError("mask, cu_seqlens: expected at least one of them, got neither")
-    metrics: dict[str, torch.Tensor] = {}
+    groups: GroupInputs | None = None
     if rewards is not None:
-        groups = checks.check_groups(rewards, group_size, group_ids, success)
+        groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
         checks.check_shape("rewards", rewards, (n_sequences,), "one reward per sequence")
-        advantages, table = ops.group_advantages(groups, advantage_spec, want_stats=True)
-        metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
     elif advantages is not None:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
         checks.check_advantages(advantages, n_sequences, advantages if mask is None else mask)
+    known = KnownMetrics({})
+    if process_group is not None:
+        part = parallel.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
+        call = parallel.Call.of_loss(spec, advantage_spec, normalizer)
+        shared = parallel.share(part, call, process_group, device)
+        known = shared.metrics
+        advantages = advantages if groups is None else shared.advantages
+        normalizer = normalizer if shared.normalizer is None else shared.normalizer
+    elif groups is not None:
+        advantages, table = ops.group_advantages(groups, advantage_spec, want_stats=True)
+        known = KnownMetrics(dict(zip(GROUP_METRICS, group_metrics(table), strict=True)))
     count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
     assert advantages is not None
     counts, bounds = _count_live(advantages, mask, cu_seqlens, spec)
-    return Plan(spec, advantages, mask, cu_seqlens, count, metrics, counts, bounds)
+    return Plan(
+        spec, advantages, mask, cu_seqlens, count, known.values, counts, bounds, known.across_ranks
+    )
+
+
+def count_tokens(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Tokens of the batch that count, [] on the device."""
+    if mask is not None:
+        return (mask != 0).sum()
+    assert cu_seqlens is not None
+    return cu_seqlens[-1] - cu_seqlens[0]
 
 
 def _live_tokens(
@@ -205,7 +237,7 @@ def _count_live(
 
 
 def _denominator(
-    normalizer: torch.Tensor | float | None,
+    normalizer: torch.Tensor | float | str | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     n_sequences: int,
@@ -218,6 +250,4 @@ def _denominator(
         return torch.as_tensor(normalizer, dtype=torch.float32, device=device)
     if spec.aggregation != "token-mean":
         return torch.full((), float(n_sequences), device=device)
-    if mask is not None:
-        return (mask != 0).sum().float()
-    return (cu_seqlens[-1] - cu_seqlens[0]).float()  # type: ignore[index]
+    return count_tokens(mask, cu_seqlens).float()

@@ -1,0 +1,295 @@
+"""Data parallel: what ranks that hold parts of one batch have to tell each other.
+
+One collective carries it all: from every rank a header (how it was called, how many sequences and
+tokens it holds), then its rewards. The message has the same size whatever a rank was called with,
+so that ranks that disagree meet in it and can say so, where a second collective would hang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from mapo_kernels import checks, ops
+from mapo_kernels.advantages import group_metrics
+from mapo_kernels.checks import GLOBAL
+from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+# A message's first numbers; how the rank was called follows, then a row per reward.
+_COUNTS = ("sequences", "tokens", "rewards", "dtype", "success")
+_ROW = 3  # the bits of the reward as float64, the group's id, success
+_FIRST_CAPACITY = 64
+# Every real dtype that float64 holds exactly (int64 up to 2^53); 0 in a message means no rewards.
+_DTYPES = (
+    None,
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
+_SUCCESS = (None, "none", "given")
+
+
+class Part(NamedTuple):
+    """What a rank holds of the batch.
+
+    Attributes:
+        n_sequences: B here, which may be 0.
+        n_tokens: live tokens here, a number or a 0-d tensor.
+        groups: the rewards here; or None where advantages are known.
+    """
+
+    n_sequences: int
+    n_tokens: torch.Tensor | int = 0
+    groups: GroupInputs | None = None
+
+
+class Call(NamedTuple):
+    """What every rank has to be called with alike; a field that plays no part is None.
+
+    Attributes:
+        function: which computation.
+        spec: the loss.
+        advantage_spec: the advantages.
+        normalizer: what kind of denominator.
+    """
+
+    function: str
+    spec: LossSpec | None
+    advantage_spec: AdvantageSpec
+    normalizer: str | None = None
+
+    @classmethod
+    def of_loss(cls, spec: LossSpec, advantage_spec: AdvantageSpec, normalizer: object) -> Call:
+        """The call of a loss, or of a plan for one."""
+        kind = "counted" if normalizer is None else "given"
+        kind = GLOBAL if checks.is_global(normalizer) else kind
+        return cls("loss", spec, advantage_spec, kind)
+
+    def settings(self, groups: GroupInputs | None) -> dict[str, str]:
+        """Names and values of all settings: the same names whatever the call."""
+        found: dict[str, object] = {"function": self.function, "normalizer": self.normalizer}
+        found["source"] = "advantages" if groups is None else "rewards"
+        found["group_size"] = groups and (groups.group_size or None)
+        for name, kind in (("spec", LossSpec), ("advantage_spec", AdvantageSpec)):
+            for field in fields(kind):
+                found[f"{name}.{field.name}"] = getattr(getattr(self, name), field.name, None)
+        return {name: repr(value) for name, value in found.items()}
+
+
+class _Memory:
+    """What a rank remembers of a process group, the same on all of its ranks.
+
+    Attributes:
+        capacity: rewards that a message has room for.
+        calls: digests of settings by settings and device, once the ranks were seen to agree.
+    """
+
+    def __init__(self) -> None:
+        self.capacity = _FIRST_CAPACITY
+        self.calls: dict[tuple[tuple[str, ...], torch.device], torch.Tensor] = {}
+
+
+_memories: WeakKeyDictionary[dist.ProcessGroup, _Memory] = WeakKeyDictionary()
+
+
+def _digest(text: str) -> int:
+    """63 bits that stand for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def meeting_place(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where tensors for this group's collectives lie: NCCL takes none from the CPU."""
+    if device.type == "cpu" and dist.get_backend(process_group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def all_gather(x: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Every rank's `x` [n], as a table [ranks, n]."""
+    n_ranks = dist.get_world_size(process_group)
+    out = x.new_empty(n_ranks * x.numel())
+    # The newer name of the same collective, where there is one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=process_group)
+    return out.view(n_ranks, -1)
+
+
+def _sent_dtype(rewards: torch.Tensor) -> torch.dtype:
+    return rewards.dtype if rewards.dtype in _DTYPES else torch.float64
+
+
+def _write_message(part: Part, digests: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A rank's message: counts, digests, and its rewards if they fit; nothing waits."""
+    n_header = len(_COUNTS) + digests.numel()
+    message = digests.new_zeros(n_header + _ROW * capacity)
+    message[0].fill_(part.n_sequences)
+    if isinstance(part.n_tokens, torch.Tensor):
+        message[1].copy_(part.n_tokens)
+    else:
+        message[1].fill_(part.n_tokens)
+    message[len(_COUNTS) : n_header] = digests
+    groups = part.groups
+    n_rewards = 0 if groups is None else groups.rewards.shape[0]
+    if groups is None or n_rewards == 0:
+        return message
+    message[2].fill_(n_rewards)
+    message[3].fill_(_DTYPES.index(_sent_dtype(groups.rewards)))
+    message[4].fill_(_SUCCESS.index("none" if groups.success is None else "given"))
+    if n_rewards <= capacity:
+        rows = message[n_header:].view(capacity, _ROW)[:n_rewards]
+        rows[:, 0] = groups.rewards.to(digests.device).double().view(torch.int64)
+        if groups.group_ids is not None:
+            rows[:, 1] = groups.group_ids
+        if groups.success is not None:
+            rows[:, 2] = groups.success
+    return message
+
+
+def _check_agreement(headers: list[list[int]], settings: dict[str, str]) -> None:
+    """Raise unless every rank was called with the same settings, and rewards of one kind."""
+    first = headers[0]
+    names = (*_COUNTS, *settings)
+    apart = [
+        name
+        for i, name in enumerate(names)
+        if i >= len(_COUNTS) and any(header[i] != first[i] for header in headers)
+    ]
+    for i, name, kinds in ((3, "dtype", _DTYPES), (4, "success", _SUCCESS)):
+        # A rank without rewards says nothing about them.
+        found = {header[i] for header in headers} - {0}
+        if len(found) > 1:
+            came = ", ".join(str(kinds[code]) for code in sorted(found))
+            raise ValueError(f"rewards: expected the same {name} on every rank, got {came}")
+    if apart:
+        index = [names.index(name) for name in apart]
+        others = [
+            r for r, header in enumerate(headers) if any(header[i] != first[i] for i in index)
+        ]
+        here = ", ".join(f"{name} = {settings[name]}" for name in apart)
+        raise ValueError(
+            f"{', '.join(apart)}: expected the same on every rank of process_group, but ranks "
+            f"{others} of {len(headers)} differ from rank 0; this rank has {here}"
+        )
+
+
+def _exchange(
+    part: Part, call: Call, process_group: dist.ProcessGroup, device: torch.device
+) -> tuple[torch.Tensor, list[list[int]] | None]:
+    """Every rank's message, and on the host its header where that had to be read.
+
+    It has to be for rewards, whose number differs from rank to rank, and for settings that this
+    group has not agreed on before: only then is the device waited for.
+    """
+    memory = _memories.setdefault(process_group, _Memory())
+    settings = call.settings(part.groups)
+    place = meeting_place(process_group, device)
+    key = (tuple(settings.values()), place)
+    digests = memory.calls.get(key)
+    agreed = digests is not None
+    if digests is None:
+        digests = torch.tensor([_digest(x) for x in settings.values()], device=place)
+    n_header = len(_COUNTS) + len(settings)
+    while True:
+        table = all_gather(_write_message(part, digests, memory.capacity), process_group)
+        if agreed and part.groups is None:
+            return table, None
+        headers = table[:, :n_header].tolist()
+        _check_agreement(headers, settings)
+        memory.calls[key] = digests
+        most = max(header[2] for header in headers)
+        if most <= memory.capacity:
+            return table, headers
+        # All ranks see this, and all come back with larger messages.
+        memory.capacity = 1 << (most - 1).bit_length()
+
+
+def _whole_groups(
+    table: torch.Tensor, headers: list[list[int]], groups: GroupInputs
+) -> GroupInputs:
+    """The rewards of all ranks, in the order of the ranks."""
+    n_header = len(headers[0])
+    counts = [header[2] for header in headers]
+    rows = torch.cat(
+        [x[n_header : n_header + _ROW * n] for x, n in zip(table, counts, strict=True)]
+    ).view(-1, _ROW)
+    dtype = _DTYPES[max(header[3] for header in headers)] or groups.rewards.dtype
+    has_success = max(header[4] for header in headers) == _SUCCESS.index("given")
+    whole = groups._replace(
+        rewards=rows[:, 0].contiguous().view(torch.float64).to(dtype),
+        group_ids=None if groups.group_ids is None else rows[:, 1].contiguous(),
+        success=rows[:, 2] != 0 if has_success else None,
+    )
+    checks.check_group_count(whole.rewards.shape[0], whole.group_size)
+    return whole
+
+
+def gather_groups(
+    groups: GroupInputs, call: Call, process_group: dist.ProcessGroup
+) -> tuple[GroupInputs, slice]:
+    """The groups of all ranks, and which of their rows are this rank's: one collective."""
+    part = Part(groups.rewards.shape[0], groups=groups)
+    table, headers = _exchange(part, call, process_group, groups.rewards.device)
+    assert headers is not None
+    return _whole_groups(table, headers, groups), _own_rows(headers, process_group)
+
+
+def _own_rows(headers: list[list[int]], process_group: dist.ProcessGroup) -> slice:
+    """Which of the rewards of all ranks are this rank's."""
+    rank = dist.get_rank(process_group)
+    start = sum(header[2] for header in headers[:rank])
+    return slice(start, start + headers[rank][2])
+
+
+def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
+    """Tokens or sequences of all ranks per rank, [] float32; NaN where a rank was called otherwise.
+
+    Ranks that agreed once do not read each other's settings again: a loss that is NaN says it.
+    """
+    assert call.spec is not None
+    name = "tokens" if call.spec.aggregation == "token-mean" else "sequences"
+    counts = table[:, _COUNTS.index(name)]
+    first, last = len(_COUNTS), len(_COUNTS) + len(call.settings(None))
+    agree = (table[:, first:last] == table[0, first:last]).all()
+    return (counts.sum().double() / table.shape[0]).float().where(agree, float("nan"))
+
+
+class Shared(NamedTuple):
+    """What a rank knows about the batch once all ranks have met.
+
+    Attributes:
+        advantages: of this rank's sequences, from the groups of all ranks; None without rewards.
+        metrics: about the groups of all ranks.
+        normalizer: [] float32 if one of all ranks was asked for, else None.
+    """
+
+    advantages: torch.Tensor | None
+    metrics: KnownMetrics
+    normalizer: torch.Tensor | None
+
+
+def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torch.device) -> Shared:
+    """Meet the other ranks of the batch, in one collective."""
+    table, headers = _exchange(part, call, process_group, device)
+    normalizer = None
+    if call.normalizer == GLOBAL:
+        normalizer = _denominator(table, call).to(device)
+    if part.groups is None:
+        return Shared(None, KnownMetrics({}), normalizer)
+    assert headers is not None
+    whole = _whole_groups(table, headers, part.groups)
+    advantages, stats = ops.group_advantages(whole, call.advantage_spec, want_stats=True)
+    values = [x.to(device) for x in group_metrics(stats)]
+    metrics = KnownMetrics(dict(zip(GROUP_METRICS, values, strict=True)), across_ranks=True)
+    return Shared(advantages[_own_rows(headers, process_group)].to(device), metrics, normalizer)
