@@ -37,7 +37,7 @@ class Metrics(dict[str, torch.Tensor]):
     def reduce(self, process_group: dist.ProcessGroup | None = None) -> Metrics:
         """Metrics of the batch of all ranks, the same on each of them.
 
-        One collective, of 128 bytes per rank; nothing waits for the device. Every rank of the group
+        One collective, of 120 bytes per rank; nothing waits for the device. Every rank of the group
         has to call it: one that computed no loss, because it holds no sequence, calls
         `Metrics().reduce(process_group)` and gets every name, 0 where no rank has it.
 

@@ -199,8 +199,8 @@ def _chunks(logprobs: torch.Tensor, inputs: TokenInputs) -> list[slice]:
     """Rows of a padded batch that fit the cache together; everything else is one chunk."""
     n_rows = logprobs.shape[0]
     whole = inputs.cu_seqlens is not None or torch.compiler.is_compiling() or logprobs.is_cuda
-    rows = n_rows if whole else max(1, _CHUNK_TOKENS // max(logprobs.shape[1], 1))
-    return [slice(first, first + rows) for first in range(0, n_rows, rows)]
+    rows = max(n_rows, 1) if whole else max(1, _CHUNK_TOKENS // max(logprobs.shape[1], 1))
+    return [slice(first, first + rows) for first in range(0, max(n_rows, 1), rows)]
 
 
 def eager_token_loss(
