@@ -28,12 +28,6 @@ def on_ranks(request):
     return run
 
 
-def test_a_failing_rank_is_told_and_those_that_wait_for_it_end():
-    assert run_ranks(2, worker.sum_of_ranks) == [3.0, 3.0]
-    with pytest.raises(AssertionError, match="(?s)rank 1:.*a message to look for.*rank 0: no answ"):
-        run_ranks(2, worker.fail_on_last_rank)
-
-
 def test_losses(on_ranks):
     on_ranks(worker.check_losses)
 
@@ -86,3 +80,9 @@ def test_collectives_of_a_step_are_few_and_small(on_ranks):
             "metrics": [120],
             "two losses": [header + 2 * room] * 2,
         }
+
+
+def test_a_failing_rank_is_told_and_those_that_wait_for_it_end():
+    assert run_ranks(2, worker.sum_of_ranks) == [3.0, 3.0]
+    with pytest.raises(AssertionError, match="(?s)rank 1:.*a message to look for.*rank 0: no answ"):
+        run_ranks(2, worker.fail_on_last_rank)
