@@ -232,7 +232,7 @@ def logits_loss_kernel(
                     last = tl.load(CuSeqlens + n_sequences).to(tl.int32)
                     last = tl.minimum(last, n_programs)
                 divisor = count_live(Mask, first, last, HAS_MASK, BLOCK_T)
-            scale = scale / tl.where(divisor > 0, divisor, 1.0)
+            scale = scale / tl.where(divisor <= 0, 1.0, divisor)
             slope = tl.sum(d_logp + d_log_ratio, 0) * scale
             has_slope = 1
             if not HAS_BONUS:

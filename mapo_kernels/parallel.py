@@ -184,6 +184,7 @@ def _check_agreement(headers: list[list[int]], settings: dict[str, str]) -> None
         )
 
 
+@torch.compiler.disable
 def _exchange(
     part: Part, call: Call, process_group: dist.ProcessGroup, device: torch.device
 ) -> tuple[torch.Tensor, list[list[int]] | None]:
@@ -255,7 +256,7 @@ def _own_rows(headers: list[list[int]], process_group: dist.ProcessGroup) -> sli
 def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
     """Tokens or sequences of all ranks per rank, [] float32; NaN where a rank was called otherwise.
 
-    Ranks that agreed once do not read each other's settings again: a loss that is NaN says it.
+    Ranks that agreed once do not read each other's settings again: the loss says it, by being NaN.
     """
     assert call.spec is not None
     name = "tokens" if call.spec.aggregation == "token-mean" else "sequences"

@@ -101,7 +101,8 @@ def finish(
         denominator = tl.load(Normalizer).to(tl.float32)
     elif NORMALIZER == "count":
         denominator = active
-    denominator = tl.where(denominator > 0, denominator, 1.0)
+    # A NaN stays: ranks that disagree are told by it.
+    denominator = tl.where(denominator <= 0, 1.0, denominator)
     is_token_mean = (slots >= 3) & (slots <= 8)
     is_group_mean = (slots == 10) | (slots == 11)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))

@@ -98,7 +98,7 @@ def denominator_of(
         denominator = active
     else:
         denominator = torch.full_like(active, float(n_sequences))
-    return denominator.where(denominator > 0, 1.0)
+    return denominator.where(~(denominator <= 0), 1.0)  # a NaN stays
 
 
 def scored_tokens(

@@ -3,8 +3,10 @@
 Each rank makes the whole batch from the same seed, and knows what one process makes of it.
 """
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -248,6 +250,26 @@ def check_ddp(backend, device):
         assert_close(parameter.grad, grad, TOLERANCE)
 
 
+def check_documentation(backend, device):
+    """The example of docs/distributed.md, on ranks of which one may hold nothing."""
+    mk.set_backend(backend)
+    text = (Path(__file__).parents[1] / "docs/distributed.md").read_text()
+    names = {"torch": torch}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    batch, source = make_whole(device)
+    batch |= {"rewards": source["rewards"], "prompt_ids": source["group_ids"]}
+    for counts in SPLITS[dist.get_world_size()]:
+        rows = own_rows(counts)
+        logp = batch["logp"].clone().requires_grad_()
+        part = take(batch, rows)
+
+        given = (part, logp[rows].__getitem__, torch.Tensor.backward, dist.group.WORLD)
+        metrics = names["train_on"](*given)
+        whole, grad = alone(backend, step, batch | {"ref": None}, mk.LossSpec(), **source)
+        assert_close(mean_over_ranks(logp.grad), grad, TOLERANCE)
+        assert_metrics(metrics, whole.metrics)
+
+
 def check_metrics_of_own_groups(backend, device):
     """Groups that each lie on one rank, and a rank without a loss."""
     mk.set_backend(backend)
@@ -312,9 +334,20 @@ def disagreements(backend, device):
             told[name] = str(error)
     # Ranks that agreed before do not read again: the one that changes is told, the others get NaN.
     plan(**given)
+    logp = torch.zeros(2, 3, device=device, requires_grad=True)
     try:
-        found = plan(spec=mk.LossSpec(aggregation=AGGREGATIONS[1 if odd else 0]), **given)
-        told["later"] = str(float(found.normalizer))
+        spec = mk.LossSpec(aggregation=AGGREGATIONS[1 if odd else 0])
+        out = mk.mapo_loss(logp, spec=spec, **common, **given)
+        out.loss.backward()
+        assert logp.grad.isnan().all()
+        logits = torch.zeros(2, 3, 5, device=device, requires_grad=True)
+        ids = torch.zeros_like(ones).long()
+        nan = mk.mapo_loss_from_logits(
+            logits, ids, mask=ones, normalizer=torch.full((), NAN, device=device), **given
+        )
+        nan.loss.backward()
+        assert nan.loss.isnan() and logits.grad[1].isnan().all()  # the first has no signal
+        told["later"] = str(float(out.loss))
     except ValueError as error:
         told["later"] = str(error)
     # And every rank is where the others are.
