@@ -69,6 +69,21 @@ def test_fullgraph_with_a_plan_and_normalizers(normalizer, device):
         assert_close(compiled(logp), function(logp), 1e-6)
 
 
+def test_metrics_of_a_compiled_loss(device):
+    torch.compiler.reset()
+    logp, _, mask, rewards, _, _ = arguments(device)
+    plan = mk.make_plan(rewards=rewards, group_size=4, mask=mask)
+
+    def metrics(x):
+        return mk.mapo_loss(x, plan=plan).metrics
+
+    found = torch.compile(metrics, fullgraph=True, backend="aot_eager")(logp)
+    expected = metrics(logp)
+    assert type(expected) is mk.Metrics and found == expected
+    version = tuple(int(x) for x in torch.__version__.split(".")[:2])
+    assert isinstance(found, mk.Metrics) == (version >= (2, 11))
+
+
 def test_operators_are_sound(device):
     if mk.resolve_backend(device.type) != "triton":
         pytest.skip("the eager backend has no operators")
