@@ -1,0 +1,54 @@
+"""Rows whose vocabulary is split over ranks equal those of one process."""
+
+import pytest
+import vocab_ranks as ranks
+from conftest import HAS_GPU, INTERPRETS
+from spawn import run_ranks
+
+
+@pytest.fixture(params=["eager-2", "eager-4", "interpreter-2", "interpreter-4"])
+def world(request):
+    """Number of ranks, their backend, and what carries their messages."""
+    backend, size = request.param.split("-")
+    if backend == "interpreter" and not INTERPRETS:
+        pytest.skip("Triton compiles here (the gpu tests run instead) or is not installed")
+    return int(size), backend
+
+
+JOBS = [ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_tokens, ranks.odd_rows]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
+def test_ranks_equal_one_process(job, world):
+    size, backend = world
+    run_ranks(size, job, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
+def test_one_rank_on_a_gpu(job):
+    run_ranks(1, job, "gpu", backend="nccl")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_collectives_do_not_grow_with_the_vocabulary(size):
+    chunk, rest, row = 5, 4, 16
+    live, every, agreement = 9, 12, 64
+    sums = [("allgather_base", chunk * row), ("allgather_base", rest * row)]
+    d_hidden = ("allreduce", live * 16 * 4)
+    for found in run_ranks(size, ranks.collectives, "eager"):
+        for (_, _, kind, step), messages in found.items():
+            if step == "first":
+                assert messages.pop(0) == ("allgather_base", agreement)
+            if kind == "hidden":
+                assert messages == [*sums, d_hidden]
+            else:
+                assert messages == [("allgather_base", every * row)]
+
+
+def test_ranks_that_disagree_are_told():
+    for found in run_ranks(2, ranks.disagreements, "eager"):
+        for what, message in found.items():
+            assert message.startswith("vocab_group: expected") and what in message, found
+        assert "[16, 17]" in found["width H"] and "[6, 8]" in found["number of rows"]

@@ -1,0 +1,299 @@
+"""What the ranks of `test_vocab_parallel.py` do; every function runs on all of them."""
+
+import itertools
+import runpy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from support import assert_close, logits_run, make_logits, tensors_of
+from test_linear import make_hidden, run
+from test_tokens import POLICIES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mapo_kernels as mk
+from mapo_kernels.spec import AGGREGATIONS
+
+# Shares of 50 columns that are as uneven as can be.
+SIZES = {1: (50,), 2: (31, 19), 4: (13, 20, 1, 16)}
+LEVELS = ("token", "sequence")
+LOOSE = 3e-6
+
+
+def begin(backend):
+    """Choose the backend as the fixture `device` does; the device of its tensors."""
+    # The interpreter's fused multiply-add.
+    runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+    mk.set_backend("eager" if backend == "eager" else "triton")
+    return torch.device("cuda" if backend == "gpu" else "cpu")
+
+
+def mine(x, dim, sizes=None):
+    """This rank's share of `x`."""
+    if x is None:
+        return None
+    sizes = sizes or SIZES[dist.get_world_size()]
+    return x.split(sizes, dim)[dist.get_rank()].contiguous()
+
+
+def same_on_every_rank(x):
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.contiguous())
+    return all(torch.equal(a, found[0]) for a in found)
+
+
+def compare(whole, part, tolerance, dims):
+    """Loss, gradients and metrics of a rank with those of a process that has whole rows."""
+    assert_close(part[0], whole[0], tolerance)
+    for grad, exact, dim in zip(part[1], whole[1], dims, strict=True):
+        assert (grad is None) == (exact is None)
+        if grad is not None:
+            assert grad.dtype == exact.dtype
+            rounding = torch.finfo(grad.dtype).eps if grad.element_size() == 2 else 0.0
+            expected = exact if dim is None else mine(exact, dim)
+            assert_close(grad, expected, tolerance + rounding)
+    assert set(part[2]) == set(whole[2])
+    for name, value in whole[2].items():
+        assert_close(part[2][name], value, tolerance)
+    assert same_on_every_rank(part[0])
+
+
+def compare_logits(batch, spec, device, tolerance, **given):
+    part = {**batch, "logits": mine(batch["logits"], -1)}
+    whole = logits_run(batch, spec, device, upstream=-2.5, **given)
+    here = logits_run(part, spec, device, upstream=-2.5, vocab_group=dist.group.WORLD, **given)
+    assert (here[1].cpu()[~batch["mask"]] == 0).all()
+    compare(
+        (whole[0], [whole[1]], whole[2]), (here[0], [here[1]], here[2]), tolerance, [-1]
+    )
+
+
+def compare_hidden(batch, spec, device, tolerance, wanted=(True, True, True), **given):
+    part = {**batch, "weight": mine(batch["weight"], 0), "bias": mine(batch["bias"], 0)}
+    whole = run(batch, spec, device, wanted=wanted, **given)
+    here = run(part, spec, device, wanted=wanted, vocab_group=dist.group.WORLD, **given)
+    compare(whole, here, tolerance, [None, 0, 0])
+    if wanted[0]:
+        assert same_on_every_rank(here[1][0])
+
+
+def logits_level(backend):
+    device = begin(backend)
+    masks = itertools.cycle(("random", "row", "none", "all"))
+    for policy, level in zip(POLICIES, itertools.cycle(LEVELS)):
+        for aggregation in AGGREGATIONS:
+            bonus = 0.01 if policy["objective"] in ("clip", "sapo") else 0.0
+            spec = mk.LossSpec(
+                **policy, importance_level=level, aggregation=aggregation, entropy_coef=bonus,
+                beta=0.1 if policy["objective"] == "none" else 0.0,
+            )  # fmt: skip
+            batch = make_logits(vocab=50, dtype=torch.float32, mask=next(masks))
+            compare_logits(batch, spec, device, LOOSE, **tensors_of(batch, spec))
+    for level in LEVELS:
+        spec = mk.LossSpec(importance_level=level, entropy_coef=0.02)
+        temperature = torch.tensor([0.5, 1.0, 1.7, 2.0])
+        for dtype in (torch.float32, torch.bfloat16):
+            batch = make_logits(vocab=50, dtype=dtype)
+            given = {"old_logprobs": batch["old"], "temperature": temperature}
+            compare_logits(batch, spec, device, LOOSE, **given)
+            compare_logits(batch, spec, device, LOOSE, inplace=True, **given)
+    if backend == "eager":
+        for level, aggregation in itertools.product(LEVELS, AGGREGATIONS):
+            spec = mk.LossSpec(
+                importance_level=level, aggregation=aggregation, entropy_coef=0.02, beta=0.1
+            )
+            batch = make_logits(vocab=50)
+            compare_logits(batch, spec, device, 1e-12, **tensors_of(batch, spec))
+
+
+def hidden_level(backend):
+    device = begin(backend)
+    masks = itertools.cycle(("random", "row", "none", "all"))
+    heads = itertools.cycle(({}, {"logit_scale": 0.6}, {"softcap": 4.0, "logit_scale": 0.6}))
+    for level, aggregation in itertools.product(LEVELS, AGGREGATIONS):
+        spec = mk.LossSpec(importance_level=level, aggregation=aggregation, entropy_coef=0.02)
+        batch = make_hidden(mask=next(masks))
+        given = {**tensors_of(batch, spec), **next(heads), "chunk_rows": 3}
+        compare_hidden(batch, spec, device, LOOSE, **given)
+        if backend == "eager":
+            batch = make_hidden(dtype=torch.float64)
+            compare_hidden(batch, spec, device, 1e-12, **tensors_of(batch, spec), chunk_rows=4)
+    for level, wanted in itertools.product(
+        LEVELS, ((True, False, False), (False, True, False), (False, False, False))
+    ):
+        spec = mk.LossSpec(importance_level=level, objective="cispo")
+        batch = make_hidden(bias=wanted[1])
+        wanted = wanted if wanted[1] else (*wanted[:2], False)
+        compare_hidden(batch, spec, device, LOOSE, wanted=wanted, old_logprobs=batch["old"])
+        batch = make_hidden(dtype=torch.bfloat16)
+        temperature = torch.tensor([0.5, 1.0, 1.7, 2.0])
+        # Different matrix products round differently to bfloat16: two roundings, not one.
+        compare_hidden(batch, spec, device, 0.01, temperature=temperature)
+    spec = mk.LossSpec()
+    batch = make_hidden()
+    plan = mk.make_plan(advantages=batch["advantages"], mask=batch["mask"], spec=spec)
+    if backend != "gpu":
+        compare_hidden(batch, spec, device, LOOSE, plan=plan, old_logprobs=batch["old"])
+    batch["advantages"] = torch.zeros(4)
+    compare_hidden(batch, spec, device, LOOSE)
+
+
+def scores(backend):
+    """Scored log-probs are those of whole rows, and bitwise those inside the loss."""
+    device = begin(backend)
+    group = dist.group.WORLD
+    batch = make_logits(vocab=50, dtype=torch.float32)
+    x, ids, mask = (batch[k].to(device) for k in ("logits", "ids", "mask"))
+    whole = mk.token_logprobs(x, ids, mask=mask, temperature=0.7, return_entropy=True)
+    given = {"mask": mask, "temperature": 0.7, "vocab_group": group}
+    part = mk.token_logprobs(mine(x, -1), ids, return_entropy=True, **given)
+    for a, b in zip(whole, part, strict=True):
+        assert_close(b, a, LOOSE)
+        assert (b[~mask] == 0).all()
+    alone = mk.token_logprobs(mine(x, -1), ids, **given)
+    assert torch.equal(alone, part[0])
+    advantages = batch["advantages"].to(device)
+    out = mk.mapo_loss_from_logits(
+        mine(x, -1), ids, advantages=advantages, old_logprobs=alone, **given
+    )
+    assert out.metrics["ratio_max"] == 1 and out.metrics["approx_kl"] == 0
+    batch = make_hidden()
+    hidden, weight, bias = (batch[k].to(device) for k in ("hidden", "weight", "bias"))
+    ids, mask = batch["ids"].to(device), batch["mask"].to(device)
+    given = {"mask": mask, "return_entropy": True, "chunk_rows": 5}
+    whole = mk.token_logprobs_from_hidden(hidden, weight, ids, bias=bias, **given)
+    part = mk.token_logprobs_from_hidden(
+        hidden, mine(weight, 0), ids, bias=mine(bias, 0), vocab_group=group, **given
+    )
+    for a, b in zip(whole, part, strict=True):
+        assert_close(b, a, LOOSE)
+
+
+def certain_tokens(backend):
+    """p within 1e-12 of 1, the target and its rival on any rank: log p and 1 - p have all digits."""
+    device = begin(backend)
+    vocab, gap = 50, 28.0
+    ids = torch.tensor([[0, 49, 12, 13, 30, 31, 33, 32]])
+    rivals = torch.tensor([[49, 0, 13, 12, 31, 30, 10, 40]])
+    x = torch.full((1, 8, vocab), -60.0)
+    x.scatter_(2, rivals[..., None], 2.0).scatter_(2, ids[..., None], 2.0 + gap)
+    exact = -torch.log1p(torch.exp(torch.tensor(-gap, dtype=torch.float64)))
+    assert -1e-12 < exact < 0
+    part = mine(x, -1).to(device).requires_grad_()
+    group = dist.group.WORLD
+    logp = mk.token_logprobs(part, ids.to(device), vocab_group=group)
+    torch.testing.assert_close(
+        logp.cpu().double(), exact.expand(1, 8), rtol=1e-5, atol=0.0
+    )
+    out = mk.mapo_loss_from_logits(
+        part,
+        ids.to(device),
+        advantages=torch.ones(1, device=device),
+        vocab_group=group,
+        spec=mk.LossSpec(aggregation="seq-mean-token-sum"),
+    )
+    out.loss.backward()
+    expected = torch.zeros(1, 8, vocab, dtype=torch.float64)
+    expected.scatter_(2, rivals[..., None], -exact.item())
+    expected.scatter_(2, ids[..., None], exact.item())
+    found = torch.where(mine(expected, -1) != 0, part.grad.cpu().double(), 0.0)
+    torch.testing.assert_close(found, mine(expected, -1), rtol=1e-5, atol=0.0)
+
+
+def odd_rows(backend):
+    """Columns that are all -inf on a rank, ids that exist nowhere, and NaN where nobody looks."""
+    device = begin(backend)
+    batch = make_logits(vocab=50, dtype=torch.float32, mask="none")
+    first = SIZES[dist.get_world_size()][0]
+    if dist.get_world_size() > 1:
+        batch["logits"][..., :first] = -float("inf")
+        batch["ids"] = batch["ids"].clamp(min=first)
+        compare_logits(batch, mk.LossSpec(entropy_coef=0.1), device, LOOSE)
+    for wrong in (-1, -100, 50, 1 << 40):
+        batch = make_logits(vocab=50, dtype=torch.float32, mask="none")
+        batch["ids"][2, 1] = wrong
+        part = {**batch, "logits": mine(batch["logits"], -1)}
+        loss, _, _ = logits_run(part, mk.LossSpec(), device, vocab_group=dist.group.WORLD)
+        assert loss.isnan()
+
+
+class Collectives(TorchDispatchMode):
+    """Names of collectives and elements each takes from a rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            sizes = [x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor)]
+            self.found.append((function.__name__.split(".")[0].strip("_"), min(sizes)))
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(backend):
+    """What one step sends, per vocabulary, level and kind of input."""
+    device = begin(backend)
+    ranks, found = dist.get_world_size(), {}
+    n_sequences, length, width = 4, 3, 16
+    ids = torch.randint(0, 40, (n_sequences, length), device=device)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0], device=device)
+    for vocab, level in itertools.product((64, 6400), LEVELS):
+        sizes = [vocab // ranks] * ranks
+        spec = mk.LossSpec(importance_level=level)
+        given = {"advantages": advantages, "vocab_group": dist.group.WORLD, "spec": spec}
+        given["mask"] = torch.ones(ids.shape, device=device)
+        hidden = torch.randn(n_sequences, length, width, device=device, requires_grad=True)
+        weight = mine(torch.randn(vocab, width, device=device), 0, sizes).requires_grad_()
+        logits = mine(torch.randn(n_sequences, length, vocab, device=device), -1, sizes)
+        logits.requires_grad_()
+        calls = {
+            "hidden": lambda: mk.mapo_loss_from_hidden(hidden, weight, ids, chunk_rows=5, **given),  # noqa: B023
+            "logits": lambda: mk.mapo_loss_from_logits(logits, ids, **given),  # noqa: B023
+        }
+        for name, call in calls.items():
+            for step in ("first", "later"):
+                with Collectives() as mode:
+                    call().loss.backward()
+                found[vocab, level, name, step] = mode.found
+    return found
+
+
+def disagreements(backend):
+    """Each rank is told what the ranks have different, and can go on."""
+    device = begin(backend)
+    rank = dist.get_rank()
+    last = rank == dist.get_world_size() - 1
+
+    def call(hidden=16, rows=3, spec=None, shift=0, chunk_rows=5, group=dist.group.WORLD):
+        torch.manual_seed(0)
+        ids = torch.randint(0, 20, (2, rows), device=device) + shift
+        x = torch.randn(2, rows, hidden, device=device)
+        weight = torch.randn(5 + rank, hidden, device=device)
+        return mk.mapo_loss_from_hidden(
+            x, weight, ids, advantages=torch.ones(2, device=device), vocab_group=group,
+            mask=torch.ones(2, rows, device=device), chunk_rows=chunk_rows,
+            spec=spec or mk.LossSpec(),
+        )  # fmt: skip
+
+    def error(**different):
+        try:
+            call(**(different if last else {}), group=dist.new_group())
+        except ValueError as caught:
+            return str(caught)
+        return "no error"
+
+    found = {
+        "width H": error(hidden=17),
+        "number of rows": error(rows=4),
+        "LossSpec": error(spec=mk.LossSpec(eps_low=0.3)),
+        "token ids": error(shift=1),
+        "chunk_rows": error(chunk_rows=6),
+    }
+    call(group=dist.new_group())
+    try:
+        call(group="world")
+    except TypeError as caught:
+        found["ProcessGroup"] = str(caught)
+    return found
