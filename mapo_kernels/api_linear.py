@@ -247,8 +247,10 @@ def token_logprobs_from_hidden(
 class MapoLinearLoss(torch.nn.Module):
     """`mapo_loss_from_hidden` as a module that owns the lm_head.
 
-    FSDP2 gathers a sharded weight only inside the forward of a module that owns it: wrap this one.
-    The head stays the model's own (tied embeddings too): nothing is copied.
+    FSDP2 gathers a sharded weight only inside the forward of a module that owns it: call
+    `fully_shard` on this one. Its mixed precision takes `cast_forward_inputs=False`, because
+    log-probs in bfloat16 are off by as much as a ratio is clipped at. The head stays the model's
+    own (tied embeddings too): nothing is copied.
 
     Args:
         lm_head: a `torch.nn.Linear` with weight [V, H], with or without bias [V].
@@ -285,6 +287,8 @@ class MapoLinearLoss(torch.nn.Module):
         self, hidden: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
     ) -> LossOutput:
         """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
+        if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
+            checks.check_not_rounded(arguments)
         specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
         return mapo_loss_from_hidden(
             hidden,

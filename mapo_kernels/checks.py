@@ -251,6 +251,17 @@ def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         check_shape("bias", bias, weight.shape[:1], "one per row of lm_head_weight")
 
 
+def check_not_rounded(arguments: dict[str, object]) -> None:
+    """Raise if log-probs come in a narrow dtype, as FSDP2's mixed precision casts them."""
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        x = arguments.get(name)
+        if isinstance(x, torch.Tensor) and x.element_size() < 4:
+            raise ValueError(
+                f"{name}: expected float32 under fully_shard, whose MixedPrecisionPolicy takes "
+                f"cast_forward_inputs=False here, got {x.dtype}"
+            )
+
+
 def check_head_options(softcap: object, logit_scale: object, chunk_rows: object) -> None:
     """Validate what happens to a head's product, and in how large chunks."""
     if softcap is not None:

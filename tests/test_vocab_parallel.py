@@ -52,3 +52,20 @@ def test_ranks_that_disagree_are_told():
         for what, message in found.items():
             assert message.startswith("vocab_group: expected") and what in message, found
         assert "[16, 17]" in found["width H"] and "[6, 8]" in found["number of rows"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dtensors(size):
+    for found in run_ranks(size, ranks.dtensors, "eager"):
+        for expected, message in found.items():
+            assert expected in message, found
+            assert "expected" in message and "got" in message
+
+
+def test_fully_sharded():
+    for found in run_ranks(2, ranks.fsdp, "eager"):
+        assert len(found) == 2 and all(what in message for what, message in found.items()), found
+
+
+def test_fully_sharded_and_split():
+    run_ranks(4, ranks.fsdp_of_split_rows, "eager")
