@@ -151,6 +151,17 @@ def hidden_level(backend):
         temperature = torch.tensor([0.5, 1.0, 1.7, 2.0])
         # Different matrix products round differently to bfloat16: two roundings, not one.
         compare_hidden(batch, spec, device, group, 0.01, temperature=temperature)
+    batch = make_hidden(dtype=torch.bfloat16, mask="none")
+    part = {**batch, "weight": mine(batch["weight"], 0), "bias": mine(batch["bias"], 0)}
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
+    (d_hidden, _, _) = run(part, mk.LossSpec(), device, vocab_group=group)[1]
+    mk.set_backend("eager")
+    (exact, _, _) = run(wide, mk.LossSpec(), torch.device("cpu"))[1]
+    begin(backend)
+    if backend != "gpu":
+        # Summed over ranks in float32, then rounded once.
+        error = (d_hidden.double() - exact).abs()
+        assert (error <= exact.abs() * 2.0**-8 + 1e-5 * exact.abs().max()).all()
     spec = mk.LossSpec()
     batch = make_hidden()
     plan = mk.make_plan(advantages=batch["advantages"], mask=batch["mask"], spec=spec)
@@ -231,7 +242,8 @@ def odd_rows(backend):
         batch = make_logits(vocab=50, dtype=torch.float32, mask="none")
         batch["ids"][2, 1] = wrong
         part = {**batch, "logits": mine(batch["logits"], -1)}
-        loss, _, _ = logits_run(part, mk.LossSpec(), device, vocab_group=group)
+        given = {"old_logprobs": batch["old"].nan_to_num(-1.0), "vocab_group": group}
+        loss, _, _ = logits_run(part, mk.LossSpec(), device, **given)
         assert loss.isnan()
 
 
@@ -262,8 +274,9 @@ def collectives(backend):
         spec = mk.LossSpec(importance_level=level)
         given = {"advantages": advantages, "vocab_group": group, "spec": spec}
         given["mask"] = torch.ones(ids.shape, device=device)
-        hidden = torch.randn(n_sequences, length, width, device=device, requires_grad=True)
-        weight = mine(torch.randn(vocab, width, device=device), 0, sizes).requires_grad_()
+        hidden = torch.randn(n_sequences, length, width, device=device).bfloat16().requires_grad_()
+        weight = mine(torch.randn(vocab, width, device=device).bfloat16(), 0, sizes)
+        weight.requires_grad_()
         logits = mine(torch.randn(n_sequences, length, vocab, device=device), -1, sizes)
         logits.requires_grad_()
         calls = {
