@@ -94,3 +94,7 @@ def test_the_documented_sizes():
         assert gathered == tp * chunk and sent == 16 * n_live * (tp - 1)
         assert d_hidden == 4 * n_live * width and d_hidden_sent == 2 * d_hidden * (tp - 1) // tp
         assert logits == 4 * n_live * vocab * (tp - 1) // tp
+
+
+def test_a_compiled_step():
+    run_ranks(2, ranks.compiled, "eager")

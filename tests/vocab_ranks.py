@@ -522,3 +522,30 @@ def documented(backend):
     x = torch.randn(batch["hidden"].shape)
     policy(x, batch["ids"], **given).loss.backward()
     assert all(x.grad is not None for x in policy.parameters())
+
+
+def compiled(backend):
+    """A graph breaks at a loss whose rows are split, and that is all."""
+    device, group = begin(backend)
+    batch = make_logits(vocab=50, dtype=torch.float32)
+    hidden = make_hidden()
+    weight = mine(hidden["weight"], 0)
+    spec = mk.LossSpec()
+
+    def steps(x, h, w):
+        given = {"advantages": batch["advantages"], "mask": batch["mask"], "vocab_group": group}
+        out = mk.mapo_loss_from_logits(x * 2.0, batch["ids"], spec=spec, **given)
+        other = mk.mapo_loss_from_hidden(h, w, hidden["ids"], **{**given, "mask": hidden["mask"]})
+        logp = mk.token_logprobs(
+            x, batch["ids"], mask=batch["mask"], vocab_group=group, return_entropy=True
+        )
+        return out.loss + other.loss, *logp
+
+    found = []
+    for function in (steps, torch.compile(steps, backend="aot_eager")):
+        x = mine(batch["logits"], -1).requires_grad_()
+        w = weight.clone().requires_grad_()
+        loss, *logp = function(x, hidden["hidden"], w)
+        loss.backward()
+        found.append([loss, *logp, x.grad, w.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
