@@ -52,7 +52,10 @@ def _serve(rank, world_size, backend, rendezvous, jobs):
             answer = True, function(*args)
         except BaseException:
             answer = False, traceback.format_exc()
-        jobs.send(answer)
+        try:
+            jobs.send(answer)
+        except BrokenPipeError:  # nobody waits any more
+            return
 
 
 class _Ranks:

@@ -33,6 +33,15 @@ def begin(backend):
     return torch.device("cuda" if backend == "gpu" else "cpu"), dist.new_group()
 
 
+def one_process(backend, function, *args, **given):
+    """What a process with whole rows computes; the interpreter, tested elsewhere, is slow at it."""
+    if backend == "interpreter":
+        mk.set_backend("eager")
+    result = function(*args, **given)
+    mk.set_backend("eager" if backend == "eager" else "triton")
+    return result
+
+
 def mine(x, dim, sizes=None):
     """This rank's share of `x`."""
     if x is None:
@@ -79,17 +88,19 @@ def compare(whole, part, tolerance, dims):
     assert same_on_every_rank(part[0])
 
 
-def compare_logits(batch, spec, device, group, tolerance, **given):
+def compare_logits(backend, batch, spec, device, group, tolerance, **given):
     part = {**batch, "logits": mine(batch["logits"], -1)}
-    whole = logits_run(batch, spec, device, upstream=-2.5, **given)
+    whole = one_process(backend, logits_run, batch, spec, device, upstream=-2.5, **given)
     here = logits_run(part, spec, device, upstream=-2.5, vocab_group=group, **given)
     assert (here[1].cpu()[~batch["mask"]] == 0).all()
     compare((whole[0], [whole[1]], whole[2]), (here[0], [here[1]], here[2]), tolerance, [-1])
 
 
-def compare_hidden(batch, spec, device, group, tolerance, wanted=(True, True, True), **given):
+def compare_hidden(
+    backend, batch, spec, device, group, tolerance, wanted=(True, True, True), **given
+):
     part = {**batch, "weight": mine(batch["weight"], 0), "bias": mine(batch["bias"], 0)}
-    whole = run(batch, spec, device, wanted=wanted, **given)
+    whole = one_process(backend, run, batch, spec, device, wanted=wanted, **given)
     here = run(part, spec, device, wanted=wanted, vocab_group=group, **given)
     compare(whole, here, tolerance, [None, 0, 0])
     if wanted[0]:
@@ -107,7 +118,7 @@ def logits_level(backend):
                 beta=0.1 if policy["objective"] == "none" else 0.0,
             )  # fmt: skip
             batch = make_logits(vocab=50, dtype=torch.float32, mask=next(masks))
-            compare_logits(batch, spec, device, group, LOOSE, **tensors_of(batch, spec))
+            compare_logits(backend, batch, spec, device, group, LOOSE, **tensors_of(batch, spec))
     for level in LEVELS:
         spec = mk.LossSpec(importance_level=level, entropy_coef=0.02)
         temperature = torch.tensor([0.5, 1.0, 1.7, 2.0])
@@ -115,14 +126,14 @@ def logits_level(backend):
             batch = make_logits(vocab=50, dtype=dtype)
             given = {"old_logprobs": batch["old"], "temperature": temperature}
             inplace = dtype == torch.bfloat16
-            compare_logits(batch, spec, device, group, LOOSE, inplace=inplace, **given)
+            compare_logits(backend, batch, spec, device, group, LOOSE, inplace=inplace, **given)
     if backend == "eager":
         for level, aggregation in itertools.product(LEVELS, AGGREGATIONS):
             spec = mk.LossSpec(
                 importance_level=level, aggregation=aggregation, entropy_coef=0.02, beta=0.1
             )
             batch = make_logits(vocab=50)
-            compare_logits(batch, spec, device, group, 1e-12, **tensors_of(batch, spec))
+            compare_logits(backend, batch, spec, device, group, 1e-12, **tensors_of(batch, spec))
 
 
 def hidden_level(backend):
@@ -133,7 +144,7 @@ def hidden_level(backend):
         spec = mk.LossSpec(importance_level=level, aggregation=aggregation, entropy_coef=0.02)
         batch = make_hidden(mask=next(masks))
         given = {**tensors_of(batch, spec), **next(heads), "chunk_rows": 3}
-        compare_hidden(batch, spec, device, group, LOOSE, **given)
+        compare_hidden(backend, batch, spec, device, group, LOOSE, **given)
         if backend == "eager":
             batch = make_hidden(dtype=torch.float64)
             compare_hidden(
@@ -146,11 +157,13 @@ def hidden_level(backend):
         spec = mk.LossSpec(importance_level=level, objective="cispo")
         batch = make_hidden(bias=wanted[1])
         wanted = wanted if wanted[1] else (*wanted[:2], False)
-        compare_hidden(batch, spec, device, group, LOOSE, wanted=wanted, old_logprobs=batch["old"])
+        compare_hidden(
+            backend, batch, spec, device, group, LOOSE, wanted=wanted, old_logprobs=batch["old"]
+        )
         batch = make_hidden(dtype=torch.bfloat16)
         temperature = torch.tensor([0.5, 1.0, 1.7, 2.0])
         # Different matrix products round differently to bfloat16: two roundings, not one.
-        compare_hidden(batch, spec, device, group, 0.01, temperature=temperature)
+        compare_hidden(backend, batch, spec, device, group, 0.01, temperature=temperature)
     batch = make_hidden(dtype=torch.bfloat16, mask="none")
     part = {**batch, "weight": mine(batch["weight"], 0), "bias": mine(batch["bias"], 0)}
     wide = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
@@ -166,9 +179,11 @@ def hidden_level(backend):
     batch = make_hidden()
     plan = mk.make_plan(advantages=batch["advantages"], mask=batch["mask"], spec=spec)
     if backend != "gpu":
-        compare_hidden(batch, spec, device, group, LOOSE, plan=plan, old_logprobs=batch["old"])
+        compare_hidden(
+            backend, batch, spec, device, group, LOOSE, plan=plan, old_logprobs=batch["old"]
+        )
     batch["advantages"] = torch.zeros(4)
-    compare_hidden(batch, spec, device, group, LOOSE)
+    compare_hidden(backend, batch, spec, device, group, LOOSE)
 
 
 def scores(backend):
@@ -237,7 +252,7 @@ def odd_rows(backend):
     if dist.get_world_size() > 1:
         batch["logits"][..., :first] = -float("inf")
         batch["ids"] = batch["ids"].clamp(min=first)
-        compare_logits(batch, mk.LossSpec(entropy_coef=0.1), device, group, LOOSE)
+        compare_logits(backend, batch, mk.LossSpec(entropy_coef=0.1), device, group, LOOSE)
     for wrong in (-1, -100, 50, 1 << 40):
         batch = make_logits(vocab=50, dtype=torch.float32, mask="none")
         batch["ids"][2, 1] = wrong
