@@ -49,7 +49,9 @@ def rate(row: dict[str, Any]) -> str:
 
 def size(nbytes: int | None) -> str:
     """Bytes in MB, for people."""
-    return "" if nbytes is None else f"{nbytes / 1e6:.3g}"
+    if nbytes is None:
+        return ""
+    return f"{nbytes / 1e6:.0f}" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}"
 
 
 # Heading, how a measured row shows it, and whether a narrow terminal leaves it out.
@@ -130,6 +132,11 @@ def show(results: dict[str, Any], console: Console) -> None:
         verdict = "passed" if parity["passed"] else "[bold red]FAILED[/]"
         console.print(f"parity tests on the device: {verdict}, {parity['summary']}")
     show_rows(results["rows"], console)
+    if any(row["direction"] == "backward" for row in results["rows"]):
+        console.print(
+            "Where forward computes the gradient too, backward has little left to do (and can pass "
+            "its roof): only whole steps compare."
+        )
     for line in left_out(results["rows"]):
         console.print(line, style="dim", highlight=False)
     console.print(f"{results['seconds']:.0f} seconds")

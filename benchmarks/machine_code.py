@@ -28,6 +28,21 @@ TARGETS = {
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
+# What is counted in a loop, and the instructions that are it.
+_SASS = {
+    "exponentials": r"MUFU\.EX2$",
+    "wide_loads": r"LDG.*\.128$",
+    "stores": r"STG",
+    "barriers": r"BAR",
+}
+_GCN = {
+    "exponentials": r"v_exp_f32",
+    "wide_loads": r".*_load_dwordx4",
+    "stores": r"(global|buffer)_store",
+    "barriers": r"s_barrier$",
+}
+
+
 class CompileOnlyDriver:
     """Answers the questions that Triton asks before it compiles."""
 
@@ -82,16 +97,7 @@ def nvidia_report(kernel: Any) -> dict[str, Any]:
         "accesses": Counter(name for name in names if name.startswith(("LDG", "STG"))),
         "instructions": len(names),
         "exponentials": names.count("MUFU.EX2"),
-        "loops": [
-            {
-                "instructions": len(body),
-                "exponentials": body.count("MUFU.EX2"),
-                "wide_loads": sum(1 for x in body if x.startswith("LDG") and x.endswith(".128")),
-                "stores": sum(1 for x in body if x.startswith("STG")),
-                "barriers": sum(1 for x in body if x.startswith("BAR")),
-            }
-            for body in loops(code)
-        ],
+        "loops": _loop_reports(code, _SASS),
     }
 
 
@@ -106,6 +112,15 @@ def parse(text: str, label: str, instruction: str, branch: str) -> list[tuple[st
             jump = re.match(branch, line)
             code.append((found.group(1), labels.get(jump.group(1)) if jump else None))
     return code
+
+
+def _loop_reports(code: list[tuple[str, Any]], kinds: dict[str, str]) -> list[dict[str, int]]:
+    """Instructions of each loop, in all and of each kind."""
+    return [
+        {"instructions": len(body)}
+        | {kind: sum(bool(re.match(p, name)) for name in body) for kind, p in kinds.items()}
+        for body in loops(code)
+    ]
 
 
 def loops(code: list[tuple[str, Any]]) -> list[list[str]]:
@@ -137,16 +152,7 @@ def amd_report(kernel: Any) -> dict[str, Any]:
         "stack": int(numbers["private_segment_fixed_size"]),
         "spills": int(numbers["vgpr_spill_count"]),
         "accesses": Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)),
-        "loops": [
-            {
-                "instructions": len(body),
-                "exponentials": sum(1 for x in body if x.startswith("v_exp_f32")),
-                "wide_loads": sum(1 for x in body if "_load_dwordx4" in x),
-                "stores": sum(1 for x in body if re.match("(global|buffer)_store", x)),
-                "barriers": body.count("s_barrier"),
-            }
-            for body in loops(code)
-        ],
+        "loops": _loop_reports(code, _GCN),
     }
 
 

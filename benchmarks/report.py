@@ -30,10 +30,11 @@ def level_table(level: str, rows: list[Row]) -> list[str]:
     """Markdown of one level: a row a case, ours in ms, peers as multiples of it."""
     measured = {row["provider"] for row in rows if row["status"] != "unavailable"}
     peers = [x for x in dict.fromkeys(row["provider"] for row in rows) if x in measured - {OURS}]
-    heads = [level, "live", "", f"{OURS}, ms", "of the roof", "peak MB", *peers]
+    heads = [level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
+    # A provider may do backward's work in forward: only whole steps compare.
+    for row in (row for row in rows if row["direction"] in ("both", "score")):
         cases.setdefault(_case(row), {})[row["provider"]] = row
     for found in cases.values():
         ours = found.get(OURS)
@@ -42,7 +43,6 @@ def level_table(level: str, rows: list[Row]) -> list[str]:
         cells = [
             ours["shape"],
             f"{ours['live']:.0%}",
-            ours["direction"],
             f"{ours['median_ms']:.3g}",
             f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
             size(ours["peak_bytes"]),

@@ -53,6 +53,16 @@ def converts_bfloat16() -> bool:
     )
 
 
+@cache
+def _is_nvidia() -> bool:
+    return interprets() or triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def registers(number: int) -> dict[str, int]:
+    """The launch option that lets a thread have so many; only NVIDIA's compiler takes it."""
+    return {"maxnreg": number} if _is_nvidia() else {}
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the GPU of `x` the current one: Triton launches there, wherever the tensors are."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels._triton import on_device_of, triton
+from mapo_kernels._triton import on_device_of, registers, triton
 from mapo_kernels.advantages_kernel import advantages_kernel
 from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec
@@ -111,6 +111,8 @@ def launch_advantages(
             LAYOUT=layout,
             HAS_STATS=want_stats,
             num_warps=min(16, max(4, tile * block_g // 128)),
+            # Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
+            **registers(128),
             **advantage_flags(groups, spec),
         )
     return advantages, table

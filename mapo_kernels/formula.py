@@ -95,7 +95,7 @@ def row_summary(others, weighted, gap):
 @jit
 def clamp(x, low, high):
     """`x` within [low, high]; NaN stays NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
+    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
@@ -137,10 +137,12 @@ def policy_term(
         if HAS_DUAL_CLIP:
             flat = flat | ((ratio > dual_clip) & (advantage < 0))
             capped = clamp(ratio, 0.0, dual_clip)
-        free = capped * advantage
-        bounded = clamp(ratio, 1.0 - eps_low, 1.0 + eps_high) * advantage
-        loss = -tl.where(free < bounded, free, bounded)
-        d_log_ratio = tl.where(flat, 0.0, -advantage * ratio_slope)
+        # One negation; of the two products the larger is then minus the smaller of PPO.
+        price = -advantage
+        free = capped * price
+        bounded = clamp(ratio, 1.0 - eps_low, 1.0 + eps_high) * price
+        loss = tl.maximum(free, bounded, propagate_nan=tl.PropagateNan.ALL)
+        d_log_ratio = tl.where(flat, 0.0, price * ratio_slope)
     elif OBJECTIVE == "cispo":
         clipped_high = (ratio > eps_high_cispo) & (advantage > 0)
         d_logp = -clamp(ratio, 0.0, eps_high_cispo) * advantage

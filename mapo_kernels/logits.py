@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels._triton import converts_bfloat16, on_device_of, triton, warp_size
+from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
 from mapo_kernels.advantages import advantage_arguments
 from mapo_kernels.inputs import (
     SLOTS,
@@ -50,12 +50,12 @@ def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
 
 
 def _one_program_at_once(tile: dict[str, int | bool]) -> dict[str, int]:
-    """Where Triton can say so, registers such that a multiprocessor holds one program of 1024.
+    """Registers such that a multiprocessor holds one program of 1024 threads.
 
     The compiler otherwise spills to fit two of them on an A100, and the cache then has to hold two
     rows for each multiprocessor until they are read again.
     """
-    return {"maxnreg": 64} if tile["R"] == 1024 and warp_size() == 32 else {}
+    return registers(64) if tile["R"] == 1024 else {}
 
 
 def row_layout(x: torch.Tensor) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mapo_kernels._triton import on_device_of, triton, warp_size
+from mapo_kernels._triton import on_device_of, registers, triton, warp_size
 from mapo_kernels.advantages import advantage_arguments, advantage_flags
 from mapo_kernels.inputs import (
     SLOTS,
@@ -185,6 +185,8 @@ def launch_token_loss(
             # The default is about to change, and the kernel's instruction budget counts on it.
             enable_fp_fusion=True,
             num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
+            # Left to itself the compiler spills some variants, which ones depends on its version.
+            **registers(128),
             **loss_flags(inputs, spec),
             **group_choices,
         )

@@ -16,13 +16,26 @@ import torch
 from mapo_kernels import formula
 from mapo_kernels._triton import is_device_function
 
+
+def _clamp(x: torch.Tensor, low: Any, high: Any, propagate_nan: None) -> torch.Tensor:
+    return torch.clamp(x, low, high)
+
+
+def _maximum(x: torch.Tensor, y: torch.Tensor, propagate_nan: None) -> torch.Tensor:
+    return torch.maximum(x, y)
+
+
 _TORCH = SimpleNamespace(
+    # Torch's extrema pass NaN on in any case.
+    PropagateNan=SimpleNamespace(ALL=None),
     abs=torch.abs,
+    clamp=_clamp,
     exp=torch.exp,
     exp2=torch.exp2,
     floor=torch.floor,
     log=torch.log,
     log2=torch.log2,
+    maximum=_maximum,
     sqrt=torch.sqrt,
     where=torch.where,
 )

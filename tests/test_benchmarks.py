@@ -304,12 +304,12 @@ def test_the_readme_table_is_the_file(tmp_path):
         row_of("TRL", 5.0, peak_bytes=8e6),
         row_of("Liger", 1.0, status="wrong", reason="its result is off"),
         row_of("plain PyTorch", 0.0, status="unavailable", reason="not installed"),
+        row_of(OURS, 0.1, direction="backward"),
     ]
     lines = report.level_table("logits", rows)
-    assert lines[0] == f"| logits | live |  | {OURS}, ms | of the roof | peak MB | TRL | Liger |"
-    assert lines[2] == (
-        "| 8 x 8, x, float32 | 50% | both | 2 | 12.3% of copy | 4 | 2.50 (8 MB) | wrong |"
-    )
+    assert lines[0] == f"| logits | live | {OURS}, ms | of the roof | peak MB | TRL | Liger |"
+    assert len(lines) == 3
+    assert lines[2] == ("| 8 x 8, x, float32 | 50% | 2 | 12.3% of copy | 4 | 2.50 (8 MB) | wrong |")
     text = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb"
     assert report.insert(text, "x", "new") == text.replace("old", "new")
     with pytest.raises(ValueError, match="<!-- y: begin -->"):
