@@ -22,6 +22,7 @@ from mapo_kernels.metrics import as_metrics
 from mapo_kernels.plan import Plan, count_tokens
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
 from mapo_kernels.tokens_eager import TokenLayout
+from mapo_kernels.vocab_parallel import Split
 
 DEFAULT_SPEC = LossSpec()
 DEFAULT_ADVANTAGE_SPEC = AdvantageSpec()
@@ -193,14 +194,22 @@ def _share(
 
 
 def gather_rows(
-    token_ids: torch.Tensor, temperature: torch.Tensor | float, inputs: TokenInputs, vocab: int
+    token_ids: torch.Tensor,
+    temperature: torch.Tensor | float,
+    inputs: TokenInputs,
+    vocab: int,
+    split: Split | None = None,
 ) -> RowInputs:
-    """Validated token ids and temperatures, one of these per token where the batch is packed."""
+    """Validated token ids and temperatures, one of these per token where the batch is packed.
+
+    `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
+    """
     checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
-    checks.check_token_ids(token_ids, inputs.mask, vocab)
+    share = None if split is None else split.agree(token_ids, inputs.mask)
+    checks.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
     if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
         temperature = TokenLayout(token_ids, inputs).spread(temperature)
-    return RowInputs(token_ids, temperature)
+    return RowInputs(token_ids, temperature, share)
 
 
 def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:

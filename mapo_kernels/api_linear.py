@@ -20,6 +20,7 @@ from mapo_kernels.autograd import MapoLinearLossFunction
 from mapo_kernels.inputs import HeadInputs, RowInputs
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
+from mapo_kernels.vocab_parallel import Split, local_head
 
 
 def _as_linear_would(
@@ -60,6 +61,7 @@ def mapo_loss_from_hidden(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
+    vocab_group: Any = None,
 ) -> LossOutput:
     """The loss of `mapo_loss` from hidden states and the lm_head, without the [N, V] logits.
 
@@ -74,7 +76,9 @@ def mapo_loss_from_hidden(
     Args:
         hidden: [B, T, H], or [total, H] with `cu_seqlens`: float32, bfloat16, float16, or float64
             (eager backend), the decoder's last hidden states, position t predicting `token_ids[t]`.
-        lm_head_weight: [V, H], of the same dtype; under autocast both are cast as in `linear`.
+        lm_head_weight: [V, H], of the same dtype; under autocast both are cast as in `linear`. A
+            DTensor with Shard(0) on one mesh dimension has this rank's rows, and that dimension's
+            group is the `vocab_group`; with Replicate it is whole.
         token_ids: [B, T] or [total], integers in [0, V) where live; anything elsewhere.
         rewards: this and what follows as in `mapo_loss`; token tensors have the shape of
             `token_ids`.
@@ -101,18 +105,26 @@ def mapo_loss_from_hidden(
             logits, hidden states and their gradients, halved while that is more than half of a
             GPU's free memory.
             It changes results by float32 rounding alone.
+        vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
+            then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
+            other share, and the rest of the arguments is the same on every rank (token ids too, in
+            [0, V)). A chunk takes one collective of 16 bytes a row and rank; the gradient by
+            `hidden` is summed over ranks once, in float32, that by the weight stays here.
 
     Returns:
         `LossOutput` as of `mapo_loss_from_logits`. Gradients reach `hidden`, `lm_head_weight`
         (summed in float32) and `bias`, each only if it requires grad. Backward may run once.
 
     Raises:
-        ValueError: a shape, a value, a device or a combination that makes no sense.
-        TypeError: an argument of the wrong type, such as a sharded or quantised weight.
+        ValueError: a shape, a value, a device, a placement or a combination that makes no sense; or
+            ranks of `vocab_group` that disagree, which each finds out in its first call with it.
+        TypeError: an argument of the wrong type, such as a quantised weight.
     """
     bounds = cu_seqlens if plan is None else plan.cu_seqlens
-    hidden, weight, bias = _checked_head(hidden, lm_head_weight, bias, token_ids, bounds)
     checks.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, split = _checked_head(
+        hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
+    )
     inputs, spec, known = gather_inputs(
         "token_ids",
         token_ids,
@@ -135,7 +147,9 @@ def mapo_loss_from_hidden(
             "token_weights": token_weights,
         },
     )
-    rows = gather_rows(token_ids, temperature, inputs, weight.shape[0])
+    if split is not None:
+        split = split._replace(chunk_rows=chunk_rows or 0, spec=spec)
+    rows = gather_rows(token_ids, temperature, inputs, weight.shape[0], split)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
@@ -153,8 +167,11 @@ def _checked_head(
     bias: torch.Tensor | None,
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    vocab_group: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Split | None]:
+    """Hidden states, what of weight and bias is here, and how they are split over ranks."""
     checks.check_rows("hidden", hidden, token_ids, cu_seqlens)
+    weight, bias, group, vocab = local_head(weight, bias, vocab_group)
     checks.check_weight(hidden, weight, bias)
     hidden, weight, bias = _as_linear_would(hidden, weight, bias)
     if weight.dtype != hidden.dtype:
@@ -162,7 +179,10 @@ def _checked_head(
             f"lm_head_weight: expected the dtype of hidden, {hidden.dtype} (or autocast), got "
             f"{weight.dtype}"
         )
-    return hidden, weight, bias
+    split = None
+    if group is not None:
+        split = Split(group, weight.shape[0], weight.shape[1], vocab, weight.element_size())
+    return hidden, weight, bias, split
 
 
 @torch.compiler.disable
@@ -178,6 +198,7 @@ def token_logprobs_from_hidden(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
+    vocab_group: Any = None,
 ) -> Any:
     """Log-probs of sampled tokens from hidden states, for old and reference policies: no gradient.
 
@@ -185,7 +206,7 @@ def token_logprobs_from_hidden(
 
     Args:
         hidden: [B, T, H] or [total, H], as in `mapo_loss_from_hidden`.
-        lm_head_weight: [V, H].
+        lm_head_weight: [V, H], or a DTensor, as there.
         token_ids: [B, T] or [total], integers in [0, V) where live.
         temperature: a positive number, or a tensor with one value per leading index: [B] or
             [total].
@@ -196,6 +217,7 @@ def token_logprobs_from_hidden(
         logit_scale: as there.
         chunk_rows: as there. Log-probs equal those inside the loss bit for bit where the products
             do, which depends on how a matrix library treats the number of rows.
+        vocab_group: as there.
 
     Returns:
         Log-probs in the shape of `token_ids`, float32 (float64 for float64 inputs), 0 where masked;
@@ -205,16 +227,21 @@ def token_logprobs_from_hidden(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    hidden, weight, bias = _checked_head(hidden, lm_head_weight, bias, token_ids, None)
     checks.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, split = _checked_head(
+        hidden, lm_head_weight, bias, token_ids, None, vocab_group
+    )
     checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
-    checks.check_token_ids(token_ids, mask, weight.shape[0])
+    share = None
+    if split is not None:
+        share = split._replace(chunk_rows=chunk_rows or 0).agree(token_ids, mask)
+    checks.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows)
-        rows = RowInputs(token_ids, temperature)
+        rows = RowInputs(token_ids, temperature, share)
         table = linear.linear_scores(hidden, head, rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
@@ -223,14 +250,17 @@ def token_logprobs_from_hidden(
 class MapoLinearLoss(torch.nn.Module):
     """`mapo_loss_from_hidden` as a module that owns the lm_head.
 
-    FSDP2 gathers a sharded weight only inside the forward of a module that owns it: wrap this one.
-    The head stays the model's own (tied embeddings too): nothing is copied.
+    FSDP2 gathers a sharded weight only inside the forward of a module that owns it: call
+    `fully_shard` on this one. Its mixed precision takes `cast_forward_inputs=False`, because
+    log-probs in bfloat16 are off by as much as a ratio is clipped at. The head stays the model's
+    own (tied embeddings too): nothing is copied.
 
     Args:
         lm_head: a `torch.nn.Linear` with weight [V, H], with or without bias [V].
         spec: which loss, and how it is aggregated.
         advantage_spec: how rewards become advantages.
-        **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows, temperature.
+        **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows, temperature,
+            vocab_group.
 
     Raises:
         TypeError: `lm_head` is no plain linear layer. One with an adapter of its own has a weight
@@ -260,6 +290,8 @@ class MapoLinearLoss(torch.nn.Module):
         self, hidden: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
     ) -> LossOutput:
         """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
+        if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
+            checks.check_not_rounded(arguments)
         specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
         return mapo_loss_from_hidden(
             hidden,

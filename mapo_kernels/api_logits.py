@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, ops_logits
+from mapo_kernels import checks, ops_logits, vocab_parallel
 from mapo_kernels.api import (
     DEFAULT_ADVANTAGE_SPEC,
     DEFAULT_SPEC,
@@ -44,6 +44,7 @@ def mapo_loss_from_logits(
     plan: Plan | None = None,
     temperature: torch.Tensor | float = 1.0,
     inplace: bool = False,
+    vocab_group: Any = None,
 ) -> LossOutput:
     """The loss of `mapo_loss` from logits: log-probs, entropy, loss and gradient in one launch.
 
@@ -80,13 +81,19 @@ def mapo_loss_from_logits(
             entropy and gradient are those of softmax(logits / temperature).
         inplace: let the gradient overwrite the logits, so that there is no second [N, V] tensor.
             Nobody may use the logits afterwards; autograd raises an error if it saved them.
+        vocab_group: a `torch.distributed` process group over whose ranks each row is split: then
+            `logits` are this rank's adjacent columns, [B, T, V / ranks] or any other share, and the
+            rest of the arguments is the same on every rank (token ids too, in [0, V)). One
+            collective gathers 16 bytes a row and rank; loss and metrics are those of the whole
+            rows, the gradient is that of the columns here.
 
     Returns:
         `LossOutput` as of `mapo_loss`; metrics also have `entropy`, the mean over the scored tokens
         in nats. Backward may run once: it hands over the gradient that forward computed.
 
     Raises:
-        ValueError: a shape, a value, a device or a combination that makes no sense.
+        ValueError: a shape, a value, a device or a combination that makes no sense; or ranks of
+            `vocab_group` that disagree, which each finds out in its first call with that group.
         TypeError: an argument of the wrong type.
     """
     checks.check_rows("logits", logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
@@ -113,13 +120,27 @@ def mapo_loss_from_logits(
             "token_weights": token_weights,
         },
     )
-    rows = gather_rows(token_ids, temperature, inputs, logits.shape[-1])
+    split = _split_of(logits, vocab_group, spec)
+    rows = gather_rows(token_ids, temperature, inputs, logits.shape[-1], split)
     if not torch.is_grad_enabled():
         logits = logits.detach()
-    loss, results, computed = MapoLogitsLossFunction.apply(
-        logits, rows, inputs, spec, advantage_spec, inplace
-    )
+    apply = MapoLogitsLossFunction.apply
+    if split is not None:
+        apply = torch.compiler.disable(apply)
+    loss, results, computed = apply(logits, rows, inputs, spec, advantage_spec, inplace)
     return LossOutput(loss, name_metrics(results, inputs, known), used_advantages(computed, inputs))
+
+
+def _split_of(
+    logits: torch.Tensor, vocab_group: Any, spec: LossSpec | None
+) -> vocab_parallel.Split | None:
+    """How rows of these logits are split over ranks, or None if they are whole."""
+    if vocab_group is None:
+        return None
+    vocab_parallel.check_vocab_group(vocab_group)
+    return vocab_parallel.Split(
+        vocab_group, logits.shape[-1], 0, 0, logits.element_size(), spec=spec
+    )
 
 
 def token_logprobs(
@@ -129,6 +150,7 @@ def token_logprobs(
     temperature: torch.Tensor | float = 1.0,
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
+    vocab_group: Any = None,
 ) -> Any:
     """Log-probs of sampled tokens from logits, for old and reference policies: no gradient.
 
@@ -141,6 +163,7 @@ def token_logprobs(
             [total].
         mask: nonzero where a token counts, shape of `token_ids`. Other rows are not read.
         return_entropy: also return the entropy of each row's distribution, in nats.
+        vocab_group: see `mapo_loss_from_logits`.
 
     Returns:
         Log-probs in the shape of `token_ids`, float32 (float64 for float64 logits), 0 where masked,
@@ -155,9 +178,11 @@ def token_logprobs(
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
-    checks.check_token_ids(token_ids, mask, logits.shape[-1])
+    split = _split_of(logits, vocab_group, None)
+    share = None if split is None else split.agree(token_ids, mask)
+    checks.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
     with torch.no_grad():
-        rows = RowInputs(token_ids, temperature)
+        rows = RowInputs(token_ids, temperature, share)
         table = ops_logits.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs

@@ -35,6 +35,17 @@ def check_tensor(name: str, x: object, device: torch.device | None = None) -> No
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
 
 
+def check_plain(name: str, x: torch.Tensor, device: torch.device | None = None) -> None:
+    """Raise unless `x` is a tensor (on `device`), and no DTensor."""
+    check_tensor(name, x, device)
+    if not torch.compiler.is_compiling() and type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor: pass {name}.to_local() if all of it "
+            f"is here (or, of logits, this rank's columns, with vocab_group), else "
+            f"{name}.full_tensor()"
+        )
+
+
 def check_constant(name: str, x: torch.Tensor, device: torch.device, floating: bool = True) -> None:
     """Raise unless `x` is a tensor on `device` that the loss is not differentiated by."""
     check_tensor(name, x, device)
@@ -246,7 +257,7 @@ def check_rows(
 ) -> None:
     """Validate logits, or hidden states, against the token ids that were drawn from them."""
     width = {"logits": "V", "hidden": "H"}[name]
-    check_tensor(name, x)
+    check_plain(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
     if x.dim() not in (2, 3) or x.shape[-1] < 1:
@@ -268,13 +279,7 @@ def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     """Validate a head's weight [V, H] and bias [V] against hidden states [.., H]."""
     given = {"lm_head_weight": weight} if bias is None else {"lm_head_weight": weight, "bias": bias}
     for name, x in given.items():
-        if type(x).__name__ == "DTensor":
-            raise TypeError(
-                f"{name}: expected a whole tensor, got a DTensor: call from inside the forward of "
-                f"a module that gathers it (MapoLinearLoss under fully_shard), or pass "
-                f"{name}.full_tensor()"
-            )
-        check_tensor(name, x, hidden.device)
+        check_plain(name, x, hidden.device)
         if not x.is_floating_point() or x.element_size() < 2:
             raise TypeError(
                 f"{name}: expected float32, bfloat16, float16 or float64 (dequantise it first), "
@@ -287,6 +292,17 @@ def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         )
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1], "one per row of lm_head_weight")
+
+
+def check_not_rounded(arguments: dict[str, object]) -> None:
+    """Raise if log-probs come in a narrow dtype, as FSDP2's mixed precision casts them."""
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        x = arguments.get(name)
+        if isinstance(x, torch.Tensor) and x.element_size() < 4:
+            raise ValueError(
+                f"{name}: expected float32 under fully_shard, whose MixedPrecisionPolicy takes "
+                f"cast_forward_inputs=False here, got {x.dtype}"
+            )
 
 
 def check_head_options(softcap: object, logit_scale: object, chunk_rows: object) -> None:

@@ -172,16 +172,42 @@ def loss_arguments(spec: LossSpec) -> tuple[float, ...]:
     )
 
 
+class VocabShare(NamedTuple):
+    """Which columns of every row lie on this rank; shares are adjacent, in the order of the ranks.
+
+    Attributes:
+        group: the process group over which rows are split.
+        rank: this process in it.
+        sizes: columns of each rank.
+    """
+
+    group: Any
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def offset(self) -> int:
+        """Columns on the ranks before this one."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def vocab(self) -> int:
+        """V, the columns of all ranks."""
+        return sum(self.sizes)
+
+
 class RowInputs(NamedTuple):
     """What turns rows of logits into log-probs.
 
     Attributes:
         token_ids: [B, T] or [total] integers, the sampled tokens.
         temperature: a number; or a tensor, [B] for padded logits and [total] for packed ones.
+        share: which columns are here where rows are split over ranks; None where they are whole.
     """
 
     token_ids: torch.Tensor
     temperature: torch.Tensor | float = 1.0
+    share: VocabShare | None = None
 
 
 class RowScores(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import ops, ops_logits
+from mapo_kernels import ops, ops_logits, vocab_parallel
 from mapo_kernels.advantages import result_dtype
 from mapo_kernels.inputs import (
     RESULTS,
@@ -22,6 +22,7 @@ from mapo_kernels.inputs import (
     HeadResults,
     RowInputs,
     TokenInputs,
+    VocabShare,
 )
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import (
@@ -48,22 +49,25 @@ class Wanted(NamedTuple):
     bias: bool = False
 
 
-def chunk_rows_of(head: HeadInputs, n_live: int) -> int:
+def chunk_rows_of(head: HeadInputs, n_live: int, share: VocabShare | None = None) -> int:
     """Hidden states per chunk where the caller leaves it open.
 
     At most as many as make 2 GiB (64 MiB on a CPU) of float32 logits, their gradient, hidden states
     and their gradient; on a GPU that is halved while it is more than half of the free memory.
-    Chunks are of one size, a multiple of 128, but for the last.
+    Chunks are of one size, a multiple of 128, but for the last. Ranks that split a row have the
+    same chunks, whatever memory each has left.
     """
     weight = head.weight
     budget = _GPU_CHUNK if weight.is_cuda else _CPU_CHUNK
-    if weight.is_cuda:
+    if weight.is_cuda and share is None:
         free = torch.cuda.mem_get_info(weight.device)[0]
         free = free + torch.cuda.memory_reserved(weight.device)
         free = free - torch.cuda.memory_allocated(weight.device)
         while budget > free // 2 and budget > 1 << 20:
             budget = budget // 2
     (vocab, width), size = weight.shape, weight.element_size()
+    if share is not None:
+        vocab = max(share.sizes)
     most = max(_ROUND, budget // (vocab * (4 + size) + width * 2 * size) // _ROUND * _ROUND)
     n_chunks = max(1, -(-n_live // most))
     return -(-max(n_live, 1) // (n_chunks * _ROUND)) * _ROUND
@@ -123,7 +127,10 @@ class _Head:
     ) -> None:
         """Add what a chunk's gradient [n, V] contributes to those that are asked for."""
         if out.d_hidden is not None:
-            d_hidden = torch.mm(grad, self.weight).to(out.d_hidden.dtype)
+            if self._mixed and out.d_hidden.dtype == torch.float32:
+                d_hidden = torch.mm(grad, self.weight, out_dtype=torch.float32)
+            else:
+                d_hidden = torch.mm(grad, self.weight).to(out.d_hidden.dtype)
             out.d_hidden.view(-1, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
         if out.d_weight is not None:
             if self._mixed:
@@ -136,15 +143,33 @@ class _Head:
             out.d_bias.add_(grad.sum(0, dtype=out.d_bias.dtype))
 
 
+class _Chunk(NamedTuple):
+    """Some live rows of a batch.
+
+    Attributes:
+        chosen: their positions [n] in the flattened batch.
+        into: where [n] their gradient goes in `HeadResults.d_hidden`, which has live rows alone
+            until it is summed over ranks.
+        hidden: their hidden states [n, H].
+        rows: their token ids and temperatures.
+    """
+
+    chosen: torch.Tensor
+    into: torch.Tensor
+    hidden: torch.Tensor
+    rows: RowInputs
+
+
 class _Chunks:
-    """Live rows of a batch, chunk by chunk: positions, hidden states [n, H], ids, temperatures."""
+    """Live rows of a batch, chunk by chunk."""
 
     def __init__(
         self, hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, live_rows: torch.Tensor
     ) -> None:
         self._hidden = hidden
         self._live = live_rows
-        self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0])
+        self._share = rows.share
+        self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0], rows.share)
         self._ids = rows.token_ids.reshape(-1)
         temperature = rows.temperature
         if isinstance(temperature, torch.Tensor) and rows.token_ids.dim() == 2:
@@ -154,13 +179,17 @@ class _Chunks:
             temperature if head.softcap is not None else temperature / head.logit_scale
         )
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, RowInputs]]:
-        for chosen in self._live.split(self._step):
+    def __iter__(self) -> Iterator[_Chunk]:
+        for i, chosen in enumerate(self._live.split(self._step)):
             if chosen.shape[0]:
                 temperature = self._temperature
                 if isinstance(temperature, torch.Tensor):
                     temperature = temperature[chosen]
-                yield chosen, self._take(chosen), RowInputs(self._ids[chosen], temperature)
+                some = RowInputs(self._ids[chosen], temperature, self._share)
+                into = chosen
+                if self._share is not None:
+                    into = torch.arange(chosen.shape[0], device=chosen.device) + i * self._step
+                yield _Chunk(chosen, into, self._take(chosen), some)
 
     def _take(self, chosen: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, H] of some rows; a strided batch is not copied as a whole."""
@@ -194,18 +223,31 @@ def linear_loss(
         scored = scored_tokens(layout, advantage, weight, spec)
         live_rows = scored.reshape(-1).nonzero().squeeze(1)
     dtype = result_dtype(hidden)
+    d_hidden = None
+    if wanted.hidden and rows.share is None:
+        d_hidden = hidden.new_zeros(hidden.shape)
+    elif wanted.hidden:
+        d_hidden = hidden.new_empty((live_rows.shape[0], hidden.shape[-1]), dtype=dtype)
     out = HeadResults(
         hidden.new_zeros((), dtype=dtype),
         hidden.new_zeros(SLOTS, dtype=dtype),
         hidden.new_empty(0, dtype=dtype),
-        hidden.new_zeros(hidden.shape) if wanted.hidden else None,
+        d_hidden,
         head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None,
         head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if wanted.bias else None,
     )
     chunks = _Chunks(hidden, head, rows, live_rows)
     if any(wanted) and spec.importance_level == "token":
-        return _token_level(chunks, _Head(head), inputs, spec, layout, advantage, out)
-    return _in_two_passes(chunks, _Head(head), inputs, spec, layout, out)
+        out = _token_level(chunks, _Head(head), inputs, spec, layout, advantage, out)
+    else:
+        out = _in_two_passes(chunks, _Head(head), inputs, spec, layout, out)
+    if out.d_hidden is None or rows.share is None:
+        return out
+    # Each rank has what its columns contribute: one sum over ranks, then one rounding.
+    live_grad = vocab_parallel.sum_over_ranks(out.d_hidden, rows.share).to(hidden.dtype)
+    whole = hidden.new_zeros(hidden.shape)
+    whole.view(-1, hidden.shape[-1]).index_copy_(0, live_rows, live_grad)
+    return out._replace(d_hidden=whole)
 
 
 def _token_level(
@@ -228,20 +270,20 @@ def _token_level(
     tensors = inputs._replace(loss_weights=weights).token_tensors()
     found = []
     chunk_spec = replace(spec, aggregation="token-mean", max_tokens=None)
-    for chosen, hidden, rows in chunks:
+    for chosen, into, hidden, rows in chunks:
         # Sequences of one token each: all that is known of the real ones is in the weights.
         given = [None if x is None else x.reshape(-1)[chosen][:, None] for x in tensors[:-1]]
         chunk = TokenInputs(*given)._replace(  # type: ignore[arg-type]
             advantages=advantage.reshape(-1)[chosen], normalizer=denominator
         )
-        rows = RowInputs(rows.token_ids[:, None], rows.temperature)
+        rows = rows._replace(token_ids=rows.token_ids[:, None])
         logits = head.logits(hidden)
         place = head.place(logits)
         result = ops_logits.logits_loss(
             logits[:, None], rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
         )
         found.append(torch.cat([result.loss.reshape(1), result.results]))
-        head.add_products(head.before_softcap(place, logits), hidden, chosen, out)
+        head.add_products(head.before_softcap(place, logits), hidden, into, out)
         del logits, place, result
     table = torch.stack(found) if found else out.results.new_zeros((0, SLOTS + 1))
     results = _combine(table[:, 1:], active, denominator)
@@ -279,7 +321,7 @@ def _in_two_passes(
     if not need_grad:
         return out
     slope, bonus = found.grad.reshape(-1), entropy_weights(layout, inputs, spec, table)
-    for chosen, hidden, rows in chunks:
+    for chosen, into, hidden, rows in chunks:
         logits = head.logits(hidden)
         place = head.place(logits)
         ops_logits.row_gradient(
@@ -292,7 +334,7 @@ def _in_two_passes(
             found.results,
             place,
         )
-        head.add_products(head.before_softcap(place, logits), hidden, chosen, out)
+        head.add_products(head.before_softcap(place, logits), hidden, into, out)
         del logits, place
     return out
 
@@ -300,7 +342,7 @@ def _in_two_passes(
 def _score(chunks: _Chunks, head: _Head, n: int, columns: int) -> torch.Tensor:
     """Table [columns, n] of `ops_logits.score_rows`, 0 at rows that are not live."""
     table = head.weight.new_zeros((columns, n), dtype=result_dtype(head.weight))
-    for chosen, hidden, rows in chunks:
+    for chosen, _, hidden, rows in chunks:
         logits = head.logits(hidden)
         table.index_copy_(1, chosen, ops_logits.score_rows(logits, rows, None, columns))
         del logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from mapo_kernels.logits_kernel import logits_loss_kernel
 from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens import counters, group_arguments, loss_flags, normalizer_of, rows_of
+from mapo_kernels.vocab_kernel import share_kernel
 
 # Above it, every row's program counting the mask of the whole batch would cost more than a launch.
 COUNT_LIMIT = 1 << 14
@@ -92,7 +94,11 @@ def empty_scores(logits: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def launch_scores(
-    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+    logits: torch.Tensor,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    columns: int,
+    kernel: Any = score_kernel,
 ) -> torch.Tensor:
     """Table [columns, rows] of log-prob, entropy, and what the gradient needs, in one launch."""
     logits = columns_together(logits)
@@ -102,7 +108,7 @@ def launch_scores(
         length, stride_row, gap = row_layout(logits)
         temperature, exponent = _temperature(rows)
         with on_device_of(logits):
-            score_kernel[(n,)](
+            kernel[(n,)](
                 logits,
                 rows.token_ids.contiguous(),
                 temperature,
@@ -122,6 +128,13 @@ def launch_scores(
                 **tile_of(logits),
             )
     return table
+
+
+def launch_shares(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+) -> torch.Tensor:
+    """Table [columns, rows] of what these columns contribute: see `vocab_parallel.merge_shares`."""
+    return launch_scores(logits, rows, mask, columns, share_kernel)
 
 
 def launch_gradient(

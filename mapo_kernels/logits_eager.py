@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -15,6 +15,7 @@ _CHUNK_LOGITS = 1 << 20
 
 
 _Index = tuple[torch.Tensor, ...]
+_Sums = tuple[torch.Tensor, ...]
 
 
 def _is_matrix(x: torch.Tensor) -> bool:
@@ -81,37 +82,63 @@ def eager_scores(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
     """What `launch_scores` computes; the table's rows differ from it past the first two."""
+    return _tabulate(logits, rows, mask, columns, columns > 1, _scores)
+
+
+def eager_shares(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+) -> torch.Tensor:
+    """What `launch_shares` computes, but for the unit of the references: nats."""
+    return _tabulate(logits, rows, mask, columns, columns > 3, lambda sums, known: sums)
+
+
+def _tabulate(
+    logits: torch.Tensor,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    columns: int,
+    with_entropy: bool,
+    entries: Callable[[_Sums, torch.Tensor], _Sums],
+) -> torch.Tensor:
+    """Table [columns, rows] of the first of the rows' `entries`; 0 where masked."""
     dtype = result_dtype(logits)
     pieces = _Rows(logits, rows, mask)
     table = logits.new_zeros((columns, pieces.n), dtype=dtype)
-    for positions, index in pieces.chunks(1 if columns == 1 else 2):
+    for positions, index in pieces.chunks(2 if with_entropy else 1):
         x = pieces.tempered(positions, index, dtype)
-        table[:, positions] = _scores(x, *pieces.targets(index), columns)
+        token, known = pieces.targets(index)
+        found = entries(_sums(x, token, known, with_entropy), known)
+        table[:, positions] = torch.stack(found[:columns])
         del x  # before the next chunk is there
     if mask is not None and torch.compiler.is_compiling():
         table = table.where(mask.reshape(-1) != 0, 0.0)
     return table
 
 
-def _scores(
-    x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, columns: int
-) -> torch.Tensor:
-    """Table [columns, n] of the rows x [n, V], which are overwritten."""
-    target = x.gather(1, token).squeeze(1)
+def _sums(x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, with_entropy: bool) -> _Sums:
+    """As of `rows_kernel.row_sums`: reference, others, gap, weighted of x [n, V], overwritten.
+
+    Where the target is not `known`, it is none of the columns.
+    """
+    column = x.gather(1, token).squeeze(1)
+    target = column.where(known, -torch.inf)
     # The target is kept apart from the sums: see `formula.row_summary`.
-    x.scatter_(1, token, -torch.inf)
-    top = torch.maximum(x.amax(1), target)
+    x.scatter_(1, token, column.masked_fill(known, -torch.inf)[:, None])
+    top = torch.maximum(x.amax(1), target).clamp(min=-1e30)
     x.sub_(top[:, None])
-    if columns == 1:
+    if not with_entropy:
         others = x.exp_().sum(1)
-        weighted = torch.zeros_like(others)
-    else:
-        # e^-inf times -inf is meant to be 0.
-        powers = x.clamp_(min=-1e30).exp()
-        others = powers.sum(1)
-        weighted = powers.mul_(x).sum(1)
-    logp, rest, total, entropy = twin.row_summary(others, weighted, target - top)
-    return torch.stack([logp.where(known, torch.nan), entropy, top, total, rest][:columns])
+        return top, others, target - top, torch.zeros_like(others)
+    # e^-inf times -inf is meant to be 0.
+    powers = x.clamp_(min=-1e30).exp()
+    return top, powers.sum(1), target - top, powers.mul_(x).sum(1)
+
+
+def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
+    """Log-prob, entropy, reference, sum over all columns, probability of the others."""
+    top, others, gap, weighted = sums
+    logp, rest, total, entropy = twin.row_summary(others, weighted, gap)
+    return logp.where(known, torch.nan), entropy, top, total, rest
 
 
 def eager_gradient(
@@ -133,7 +160,7 @@ def eager_gradient(
         g = slope.reshape(-1)[positions] * factor
         b = None if bonus is None else bonus.reshape(-1)[positions] * factor
         x = pieces.tempered(positions, index, dtype)
-        x = _gradient(x, pieces.targets(index)[0], table[:, positions], g, b).to(out.dtype)
+        x = _gradient(x, *pieces.targets(index), table[:, positions], g, b).to(out.dtype)
         if flat is not None:
             flat.index_copy_(0, positions, x)
         else:
@@ -148,6 +175,7 @@ def eager_gradient(
 def _gradient(
     x: torch.Tensor,
     token: torch.Tensor,
+    known: torch.Tensor,
     table: torch.Tensor,
     g: torch.Tensor,
     bonus: torch.Tensor | None,
@@ -163,4 +191,4 @@ def _gradient(
         powers = x.clamp_(min=-1e30).exp()
         flat = (bonus * (entropy - total.log()) - g) / total
         x.mul_((bonus / total)[:, None]).add_(flat[:, None]).mul_(powers)
-    return x.scatter_(1, token, at_target[:, None])
+    return x.scatter_(1, token, at_target.where(known, x.gather(1, token).squeeze(1))[:, None])

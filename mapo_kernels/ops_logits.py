@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mapo_kernels import logits as rows_of_logits
-from mapo_kernels import logits_eager
+from mapo_kernels import logits_eager, vocab_parallel
 from mapo_kernels.inputs import RowInputs, TokenInputs, TokenResults, empty_results, replaced
 from mapo_kernels.ops import LOSS_SCHEMA, is_eager, pack, token_loss, unpack, with_advantages
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -46,8 +46,16 @@ def score_rows(
 ) -> torch.Tensor:
     """Table [columns, rows]: log-probs, entropies (from 2 on), what a gradient needs (5).
 
-    All of it is 0 where `mask` is, and nothing is read there.
+    All of it is 0 where `mask` is, and nothing is read there. Where rows are split over ranks this
+    takes one collective, and every rank gets the same table.
     """
+    if rows.share is not None:
+        local = vocab_parallel.local_rows(rows)
+        eager = is_eager(logits)
+        tabulate = logits_eager.eager_shares if eager else rows_of_logits.launch_shares
+        sums = tabulate(logits, local, mask, 3 if columns == 1 else 4)
+        sums = vocab_parallel.gather(sums, rows.share)
+        return vocab_parallel.merge_shares(sums, rows, mask, columns, powers_of_2=not eager)
     if is_eager(logits):
         return logits_eager.eager_scores(logits, rows, mask, columns)
     if not torch.compiler.is_compiling():
@@ -93,7 +101,9 @@ def row_gradient(
     """Gradient by the logits, from the table of `score_rows` and what `launch_gradient` takes.
 
     It goes to `out`: the logits themselves, another tensor of their shape, or by default a new one.
+    Where rows are split over ranks, each rank has the gradient by its columns.
     """
+    rows = vocab_parallel.local_rows(rows)
     given = (rows, mask, table, slope, bonus, results)
     compiling = torch.compiler.is_compiling()
     if compiling and not is_eager(logits):
@@ -144,12 +154,12 @@ def logits_loss(
 
     The gradient goes to `out`, as in `row_gradient`. It comes with the batch's scale and lacks only
     the upstream gradient. One launch where a row's gradient depends on no other row; else
-    statistics, loss and gradient are three.
+    statistics, loss and gradient are three; so it is where rows are split over ranks.
     """
     if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
-    fused = spec.importance_level == "token" and rows.token_ids.numel() > 0
+    fused = spec.importance_level == "token" and rows.token_ids.numel() > 0 and rows.share is None
     if is_eager(logits) or not fused:
         return _scored_then_differentiated(
             logits, rows, inputs, spec, advantage_spec, need_grad, out
@@ -177,7 +187,7 @@ def _fuses_groups(
     groups = inputs.groups
     if is_eager(logits) or groups is None or rows.token_ids.numel() == 0:
         return False
-    if spec.importance_level == "sequence":
+    if spec.importance_level == "sequence" or rows.share is not None:
         return False
     n_rows = groups.rewards.shape[0]
     in_reach = groups.group_ids is None or n_rows <= rows_of_logits.MATCH_LIMIT

@@ -75,20 +75,20 @@ def fold_block(
 
 
 @jit
-def row_statistics(
+def row_sums(
     Row,
     target,
     vocab,
     c,
+    absent,
     HAS_ENTROPY: tl.constexpr,
     R: tl.constexpr,
     A: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Read a row once. `target` is its token id, or -1 for one that does not exist.
+    """Read a row once. `target` is its token id, or -1 where it has none: its logit is `absent`.
 
-    Returns (reference m in units of log 2, sum over all columns, log-prob of the target,
-    probability of all others, entropy).
+    Returns (reference m in units of log 2, then what `row_summary` takes: others, weighted, gap).
     """
     BLOCK: tl.constexpr = 2 * R * A
     top = tl.full([R], -1e30, tl.float32)
@@ -109,16 +109,32 @@ def row_statistics(
             Row, start, top, total, weighted, c, vocab, target, True, HAS_ENTROPY, R, A, WIDE
         )
     index = target + tl.arange(0, 1)
-    x = tl.load(Row + index, mask=index >= 0, other=float("nan")).to(tl.float32)
+    x = tl.load(Row + index, mask=index >= 0, other=absent).to(tl.float32)
     x = tl.sum(x, 0)
     reference = tl.maximum(tl.max(top, 0), x * c)
     fade = tl.exp2(top - reference)
     others = tl.sum(total * fade, 0)
     weighted = tl.sum(tl.fma(total, top - reference, weighted) * fade, 0)
     gap = tl.fma(x, c, -reference)
-    logp, rest, total, entropy = row_summary(
-        others, weighted * 0.6931471805599453, gap * 0.6931471805599453
+    return reference, others, weighted * 0.6931471805599453, gap * 0.6931471805599453
+
+
+@jit
+def row_statistics(
+    Row,
+    target,
+    vocab,
+    c,
+    HAS_ENTROPY: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(reference, total, logp, rest, entropy) of a whole row: NaN where it has no target."""
+    reference, others, weighted, gap = row_sums(
+        Row, target, vocab, c, float("nan"), HAS_ENTROPY, R, A, WIDE
     )
+    logp, rest, total, entropy = row_summary(others, weighted, gap)
     return reference, total, logp, rest, entropy
 
 

@@ -113,8 +113,18 @@ def hidden_chunk(**settings):
     )
 
 
+def split_rows():
+    """What a rank launches on its share of the columns."""
+    from mapo_kernels import logits
+    from mapo_kernels.inputs import RowInputs
+
+    x = torch.zeros((16, V // 8), dtype=torch.bfloat16)
+    logits.launch_shares(x, RowInputs(torch.zeros(16, dtype=torch.int64)), None, 4)
+
+
 V = 152064
 CASES = {
+    "split rows": split_rows,
     "hidden chunk": hidden_chunk,
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
     "logits": lambda: logits((8, 2, V), scoring=True),

@@ -55,7 +55,7 @@ def is_wide(name):
         "odd vocabulary",
     ]
     + ["entropy bonus", "logits, sequence level", "packed logits"]
-    + ["hidden chunk", "hidden chunk, entropy bonus"],
+    + ["hidden chunk", "hidden chunk, entropy bonus", "split rows"],
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_leaves_the_registers(target, case):
@@ -146,6 +146,8 @@ def test_budgets_of_the_two_passes_over_a_row(target):
     bonus = compile_case(target, "entropy bonus")["kernels"]["logits_loss_kernel"][0]
     with_bonus = passes(bonus)[1]
     assert with_bonus["instructions"] <= 9.5 * LOGITS_PER_STEP
+    share = compile_case(target, "split rows")["kernels"]["share_kernel"][0]
+    assert passes(share)[0]["instructions"] <= 11 * LOGITS_PER_STEP
     for loop in (statistics, with_entropy):
         assert loop["exponentials"] <= 1.1 * LOGITS_PER_STEP
     for loop in (gradient, with_bonus):

@@ -1,0 +1,49 @@
+"""The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
+
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.rows_kernel import load_exponent, load_target, row_sums
+
+
+@jit(do_not_specialize=["n", "length", "per_temperature"])
+def share_kernel(
+    Logits,  # n rows of this rank's columns
+    TokenIds,  # [n], counted from this rank's first column
+    Temperature,  # [n / per_temperature]
+    Mask,  # [n]
+    Table,  # [COLUMNS, n]
+    n,
+    length,
+    per_temperature,
+    columns,
+    stride_row,
+    gap,
+    c,
+    HAS_MASK: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 3: reference, others, gap; 4: for the entropy, weighted too
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Sums over some columns of a row; all 0, and nothing read, where it is masked."""
+    row = tl.program_id(0)
+    live = 1
+    if HAS_MASK:
+        live = (tl.load(Mask + row) != 0).to(tl.int32)
+    reference = 0.0
+    others = 0.0
+    weighted = 0.0
+    distance = 0.0
+    if live > 0:
+        Row = Logits + (row.to(tl.int64) * stride_row + (row // length).to(tl.int64) * gap)
+        target = load_target(TokenIds + row, columns)
+        c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
+        # A target on another rank is as far below every column here as can be.
+        reference, others, weighted, distance = row_sums(
+            Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
+        )
+    tl.store(Table + row, reference)
+    tl.store(Table + n + row, others)
+    tl.store(Table + 2 * n + row, distance)
+    if COLUMNS > 3:
+        tl.store(Table + 3 * n + row, weighted)
