@@ -148,7 +148,7 @@ def hidden_level(backend):
         if backend == "eager":
             batch = make_hidden(dtype=torch.float64)
             compare_hidden(
-                batch, spec, device, group, 1e-12, **tensors_of(batch, spec), chunk_rows=4
+                backend, batch, spec, device, group, 1e-12, **tensors_of(batch, spec), chunk_rows=4
             )
     some = LEVELS[dist.get_world_size() // 4 :][:1] if backend == "interpreter" else LEVELS
     for level, wanted in itertools.product(
