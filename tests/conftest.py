@@ -1,18 +1,9 @@
-import importlib.util
-import os
-
 import numpy as np
 import pytest
 import torch
+from backends import HAS_GPU, INTERPRETS
 
-# Before Triton is imported: without a GPU every kernel runs in the interpreter.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
-
-INTERPRETS = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available() and not INTERPRETS
 
 
 @pytest.fixture(params=["eager", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])

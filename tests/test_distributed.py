@@ -2,7 +2,7 @@
 
 import distributed_worker as worker
 import pytest
-from conftest import HAS_GPU, INTERPRETS
+from backends import HAS_GPU, INTERPRETS
 from spawn import run_ranks
 
 SETTINGS = [(2, "eager"), (4, "eager"), (2, "interpreter"), (4, "interpreter")]
