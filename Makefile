@@ -20,6 +20,8 @@ ALSO_verl := cachetools fastapi uvicorn
 DEMO_VENV := $(if $(findstring trl,$(DEMO_ARGS)),.venv-trl,$(VENV))
 # Tritons that the kernels are interpreted and compiled with, beside the one in constraints.txt.
 TRITONS ?= 3.6.0 3.8.0 3.9.0
+# The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
+WITH_TRITON_3.6.0 := "numpy<2.4"
 
 .PHONY: demo test test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
 
@@ -61,7 +63,7 @@ $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints
 	touch $@
 
 .triton/%/.installed: $(VENV)/.installed
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $(@D) triton==$*
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $(@D) triton==$* $(WITH_TRITON_$*)
 	touch $@
 
 clean:
