@@ -1,4 +1,4 @@
-"""Triton where it is installed; where it is not, a stand-in that keeps modules importable."""
+"""Triton where it can be used; where it cannot, a stand-in that keeps modules importable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,34 @@ from typing import Any
 
 import torch
 
+# What is tested; older ones cannot compile kernels on structs.
+_OLDEST = {"torch": (2, 10), "triton": (3, 6)}
+
+
+def _too_old(**versions: str) -> str:
+    """Which of these packages is older than what is tested; empty if none is."""
+    return " and ".join(
+        f"{name} {version} (expected {'.'.join(map(str, _OLDEST[name]))} or newer)"
+        for name, version in versions.items()
+        if tuple(int(x) for x in version.split(".")[:2]) < _OLDEST[name]
+    )
+
+
 try:
     import triton
     import triton.language as tl
 
-    HAS_TRITON = True
-    jit = triton.jit
+    # Why the kernels cannot run here; empty if they can.
+    TRITON_FAULT = _too_old(torch=torch.__version__, triton=triton.__version__)
+    IS_INSTALLED = True
 except ImportError:
-    HAS_TRITON = False
+    TRITON_FAULT = "Triton is not installed"
+    IS_INSTALLED = False
+
+HAS_TRITON = not TRITON_FAULT
+if HAS_TRITON:
+    jit = triton.jit
+else:
     triton = None
     tl = SimpleNamespace(constexpr=None)
 

@@ -13,7 +13,7 @@ import torch
 
 from mapo_kernels import twin
 from mapo_kernels._triton import on_device_of, registers, triton
-from mapo_kernels.advantages_kernel import advantages_kernel
+from mapo_kernels.advantages_kernel import Rewards, advantages_kernel
 from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec
 
@@ -84,60 +84,38 @@ def launch_advantages(
     n_rows = groups.rewards.shape[0]
     ids = order = starts = None
     if groups.group_ids is None:
-        layout, n_groups = "contiguous", n_rows // groups.group_size
+        n_groups = n_rows // groups.group_size
         block_g = triton.next_power_of_2(groups.group_size)
         tile = max(1, _TILE_ELEMENTS // block_g)
     elif n_rows <= MATCH_LIMIT and not want_stats:
-        layout, n_groups, tile, block_g = "match", n_rows, 1, 1024
+        n_groups, tile, block_g = n_rows, 1, 1024
         ids = groups.group_ids.contiguous()
     else:
-        layout, n_groups, tile, block_g = "order", n_rows, 16, 64
+        n_groups, tile, block_g = n_rows, 16, 64
         order, starts, _ = order_by_group(groups.group_ids)
     advantages, table = empty_advantages(groups, want_stats)
     with on_device_of(advantages):
         advantages_kernel[(triton.cdiv(n_groups, tile),)](
-            groups.rewards.contiguous(),
-            None if groups.success is None else groups.success.contiguous(),
-            ids,
-            order,
+            Rewards(
+                groups.rewards.contiguous(),
+                None if groups.success is None else groups.success.contiguous(),
+                ids,
+                order,
+            ),
             starts,
             advantages,
-            table,
+            table if want_stats else None,
             n_groups,
             groups.group_size,
-            *advantage_arguments(spec),
+            spec.numbers,
+            GROUP=spec.kind,
             TILE=tile,
             BLOCK_G=block_g,
-            LAYOUT=layout,
-            HAS_STATS=want_stats,
             num_warps=min(16, max(4, tile * block_g // 128)),
             # Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
             **registers(128),
-            **advantage_flags(groups, spec),
         )
     return advantages, table
-
-
-def advantage_arguments(spec: AdvantageSpec) -> tuple[float, ...]:
-    """The run-time numbers of the advantage kernels, in their order."""
-    return (
-        float(spec.success_threshold),
-        float(spec.std_correction),
-        float(spec.eps),
-        spec.certainty_value,
-        float(spec.max_abs or 0.0),
-    )
-
-
-def advantage_flags(groups: GroupInputs | None, spec: AdvantageSpec) -> dict[str, object]:
-    """The compile-time choices of the advantage kernels."""
-    return {
-        "HAS_SUCCESS": groups is not None and groups.success is not None,
-        "HAS_MAX_ABS": spec.max_abs is not None,
-        "ESTIMATOR": spec.estimator,
-        "CERTAINTY": spec.certainty_mode,
-        "APD": spec.apd,
-    }
 
 
 def result_dtype(x: torch.Tensor) -> torch.dtype:
@@ -207,12 +185,8 @@ def eager_advantages(
         mean,
         reduce(deviation * deviation, "sum"),
         successes,
-        float(spec.std_correction),
-        float(spec.eps),
-        spec.certainty_value,
-        spec.estimator,
-        spec.certainty_mode,
-        spec.apd,
+        spec.numbers,
+        spec.kind,
     )
     advantages = deviation * spread(factor)
     if spec.max_abs is not None:

@@ -5,57 +5,65 @@ are scanned for an equal id; right for a batch of a few thousand) and `order` (i
 permutation and the groups' starts say where each group's rows lie). None of them waits on the host.
 """
 
+from typing import Any, NamedTuple
+
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.formula import group_advantage
 
 
+class Rewards(NamedTuple):
+    """Rewards [B] and which of them belong together; None where a layout has no use for it."""
+
+    reward: Any
+    success: Any = None
+    ids: Any = None
+    order: Any = None
+
+
+class Span(NamedTuple):
+    """Where the groups of a tile lie: first row, rows, own id ([TILE] each), most rows of one."""
+
+    first: Any
+    size: Any
+    own_id: Any
+    longest: Any
+
+
+class Moments(NamedTuple):
+    """Of a tile of groups, [TILE] each; the mean is `lowest + offset`, the leader a first row."""
+
+    count: Any
+    members: Any
+    lowest: Any
+    highest: Any
+    offset: Any
+    squares: Any
+    successes: Any
+    leader: Any
+
+
 @jit
-def member_rewards(
-    Rewards,
-    GroupIds,
-    Order,
-    first,
-    size,
-    own_id,
-    start,
-    BLOCK_G: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):
+def member_rewards(rewards, span, start, BLOCK_G: tl.constexpr):
     """One block of a tile of groups: rows, which lanes are members, rewards, which are finite."""
     offs = start + tl.arange(0, BLOCK_G)[None, :]  # [1, BLOCK_G]
-    member = offs < size[:, None]  # [TILE, BLOCK_G]
-    rows = first[:, None] + offs
-    if LAYOUT == "order":
-        rows = tl.load(Order + rows, mask=member, other=0)
-    if LAYOUT == "match":
-        ids = tl.load(GroupIds + rows, mask=member, other=0)
-        member = member & (ids == own_id[:, None])
-    reward = tl.load(Rewards + rows, mask=member, other=0.0).to(tl.float32)
+    member = offs < span.size[:, None]  # [TILE, BLOCK_G]
+    rows = span.first[:, None] + offs
+    if rewards.order is not None:
+        rows = tl.load(rewards.order + rows, mask=member, other=0)
+    if rewards.ids is not None:
+        ids = tl.load(rewards.ids + rows, mask=member, other=0)
+        member = member & (ids == span.own_id[:, None])
+    reward = tl.load(rewards.reward + rows, mask=member, other=0.0).to(tl.float32)
     finite = member & (tl.abs(reward) < float("inf"))
     return rows, member, reward, finite
 
 
 @jit
-def group_moments(
-    Rewards,
-    Success,
-    GroupIds,
-    Order,
-    first,
-    size,
-    own_id,
-    span,
-    success_threshold,
-    TILE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    HAS_SUCCESS: tl.constexpr,
-):
-    """Moments of a tile of groups, [TILE] each; `span` is the largest `size` of the tile.
+def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Moments of a tile of groups.
 
     Deviations are taken from the lowest reward first, so a common offset of the rewards costs no
-    digits. Returns (count, members, lowest, highest, mean above lowest, squared deviations,
-    successes, leader), the leader being the group's first row.
+    digits.
     """
     count = tl.zeros([TILE], tl.float32)
     members = tl.zeros([TILE], tl.float32)
@@ -63,17 +71,15 @@ def group_moments(
     lowest = tl.full([TILE], float("inf"), tl.float32)
     highest = tl.full([TILE], float("-inf"), tl.float32)
     leader = tl.full([TILE], 2147483647, tl.int32)
-    for start in range(0, span, BLOCK_G):
-        rows, member, reward, finite = member_rewards(
-            Rewards, GroupIds, Order, first, size, own_id, start, BLOCK_G, LAYOUT
-        )
-        if HAS_SUCCESS:
-            success = finite & (tl.load(Success + rows, mask=member, other=0) != 0)
+    for start in range(0, span.longest, BLOCK_G):
+        rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
+        if rewards.success is not None:
+            success = finite & (tl.load(rewards.success + rows, mask=member, other=0) != 0)
         else:
             threshold = success_threshold
-            if Rewards.dtype.element_ty.is_floating():
+            if rewards.reward.dtype.element_ty.is_floating():
                 # Rounded like the rewards: a bfloat16 reward of 0.9 passes a threshold of 0.9.
-                threshold = threshold.to(Rewards.dtype.element_ty).to(tl.float32)
+                threshold = threshold.to(rewards.reward.dtype.element_ty).to(tl.float32)
             success = finite & (reward >= threshold)
         count = count + tl.sum(finite.to(tl.float32), 1)
         members = members + tl.sum(member.to(tl.float32), 1)
@@ -85,162 +91,117 @@ def group_moments(
     highest = tl.where(count > 0, highest, 0.0)
 
     total = tl.zeros([TILE], tl.float32)
-    for start in range(0, span, BLOCK_G):
-        rows, member, reward, finite = member_rewards(
-            Rewards, GroupIds, Order, first, size, own_id, start, BLOCK_G, LAYOUT
-        )
+    for start in range(0, span.longest, BLOCK_G):
+        rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
         total = total + tl.sum(tl.where(finite, reward - lowest[:, None], 0.0), 1)
     offset = total / tl.maximum(count, 1.0)
 
     squares = tl.zeros([TILE], tl.float32)
-    for start in range(0, span, BLOCK_G):
-        rows, member, reward, finite = member_rewards(
-            Rewards, GroupIds, Order, first, size, own_id, start, BLOCK_G, LAYOUT
-        )
+    for start in range(0, span.longest, BLOCK_G):
+        rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
         deviation = tl.where(finite, (reward - lowest[:, None]) - offset[:, None], 0.0)
         squares = squares + tl.sum(deviation * deviation, 1)
-    return count, members, lowest, highest, offset, squares, successes, leader
+    return Moments(count, members, lowest, highest, offset, squares, successes, leader)
 
 
 @jit
-def row_advantage(reward, lowest, offset, factor, max_abs, HAS_MAX_ABS: tl.constexpr):
+def row_advantage(reward, lowest, offset, factor, max_abs):
     """Advantage of one row of a group; 0 where the reward is NaN or infinite."""
     advantage = ((reward - lowest) - offset) * factor
-    if HAS_MAX_ABS:
+    if max_abs is not None:
         advantage = tl.minimum(tl.maximum(advantage, -max_abs), max_abs)
     # A factor of 0 means exactly 0: a NaN or an overflow times 0 would not be.
     return tl.where((tl.abs(reward) < float("inf")) & (factor != 0), advantage, 0.0)
 
 
+class GroupSums(NamedTuple):
+    """What a group adds to the metrics, through the one program that speaks for it."""
+
+    success_ratio_mean: Any
+    lambda_mean: Any
+    zero_advantage_groups: Any
+    nonfinite_rewards: Any
+    active_groups: Any
+
+
 @jit
 def advantage_of_sequence(
-    Rewards,
-    Success,
-    GroupIds,
-    AdvantageOut,
-    sequence,
-    split,
-    n_sequences,
-    group_size,
-    success_threshold,
-    std_correction,
-    eps,
-    fixed_certainty,
-    max_abs,
-    SLOTS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    HAS_SUCCESS: tl.constexpr,
-    HAS_MAX_ABS: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
-    CERTAINTY: tl.constexpr,
-    APD: tl.constexpr,
-):
+    rewards, Out, sequence, split, n_sequences, group_size, numbers,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     """A sequence's advantage from its group's rewards, and what its group adds to the metrics."""
     index = sequence + tl.arange(0, 1)  # [1]
     is_first = split + tl.arange(0, 1) == 0
-    if LAYOUT == "match":
+    if rewards.ids is not None:
         first = index * 0
-        size = first + n_sequences
-        own_id = tl.load(GroupIds + index)
-        span = n_sequences
+        span = Span(first, first + n_sequences, tl.load(rewards.ids + index), n_sequences)
     else:
         first = index // group_size * group_size
-        size = index * 0 + group_size
-        own_id = index
-        span = group_size
-    count, members, lowest, highest, offset, squares, successes, leader = group_moments(
-        Rewards, Success, GroupIds, GroupIds, first, size, own_id, span, success_threshold,
-        1, BLOCK_G, LAYOUT, HAS_SUCCESS,
-    )  # fmt: skip
+        span = Span(first, index * 0 + group_size, index, group_size)
+    m = group_moments(rewards, span, numbers.success_threshold, 1, BLOCK_G)
     factor, std, success_ratio, certainty = group_advantage(
-        count, lowest, highest, lowest + offset, squares, successes, std_correction, eps,
-        fixed_certainty, ESTIMATOR, CERTAINTY, APD,
-    )  # fmt: skip
-    reward = tl.load(Rewards + index).to(tl.float32)
-    advantage = row_advantage(reward, lowest, offset, factor, max_abs, HAS_MAX_ABS)
-    tl.store(AdvantageOut + index, advantage, mask=is_first)
+        m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, numbers, GROUP
+    )
+    reward = tl.load(rewards.reward + index).to(tl.float32)
+    advantage = row_advantage(reward, m.lowest, m.offset, factor, numbers.max_abs)
+    tl.store(Out + index, advantage, mask=is_first)
     # One program speaks for the group: the first of the group's first row.
-    speaks = ((leader == index) & is_first).to(tl.float32)
-    counted = speaks * (count > 0).to(tl.float32)
-    slots = tl.arange(0, SLOTS)
-    sums = tl.where(slots == 10, counted * success_ratio, 0.0)
-    sums = tl.where(slots == 11, counted * certainty, sums)
-    sums = tl.where(slots == 12, speaks * (factor == 0).to(tl.float32), sums)
-    sums = tl.where(slots == 13, speaks * (members - count), sums)
-    return tl.sum(advantage, 0), tl.where(slots == 14, counted, sums)
+    speaks = ((m.leader == index) & is_first).to(tl.float32)
+    counted = speaks * (m.count > 0).to(tl.float32)
+    return tl.sum(advantage, 0), GroupSums(
+        tl.sum(counted * success_ratio, 0),
+        tl.sum(counted * certainty, 0),
+        tl.sum(speaks * (factor == 0).to(tl.float32), 0),
+        tl.sum(speaks * (m.members - m.count), 0),
+        tl.sum(counted, 0),
+    )
 
 
 @jit(do_not_specialize=["n_groups"])
 def advantages_kernel(
-    Rewards,  # [B]
-    Success,  # [B] or unused
-    GroupIds,  # [B] or unused
-    Order,  # [B] or unused
-    Starts,  # [B + 1] or unused
+    rewards,  # Rewards
+    Starts,  # [B + 1], or None if groups are contiguous or told by id
     Advantages,  # [B]
-    Stats,  # [7, n_groups] or unused
+    Stats,  # [7, n_groups], or None
     n_groups,
     group_size,
-    success_threshold,
-    std_correction,
-    eps,
-    fixed_certainty,
-    max_abs,
+    numbers,  # AdvantageNumbers
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    HAS_SUCCESS: tl.constexpr,
-    HAS_STATS: tl.constexpr,
-    HAS_MAX_ABS: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
-    CERTAINTY: tl.constexpr,
-    APD: tl.constexpr,
 ):
-    """One tile of groups (of rows in layout `match`): advantages, and statistics if wanted."""
+    """One tile of groups (of rows where ids are matched): advantages, and statistics if wanted."""
     tile = tl.program_id(0) * TILE
     groups = tile + tl.arange(0, TILE)  # [TILE]
     present = groups < n_groups
-    own_id = groups
-    if LAYOUT == "order":
+    if Starts is not None:
         first = tl.load(Starts + groups, mask=present, other=0)
         size = tl.load(Starts + groups + 1, mask=present, other=0) - first
-        span = tl.max(size, 0)
-    elif LAYOUT == "match":
-        first = groups * 0
-        size = tl.where(present, n_groups, 0)
-        own_id = tl.load(GroupIds + groups, mask=present, other=0)
-        span = n_groups
+        span = Span(first, size, groups, tl.max(size, 0))
+    elif rewards.ids is not None:
+        own_id = tl.load(rewards.ids + groups, mask=present, other=0)
+        span = Span(groups * 0, tl.where(present, n_groups, 0), own_id, n_groups)
     else:
-        first = groups * group_size
         size = tl.where(present, group_size, 0)
-        span = group_size
-    count, members, lowest, highest, offset, squares, successes, leader = group_moments(
-        Rewards, Success, GroupIds, Order, first, size, own_id, span, success_threshold,
-        TILE, BLOCK_G, LAYOUT, HAS_SUCCESS,
-    )  # fmt: skip
+        span = Span(groups * group_size, size, groups, group_size)
+    m = group_moments(rewards, span, numbers.success_threshold, TILE, BLOCK_G)
+    mean = m.lowest + m.offset
     factor, std, success_ratio, certainty = group_advantage(
-        count, lowest, highest, lowest + offset, squares, successes, std_correction, eps,
-        fixed_certainty, ESTIMATOR, CERTAINTY, APD,
-    )  # fmt: skip
-    if LAYOUT == "match":
-        reward = tl.load(Rewards + groups, mask=present, other=0.0).to(tl.float32)
-        advantage = row_advantage(reward, lowest, offset, factor, max_abs, HAS_MAX_ABS)
+        m.count, m.lowest, m.highest, mean, m.squares, m.successes, numbers, GROUP
+    )
+    if rewards.ids is not None:
+        reward = tl.load(rewards.reward + groups, mask=present, other=0.0).to(tl.float32)
+        advantage = row_advantage(reward, m.lowest, m.offset, factor, numbers.max_abs)
         tl.store(Advantages + groups, advantage, mask=present)
     else:
-        for start in range(0, span, BLOCK_G):
-            rows, member, reward, finite = member_rewards(
-                Rewards, GroupIds, Order, first, size, own_id, start, BLOCK_G, LAYOUT
-            )
+        for start in range(0, span.longest, BLOCK_G):
+            rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
             advantage = row_advantage(
-                reward, lowest[:, None], offset[:, None], factor[:, None], max_abs, HAS_MAX_ABS
+                reward, m.lowest[:, None], m.offset[:, None], factor[:, None], numbers.max_abs
             )
             tl.store(Advantages + rows, advantage, mask=member)
-    if HAS_STATS:
-        tl.store(Stats + groups, lowest + offset, mask=present)
-        tl.store(Stats + n_groups + groups, std, mask=present)
-        tl.store(Stats + 2 * n_groups + groups, success_ratio, mask=present)
-        tl.store(Stats + 3 * n_groups + groups, certainty, mask=present)
-        tl.store(Stats + 4 * n_groups + groups, count, mask=present)
-        tl.store(Stats + 5 * n_groups + groups, members - count, mask=present)
-        tl.store(Stats + 6 * n_groups + groups, factor, mask=present)
+    if Stats is not None:
+        nonfinite = m.members - m.count
+        stats = (mean, std, success_ratio, certainty, m.count, nonfinite, factor)
+        for i in tl.static_range(7):
+            tl.store(Stats + i * n_groups + groups, stats[i], mask=present)

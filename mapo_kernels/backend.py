@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from mapo_kernels._triton import HAS_TRITON, interprets
+from mapo_kernels._triton import HAS_TRITON, IS_INSTALLED, TRITON_FAULT, interprets
 
 BACKENDS = ("auto", "triton", "eager")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
@@ -54,10 +54,14 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
     if is_double:
         return "eager"
     if choice == "auto":
-        return "triton" if HAS_TRITON and on_gpu else "eager"
+        # A Triton that is there but too old is an error, and not a silent detour.
+        choice = "triton" if IS_INSTALLED and on_gpu else "eager"
     if choice == "triton":
         if not HAS_TRITON:
-            raise RuntimeError("backend 'triton': expected Triton to be installed, it is not")
+            raise RuntimeError(
+                f"backend 'triton': expected a Triton that can be used, got {TRITON_FAULT}; "
+                f"backend 'eager' needs none"
+            )
         if not on_gpu and not interprets():
             raise RuntimeError(
                 f"backend 'triton': expected tensors on a GPU (or TRITON_INTERPRET=1), got "
@@ -69,6 +73,6 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
 def describe_backend() -> str:
     """One line that says which backend this machine uses, and why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    why = "Triton is not installed" if not HAS_TRITON else f"torch sees device type {device}"
+    why = TRITON_FAULT or f"torch sees device type {device}"
     choice = _chosen or os.environ.get(_ENVIRONMENT, "auto")
     return f"{resolve_backend(device)} (setting {choice}; {why})"

@@ -12,7 +12,45 @@ standard deviation and success ratio, lambda is its certainty weight, A the adva
 the ratio of the new to the old probability.
 """
 
+from typing import Any, NamedTuple
+
 from mapo_kernels._triton import jit, tl
+
+
+class LossNumbers(NamedTuple):
+    """The numbers of a loss, which kernels take at run time: fields of `LossSpec`."""
+
+    eps_low: Any
+    eps_high: Any
+    dual_clip: Any
+    eps_high_cispo: Any
+    sapo_tau_pos: Any
+    sapo_tau_neg: Any
+    beta: Any
+    entropy_coef: Any
+    rollout_cap: Any
+
+
+class AdvantageNumbers(NamedTuple):
+    """The numbers of an advantage, which kernels take at run time: fields of `AdvantageSpec`."""
+
+    success_threshold: Any
+    std_correction: Any
+    eps: Any
+    fixed_certainty: Any
+    max_abs: Any
+
+
+class TokenLoss(NamedTuple):
+    """Of each token: loss, its derivatives by l and by log p, and what the metrics are made of."""
+
+    loss: Any
+    d_log_ratio: Any
+    d_logp: Any
+    ratio: Any
+    ref_kl: Any
+    clipped_low: Any
+    clipped_high: Any
 
 
 @jit
@@ -106,20 +144,7 @@ def importance_ratio(log_ratio):
 
 
 @jit
-def policy_term(
-    logp,
-    ratio,
-    ratio_slope,
-    advantage,
-    eps_low,
-    eps_high,
-    dual_clip,
-    eps_high_cispo,
-    sapo_tau_pos,
-    sapo_tau_neg,
-    OBJECTIVE: tl.constexpr,
-    HAS_DUAL_CLIP: tl.constexpr,
-):
+def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr):
     """Per-token policy loss, its derivatives by l and by logp, and where the ratio was clipped.
 
     PPO (arXiv 1707.06347), DAPO's clip-higher, dual clip (arXiv 1912.09729), CISPO (arXiv
@@ -129,28 +154,28 @@ def policy_term(
     clipped_low = (advantage < 0) & (advantage > 0)
     clipped_high = clipped_low
     d_logp = ratio * 0.0
-    if OBJECTIVE == "clip":
-        clipped_low = (ratio < 1.0 - eps_low) & (advantage < 0)
-        clipped_high = (ratio > 1.0 + eps_high) & (advantage > 0)
+    if LOSS.objective == "clip":
+        clipped_low = (ratio < 1.0 - numbers.eps_low) & (advantage < 0)
+        clipped_high = (ratio > 1.0 + numbers.eps_high) & (advantage > 0)
         flat = clipped_low | clipped_high
         capped = ratio
-        if HAS_DUAL_CLIP:
-            flat = flat | ((ratio > dual_clip) & (advantage < 0))
-            capped = clamp(ratio, 0.0, dual_clip)
+        if numbers.dual_clip is not None:
+            flat = flat | ((ratio > numbers.dual_clip) & (advantage < 0))
+            capped = clamp(ratio, 0.0, numbers.dual_clip)
         # One negation; of the two products the larger is then minus the smaller of PPO.
         price = -advantage
         free = capped * price
-        bounded = clamp(ratio, 1.0 - eps_low, 1.0 + eps_high) * price
+        bounded = clamp(ratio, 1.0 - numbers.eps_low, 1.0 + numbers.eps_high) * price
         loss = tl.maximum(free, bounded, propagate_nan=tl.PropagateNan.ALL)
         d_log_ratio = tl.where(flat, 0.0, price * ratio_slope)
-    elif OBJECTIVE == "cispo":
-        clipped_high = (ratio > eps_high_cispo) & (advantage > 0)
-        d_logp = -clamp(ratio, 0.0, eps_high_cispo) * advantage
+    elif LOSS.objective == "cispo":
+        clipped_high = (ratio > numbers.eps_high_cispo) & (advantage > 0)
+        d_logp = -clamp(ratio, 0.0, numbers.eps_high_cispo) * advantage
         loss = d_logp * logp
         d_log_ratio = ratio * 0.0
-    elif OBJECTIVE == "sapo":
+    elif LOSS.objective == "sapo":
         # At least one branch must be a tensor: torch gives two numbers a dtype of its own choice.
-        tau = tl.where(advantage > 0, sapo_tau_pos + 0.0 * ratio, sapo_tau_neg)
+        tau = tl.where(advantage > 0, numbers.sapo_tau_pos + 0.0 * ratio, numbers.sapo_tau_neg)
         gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
         loss = -4.0 / tau * gate * advantage
         d_log_ratio = -4.0 * gate * (1.0 - gate) * advantage * ratio_slope
@@ -161,13 +186,13 @@ def policy_term(
 
 
 @jit
-def kl_term(logp, ref_logp, ESTIMATOR: tl.constexpr):
+def kl_term(logp, ref_logp, LOSS: tl.constexpr):
     """Per-token KL estimate to the reference policy and its derivative by logp, d = ref - logp."""
     d = ref_logp - logp
-    if ESTIMATOR == "k1":
+    if LOSS.kl_estimator == "k1":
         kl = -d
         d_logp = d * 0.0 + 1.0
-    elif ESTIMATOR == "k2":
+    elif LOSS.kl_estimator == "k2":
         kl = 0.5 * d * d
         d_logp = -d
     else:
@@ -177,28 +202,7 @@ def kl_term(logp, ref_logp, ESTIMATOR: tl.constexpr):
 
 
 @jit
-def token_loss(
-    logp,
-    log_ratio,
-    ref_logp,
-    advantage,
-    weight,
-    entropy,
-    eps_low,
-    eps_high,
-    dual_clip,
-    eps_high_cispo,
-    sapo_tau_pos,
-    sapo_tau_neg,
-    beta,
-    entropy_coef,
-    OBJECTIVE: tl.constexpr,
-    HAS_DUAL_CLIP: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
-    KL_CORRECTION: tl.constexpr,
-):
+def token_loss(logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, LOSS: tl.constexpr):
     """The loss of one token: `weight` times policy term, plus beta KL, minus the entropy bonus.
 
     `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071). The two
@@ -208,35 +212,24 @@ def token_loss(
     """
     ratio, ratio_slope = importance_ratio(log_ratio)
     loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
-        logp,
-        ratio,
-        ratio_slope,
-        advantage,
-        eps_low,
-        eps_high,
-        dual_clip,
-        eps_high_cispo,
-        sapo_tau_pos,
-        sapo_tau_neg,
-        OBJECTIVE,
-        HAS_DUAL_CLIP,
+        logp, ratio, ratio_slope, advantage, numbers, LOSS
     )
     loss = weight * loss
     d_log_ratio = weight * d_log_ratio
     d_logp = weight * d_logp
     kl = ratio * 0.0
-    if HAS_REF:
-        kl, d_kl = kl_term(logp, ref_logp, KL_ESTIMATOR)
-        if KL_CORRECTION:
-            loss = loss + beta * (ratio * kl)
-            d_log_ratio = d_log_ratio + beta * (ratio_slope * kl)
-            d_logp = d_logp + beta * (ratio * d_kl)
+    if ref_logp is not None:
+        kl, d_kl = kl_term(logp, ref_logp, LOSS)
+        if LOSS.kl_correction:
+            loss = loss + numbers.beta * (ratio * kl)
+            d_log_ratio = d_log_ratio + numbers.beta * (ratio_slope * kl)
+            d_logp = d_logp + numbers.beta * (ratio * d_kl)
         else:
-            loss = loss + beta * kl
-            d_logp = d_logp + beta * d_kl
-    if HAS_ENTROPY:
-        loss = loss - entropy_coef * entropy
-    return loss, d_log_ratio, d_logp, ratio, kl, clipped_low, clipped_high
+            loss = loss + numbers.beta * kl
+            d_logp = d_logp + numbers.beta * d_kl
+    if entropy is not None:
+        loss = loss - numbers.entropy_coef * entropy
+    return TokenLoss(loss, d_log_ratio, d_logp, ratio, kl, clipped_low, clipped_high)
 
 
 @jit
@@ -253,18 +246,18 @@ def rollout_weight(old_logp, rollout_logp, cap):
 
 
 @jit
-def certainty_weight(p, fixed, CERTAINTY: tl.constexpr):
+def certainty_weight(p, fixed, GROUP: tl.constexpr):
     """lambda(p): 0 where the group is uncertain (p = 1/2), 1 where it is certain (p = 0 or 1)."""
-    if CERTAINTY == "quadratic":
+    if GROUP.certainty == "quadratic":
         certainty = 1.0 - 4.0 * p * (1.0 - p)
-    elif CERTAINTY == "linear":
+    elif GROUP.certainty == "linear":
         certainty = tl.abs(2.0 * p - 1.0)
-    elif CERTAINTY == "entropy":
+    elif GROUP.certainty == "entropy":
         q = 1.0 - p
         log_p = tl.log2(tl.where(p > 0, p, 1.0))
         log_q = tl.log2(tl.where(q > 0, q, 1.0))
         certainty = 1.0 + p * log_p + q * log_q
-    elif CERTAINTY == "step":
+    elif GROUP.certainty == "step":
         certainty = tl.where((p >= 0.25) & (p <= 0.75), 0.0 * p, 1.0 + 0.0 * p)
     else:
         certainty = 0.0 * p + fixed
@@ -273,18 +266,7 @@ def certainty_weight(p, fixed, CERTAINTY: tl.constexpr):
 
 @jit
 def group_advantage(
-    count,
-    lowest,
-    highest,
-    mean,
-    square_deviations,
-    successes,
-    std_correction,
-    eps,
-    fixed_certainty,
-    ESTIMATOR: tl.constexpr,
-    CERTAINTY: tl.constexpr,
-    APD: tl.constexpr,
+    count, lowest, highest, mean, square_deviations, successes, numbers, GROUP: tl.constexpr
 ):
     """A group's statistics and the one factor that turns (r - mu) into its advantages.
 
@@ -293,19 +275,19 @@ def group_advantage(
     not on a small sigma), or fewer than two of them. Returns (factor, sigma, p, lambda).
     """
     others = tl.where(count > 1, count - 1.0, 1.0)
-    divisor = count - std_correction
+    divisor = count - numbers.std_correction
     std = tl.sqrt(square_deviations / tl.where(divisor > 0, divisor, 1.0))
     success_ratio = successes / tl.where(count > 0, count, 1.0)
-    certainty = certainty_weight(success_ratio, fixed_certainty, CERTAINTY)
+    certainty = certainty_weight(success_ratio, numbers.fixed_certainty, GROUP)
     scale = mean
-    if APD == "bounded":
+    if GROUP.apd == "bounded":
         farthest = tl.where(highest - mean > mean - lowest, highest - mean, mean - lowest) / others
         scale = tl.where(tl.abs(mean) > farthest, tl.abs(mean), farthest)
-    if ESTIMATOR == "mean":
+    if GROUP.estimator == "mean":
         factor = 0.0 * mean + 1.0
-    elif ESTIMATOR == "rloo":
+    elif GROUP.estimator == "rloo":
         factor = count / others
     else:
-        factor = (1.0 - certainty) / (std + eps) + certainty / (scale + eps)
+        factor = (1.0 - certainty) / (std + numbers.eps) + certainty / (scale + numbers.eps)
     has_signal = (highest > lowest) & (count > 1)
     return tl.where(has_signal, factor, 0.0 * mean), std, success_ratio, certainty

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels.spec import LossSpec
-
 
 def replaced(x: Any, **changes: Any) -> Any:
     """The named tuple `x` with some fields changed: `_replace` as every torch.compile can trace."""
@@ -157,21 +155,6 @@ def empty_results(logprobs: torch.Tensor, inputs: TokenInputs, need_grad: bool) 
     return TokenResults(*(logprobs.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
-def loss_arguments(spec: LossSpec) -> tuple[float, ...]:
-    """The run-time numbers of the formula, in its order; the rollout cap last."""
-    return (
-        float(spec.eps_low),
-        float(spec.eps_high),
-        float(spec.dual_clip or 0.0),
-        float(spec.eps_high_cispo),
-        float(spec.sapo_tau_pos),
-        float(spec.sapo_tau_neg),
-        float(spec.beta),
-        float(spec.entropy_coef),
-        float(spec.rollout_cap or 0.0),
-    )
-
-
 class VocabShare(NamedTuple):
     """Which columns of every row lie on this rank; shares are adjacent, in the order of the ranks.
 
@@ -208,21 +191,6 @@ class RowInputs(NamedTuple):
     token_ids: torch.Tensor
     temperature: torch.Tensor | float = 1.0
     share: VocabShare | None = None
-
-
-class RowScores(NamedTuple):
-    """Statistics of rows of logits, in the shape of the token ids; 0 where masked.
-
-    Attributes:
-        logprobs: of the sampled tokens.
-        entropy: of the rows' distributions, in nats; empty if not wanted.
-        table: [5, rows] what a backend's gradient pass needs, or fewer rows of it if it is not
-            wanted.
-    """
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    table: torch.Tensor
 
 
 class HeadInputs(NamedTuple):

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
-from mapo_kernels.advantages import advantage_arguments
 from mapo_kernels.inputs import (
     SLOTS,
     RowInputs,
     TokenInputs,
     TokenResults,
     empty_results,
-    loss_arguments,
 )
-from mapo_kernels.logits_kernel import logits_loss_kernel
+from mapo_kernels.logits_kernel import Matrix, logits_loss_kernel
 from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens import counters, group_arguments, loss_flags, normalizer_of, rows_of
+from mapo_kernels.tokens import contiguous, counters, denominator_of, rewards_of, tokens_of
+from mapo_kernels.tokens_device import Batch
 from mapo_kernels.vocab_kernel import share_kernel
 
 # Above it, every row's program counting the mask of the whole batch would cost more than a launch.
@@ -217,76 +216,52 @@ def launch_logits_loss(
 ) -> TokenResults:
     """Loss, results, advantages and, in `out` if given, the gradient: one launch, token level."""
     logits = columns_together(logits)
-    device, vocab = logits.device, logits.shape[-1]
-    packed = inputs.cu_seqlens is not None
-    n_sequences = inputs.n_sequences(logits)
-    length, stride_row, gap = row_layout(logits)
-    n = rows.token_ids.numel()
-    _, stride_out, gap_out = row_layout(logits if out is None else out)
+    n_sequences, n = inputs.n_sequences(logits), rows.token_ids.numel()
     temperature, exponent = _temperature(rows)
-
-    source, normalizer, denominator = normalizer_of(inputs, spec, n_sequences)
-    mask = inputs.mask
-    if source == "count":
-        if mask is None and not packed:
-            source, denominator = "number", float(n)
-        elif mask is not None:
-            mask = mask.contiguous()
-    tensors = [rows.token_ids, *inputs[:4], inputs.loss_weights, mask]
-    tensors = [rows_of(x) for x in tensors]
-    advantage = rows_of(inputs.advantages)
-    per_token = advantage is not None and inputs.per_token(advantage, rows.token_ids)
-    kind = "group" if advantage is None else "token" if per_token else "sequence"
-    strides = [0 if x is None or packed else x.stride(0) for x in tensors]
-    strides.append(1 if not per_token else 0 if packed else advantage.stride(0))  # type: ignore[union-attr]
-    group_tensors, group_size, group_choices = group_arguments(inputs, advantage_spec)
-
+    normalizer, denominator = denominator_of(inputs, spec, n_sequences)
+    if normalizer is denominator is None and inputs.mask is None and inputs.cu_seqlens is None:
+        denominator = float(n)
+    tokens, advantages = tokens_of(inputs, rows.token_ids)
+    rewards, group_size, block_g = rewards_of(inputs.groups)
     tile = tile_of(logits)
     results = empty_results(rows.token_ids, inputs, False)
-    partials = torch.empty(SLOTS * n, dtype=torch.float32, device=device)
+    length = row_layout(logits)[0]
     with on_device_of(logits):
         logits_loss_kernel[(n,)](
-            logits,
-            out,
-            tensors[0],
+            Matrix(logits, *row_layout(logits)[1:]),
+            None if out is None else Matrix(out, *row_layout(out)[1:]),
+            rows.token_ids.contiguous(),
             temperature,
-            *tensors[1:],
-            advantage,
-            *group_tensors,
-            None if inputs.cu_seqlens is None else inputs.cu_seqlens.contiguous(),
-            normalizer,
-            results.loss,
-            results.results,
-            partials,
+            tokens,
+            advantages,
+            rewards,
             results.advantages,
-            counters.get(device),
+            Batch(
+                contiguous(inputs.cu_seqlens),
+                normalizer,
+                denominator,
+                results.loss,
+                results.results,
+                logits.new_empty(SLOTS * n, dtype=torch.float32),
+                counters.get(logits.device),
+            ),
             n_sequences,
             length,
             group_size,
-            denominator,
             float(spec.max_tokens or length),
-            vocab,
-            stride_row,
-            gap,
-            stride_out,
-            gap_out,
-            *strides,
+            logits.shape[-1],
             exponent,
-            *advantage_arguments(advantage_spec),
-            *loss_arguments(spec),
-            HAS_TEMPERATURE=temperature is not None,
-            HAS_BONUS=spec.entropy_coef != 0,
-            HAS_GRAD=out is not None,
-            ADVANTAGE=kind,
-            NORMALIZER=source,
+            spec.numbers,
+            advantage_spec.numbers,
+            LOSS=spec.kind,
+            GROUP=advantage_spec.kind if inputs.groups is not None else None,
             BLOCK_T=_BLOCK_T,
+            BLOCK_G=block_g,
             # Eight numbers a thread.
             BLOCK_P=8 * tile["R"] // SLOTS,
             CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile,
             **_one_program_at_once(tile),
-            **loss_flags(inputs, spec),
-            **group_choices,
         )
     return results

@@ -3,8 +3,10 @@
 The last program to arrive adds what all of them found, in a fixed order.
 """
 
+from typing import Any, NamedTuple
+
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.advantages_kernel import advantage_of_sequence
+from mapo_kernels.advantages_kernel import GroupSums, advantage_of_sequence
 from mapo_kernels.rows_kernel import (
     load_exponent,
     load_target,
@@ -15,21 +17,22 @@ from mapo_kernels.rows_kernel import (
 from mapo_kernels.tokens_device import (
     arrive,
     live_tokens,
-    put_sums,
+    no_scores,
     score_tokens,
     sequence_bounds,
     sequence_statistics,
     token_signal,
+    total_scores,
 )
 
 
 @jit
-def count_live(Mask, begin, end, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr):
+def count_live(Mask, begin, end, BLOCK_T: tl.constexpr):
     """Live tokens of a whole batch, whose mask is contiguous."""
     count = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
-        _, live = live_tokens(Mask, offs, begin, end, end, HAS_MASK)
+        _, live = live_tokens(Mask, 0, offs, begin, end, end)
         count = count + live.to(tl.float32)
     return tl.sum(count, 0)
 
@@ -45,98 +48,58 @@ def sequence_of(CuSeqlens, row, n_sequences, BLOCK_T: tl.constexpr):
     return tl.minimum(tl.sum(ended, 0), n_sequences - 1)
 
 
-# One number per row is read through these strides: their alignment is worth no compilation.
-_TOKEN_STRIDES = ["ids", "old", "ref", "rollout", "weight", "loss_weight", "mask", "advantage"]
+class Matrix(NamedTuple):
+    """Rows of V: pointer, stride of a row, and what is added to it between two sequences."""
+
+    pointer: Any
+    stride: Any
+    gap: Any
 
 
-@jit(
-    do_not_specialize=[
-        "n_sequences",
-        "length",
-        "group_size",
-        *(f"stride_{name}" for name in _TOKEN_STRIDES),
-    ]
-)
+@jit
+def row_of(matrix, row, sequence):
+    """Where a row of a matrix begins."""
+    return matrix.pointer + (row * matrix.stride + sequence * matrix.gap)
+
+
+@jit
+def batch_divisor(batch, Mask, n_sequences, n_rows, BLOCK_T: tl.constexpr):
+    """The batch's denominator, counted here if it is not given."""
+    if batch.normalizer is not None:
+        divisor = tl.load(batch.normalizer).to(tl.float32)
+    elif batch.denominator is not None:
+        divisor = batch.denominator
+    else:
+        first = 0
+        last = n_rows
+        if batch.cu_seqlens is not None:
+            first = tl.maximum(tl.load(batch.cu_seqlens).to(tl.int32), 0)
+            last = tl.minimum(tl.load(batch.cu_seqlens + n_sequences).to(tl.int32), n_rows)
+        divisor = count_live(Mask, first, last, BLOCK_T)
+    return tl.where(divisor <= 0, 1.0, divisor)
+
+
+@jit(do_not_specialize=["n_sequences", "length", "group_size"])
 def logits_loss_kernel(
-    Logits,  # [B, T, V] or [total, V]
-    Grad,  # the same; may be Logits
+    logits,  # Matrix [B, T, V] or [total, V]
+    out,  # Matrix of the gradient, which may be that of the logits; or None
     TokenIds,  # [B, T] or [total], as every token tensor
-    Temperature,  # [B] or [total]
-    Old,
-    Ref,
-    Rollout,
-    Weight,
-    LossWeight,
-    Mask,
-    Advantage,  # [B] or per token
-    Rewards,  # [B]
-    Success,  # [B]
-    GroupIds,  # [B]
-    CuSeqlens,  # [B + 1]
-    Normalizer,  # []
-    Loss,  # []
-    Results,  # [SLOTS]
-    Partials,  # [SLOTS, programs]
+    Temperature,  # [B] or [total], or None
+    tokens,  # Tokens
+    Advantage,  # [B], or None where advantages are the tokens' or come from rewards
+    rewards,  # Rewards, or None
     AdvantageOut,  # [B]
-    Counter,  # [1]
+    batch,  # Batch
     n_sequences,
     length,  # T, or total if packed
     group_size,
-    denominator,
     max_tokens,
     vocab,
-    stride_row,
-    gap,
-    stride_grad,
-    gap_grad,
-    stride_ids,
-    stride_old,
-    stride_ref,
-    stride_rollout,
-    stride_weight,
-    stride_loss_weight,
-    stride_mask,
-    stride_advantage,
-    c,
-    success_threshold,
-    std_correction,
-    eps,
-    fixed_certainty,
-    max_abs,
-    eps_low,
-    eps_high,
-    dual_clip,
-    eps_high_cispo,
-    sapo_tau_pos,
-    sapo_tau_neg,
-    beta,
-    entropy_coef,
-    rollout_cap,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ROLLOUT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_LOSS_WEIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_BONUS: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    PACKED: tl.constexpr,
-    ADVANTAGE: tl.constexpr,  # "group", "sequence" or "token"
-    LAYOUT: tl.constexpr,
-    NORMALIZER: tl.constexpr,  # "tensor", "number" or "count"
-    LENGTH_WEIGHT: tl.constexpr,  # "one", "mean" or "fixed"
-    SCORE_ALL: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
-    HAS_DUAL_CLIP: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
-    KL_CORRECTION: tl.constexpr,
-    HAS_SUCCESS: tl.constexpr,
-    HAS_MAX_ABS: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
-    CERTAINTY: tl.constexpr,
-    APD: tl.constexpr,
-    SLOTS: tl.constexpr,
+    c,  # log2(e) / temperature, where that is one number
+    numbers,  # LossNumbers
+    group_numbers,  # AdvantageNumbers
+    LOSS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -147,107 +110,78 @@ def logits_loss_kernel(
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
-    n_programs = tl.num_programs(0)
+    n_rows = tl.num_programs(0)
     sequence = row // length
-    position = row % length
-    if PACKED:
-        sequence = sequence_of(CuSeqlens, row, n_sequences, BLOCK_T)
-    begin, end, cover, limit = sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED)
-    wide = sequence.to(tl.int64)
-    offs = position + tl.arange(0, 1)  # [1], as everything about the token
-    Old = Old + wide * stride_old if HAS_OLD else Old
-    Ref = Ref + wide * stride_ref if HAS_REF else Ref
-    Rollout = Rollout + wide * stride_rollout if HAS_ROLLOUT else Rollout
-    Weight = Weight + wide * stride_weight if HAS_WEIGHT else Weight
-    RowMask = Mask + wide * stride_mask if HAS_MASK else Mask
-    Advantage = Advantage + wide * stride_advantage if ADVANTAGE != "group" else Advantage
-    inside, live = live_tokens(RowMask, offs, begin, end, limit, HAS_MASK)
+    begin = sequence * length
+    end = begin + length
+    if batch.cu_seqlens is not None:
+        sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
+        begin, end, cover, limit = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, n_rows)
+    offs = row + tl.arange(0, 1)  # [1], as everything about the token
+    inside, live = live_tokens(tokens.mask, 0, offs, begin, end, n_rows)
 
-    sums = tl.zeros([SLOTS], tl.float32)
+    group = None
     advantage = tl.full([], 1.0, tl.float32)
-    if ADVANTAGE == "group":
+    if rewards.reward is not None:
+        nothing = tl.full([], 0.0, tl.float32)
+        group = GroupSums(nothing, nothing, nothing, nothing, nothing)
         # Every sequence's first row speaks for it, be it masked or not.
-        if tl.max((live | (offs == 0)).to(tl.int32), 0) > 0:
-            advantage, sums = advantage_of_sequence(
-                Rewards, Success, GroupIds, AdvantageOut, sequence, position, n_sequences,
-                group_size, success_threshold, std_correction, eps, fixed_certainty, max_abs,
-                SLOTS, BLOCK_G, LAYOUT, HAS_SUCCESS, HAS_MAX_ABS, ESTIMATOR, CERTAINTY, APD,
+        if tl.max((live | (offs == begin)).to(tl.int32), 0) > 0:
+            advantage, group = advantage_of_sequence(
+                rewards, AdvantageOut, sequence, row - begin, n_sequences, group_size,
+                group_numbers, GROUP, BLOCK_G,
             )  # fmt: skip
-    elif ADVANTAGE == "sequence":
-        advantage = tl.load(Advantage).to(tl.float32)
+    elif Advantage is not None:
+        advantage = tl.load(Advantage + sequence).to(tl.float32)
     candidates = live
-    if not SCORE_ALL:
+    if not LOSS.score_all:
         candidates = live & (tl.where(live, advantage, 0.0) != 0)
-    advantages, weight, scored = token_signal(
-        Weight, Advantage, offs, inside, candidates, advantage,
-        HAS_WEIGHT, ADVANTAGE, SCORE_ALL, False,
-    )  # fmt: skip
-    active = tl.sum(live.to(tl.float32), 0)
-    sums = tl.where(tl.arange(0, SLOTS) == 1, active, sums)
+    advantages, weight, scored = token_signal(tokens, 0, offs, inside, candidates, advantage, LOSS)
+    active = live.to(tl.float32)
+    sums = total_scores(no_scores(1), active, 1.0)
 
-    Out = Grad
-    if HAS_GRAD:
-        Out = Grad + (row.to(tl.int64) * stride_grad + wide * gap_grad)
+    wide, wide_sequence = row.to(tl.int64), sequence.to(tl.int64)
     if tl.max(scored.to(tl.int32), 0) > 0:
-        Row = Logits + (row.to(tl.int64) * stride_row + wide * gap)
-        target = load_target(TokenIds + wide * stride_ids + position, vocab)
-        c = load_exponent(Temperature, row if PACKED else sequence, c, HAS_TEMPERATURE)
+        Row = row_of(logits, wide, wide_sequence)
+        target = load_target(TokenIds + row, vocab)
+        if Temperature is not None:
+            index = sequence if batch.cu_seqlens is None else row
+            c = load_exponent(Temperature, index, c, True)
         reference, total, logp, rest, entropy = row_statistics(
             Row, target, vocab, c, True, R, A, WIDE
         )
         zero = tl.zeros([1], tl.float32)
-        loss, d_log_ratio, d_logp, ratio, new_kl, ref_kl, one, low, high = score_tokens(
-            zero + logp, Old, Ref, Rollout, offs, inside, scored, advantages, weight,
-            zero + entropy, 0.0, eps_low, eps_high, dual_clip, eps_high_cispo, sapo_tau_pos,
-            sapo_tau_neg, beta, entropy_coef, rollout_cap, HAS_OLD, HAS_REF, HAS_ROLLOUT,
-            HAS_BONUS, False, OBJECTIVE, HAS_DUAL_CLIP, KL_ESTIMATOR, KL_CORRECTION,
+        scores, d_log_ratio, d_logp = score_tokens(
+            zero + logp, tokens, 0, offs, inside, scored, advantages, weight, zero + entropy, 0.0,
+            numbers, LOSS,
         )  # fmt: skip
         scale = 1.0
-        if LENGTH_WEIGHT == "mean":
-            n_live, mean, signal = sequence_statistics(
-                Mask, Mask, RowMask, Mask, Mask, begin, end,
-                False, HAS_MASK, False, "sequence", False, BLOCK_T,
-            )  # fmt: skip
+        if LOSS.length_weight == "mean":
+            n_live, mean, signal = sequence_statistics(zero, tokens, 0, begin, end, False, BLOCK_T)
             scale = 1.0 / n_live
-        elif LENGTH_WEIGHT == "fixed":
+        elif LOSS.length_weight == "fixed":
             scale = 1.0 / max_tokens
-        if HAS_LOSS_WEIGHT:
-            scale = scale * tl.load(LossWeight + wide * stride_loss_weight + position).to(
-                tl.float32
-            )
-        sums = put_sums(
-            sums, tl.sum(loss, 0) * scale, active, tl.sum(one, 0), tl.sum(low, 0),
-            tl.sum(high, 0), tl.sum(ratio, 0), tl.sum(new_kl, 0), tl.sum(ref_kl, 0), entropy,
-            tl.max(ratio, 0), SLOTS,
-        )  # fmt: skip
-        if HAS_GRAD:
-            divisor = denominator
-            if NORMALIZER == "tensor":
-                divisor = tl.load(Normalizer).to(tl.float32)
-            elif NORMALIZER == "count":
-                first = 0
-                last = n_programs
-                if PACKED:
-                    first = tl.maximum(tl.load(CuSeqlens).to(tl.int32), 0)
-                    last = tl.load(CuSeqlens + n_sequences).to(tl.int32)
-                    last = tl.minimum(last, n_programs)
-                divisor = count_live(Mask, first, last, HAS_MASK, BLOCK_T)
-            scale = scale / tl.where(divisor <= 0, 1.0, divisor)
+        sums = total_scores(scores, active, scale)
+        if out is not None:
+            scale = scale / batch_divisor(batch, tokens.mask, n_sequences, n_rows, BLOCK_T)
             slope = tl.sum(d_logp + d_log_ratio, 0) * scale
             has_slope = 1
-            if not HAS_BONUS:
+            bonus = 0.0
+            if numbers.entropy_coef is not None:
+                bonus = numbers.entropy_coef * scale
+                if tokens.loss_weight is not None:
+                    bonus = bonus * tl.load(tokens.loss_weight + row).to(tl.float32)
+            else:
                 has_slope = tl.where(slope != 0, 1, 0)
+            Out = row_of(out, wide, wide_sequence)
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    entropy_coef * scale, HAS_BONUS, R, A, WIDE, CONVERTS,
+                    bonus, numbers.entropy_coef is not None, R, A, WIDE, CONVERTS,
                 )  # fmt: skip
             else:
                 write_zeros(Out, vocab, R, A, WIDE)
-    elif HAS_GRAD:
-        write_zeros(Out, vocab, R, A, WIDE)
+    elif out is not None:
+        write_zeros(row_of(out, wide, wide_sequence), vocab, R, A, WIDE)
 
-    arrive(
-        sums, Partials, Counter, Normalizer, Loss, Results, row, n_programs, denominator,
-        NORMALIZER, SLOTS, BLOCK_P,
-    )  # fmt: skip
+    arrive(sums, group, batch, row, n_rows, BLOCK_P)

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mapo_kernels.formula import AdvantageNumbers, LossNumbers
+
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -95,6 +97,30 @@ def _kind(value: Any) -> str:
     return "int" if isinstance(value, int) else "float"
 
 
+@dataclass(frozen=True)
+class AdvantageKind:
+    """What a kernel is compiled for; numbers and tensors that are absent are None."""
+
+    estimator: str
+    certainty: str
+    apd: str
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """What a kernel is compiled for; numbers and tensors that are absent are None."""
+
+    objective: str
+    kl_estimator: str
+    kl_correction: bool
+    sequence_level: bool
+    score_all: bool
+    length_weight: str  # "one", "mean" or "fixed"
+
+
+LENGTH_WEIGHTS = {"seq-mean-token-mean": "mean", "seq-mean-token-sum-norm": "fixed"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSpec(_Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
@@ -143,6 +169,22 @@ class AdvantageSpec(_Packable):
         require_choice("apd", self.apd, APD_DENOMINATORS)
         if self.max_abs is not None:
             require_number("max_abs", self.max_abs, 0.0, open_low=True)
+
+    @property
+    def kind(self) -> AdvantageKind:
+        """The compile-time choices."""
+        return AdvantageKind(self.estimator, self.certainty_mode, self.apd)
+
+    @property
+    def numbers(self) -> AdvantageNumbers:
+        """The run-time numbers."""
+        return AdvantageNumbers(
+            float(self.success_threshold),
+            float(self.std_correction),
+            float(self.eps),
+            self.certainty_value,
+            self.max_abs if self.max_abs is None else float(self.max_abs),
+        )
 
     @property
     def certainty_mode(self) -> str:
@@ -243,6 +285,33 @@ class LossSpec(_Packable):
                 raise TypeError(f"max_tokens: expected an int, got {describe(self.max_tokens)}")
             if self.max_tokens < 1:
                 raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+
+    @property
+    def kind(self) -> LossKind:
+        """The compile-time choices."""
+        return LossKind(
+            self.objective,
+            self.kl_estimator,
+            self.kl_importance_correction,
+            self.importance_level == "sequence",
+            self.needs_every_token,
+            LENGTH_WEIGHTS.get(self.aggregation, "one"),
+        )
+
+    @property
+    def numbers(self) -> LossNumbers:
+        """The run-time numbers; None where the loss has no such term."""
+        return LossNumbers(
+            float(self.eps_low),
+            float(self.eps_high),
+            None if self.dual_clip is None else float(self.dual_clip),
+            float(self.eps_high_cispo),
+            float(self.sapo_tau_pos),
+            float(self.sapo_tau_neg),
+            float(self.beta),
+            None if self.entropy_coef == 0 else float(self.entropy_coef),
+            None if self.rollout_cap is None else float(self.rollout_cap),
+        )
 
     @property
     def needs_every_token(self) -> bool:

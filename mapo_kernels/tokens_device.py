@@ -1,42 +1,130 @@
 """Device functions about tokens: which are live, which are scored, the formula, the last sum."""
 
+from typing import Any, NamedTuple
+
 from mapo_kernels._triton import jit, tl
+from mapo_kernels.advantages_kernel import GroupSums
 from mapo_kernels.formula import approx_kl, rollout_weight, token_loss
 
 
+class Tokens(NamedTuple):
+    """Tensors with a number per token, contiguous; None where a call has none."""
+
+    old: Any = None
+    ref: Any = None
+    rollout: Any = None
+    weight: Any = None
+    entropy: Any = None
+    loss_weight: Any = None
+    mask: Any = None
+    advantage: Any = None
+
+
+class Batch(NamedTuple):
+    """What programs share; the denominator is a tensor, a number, or (both None) counted."""
+
+    cu_seqlens: Any
+    normalizer: Any
+    denominator: Any
+    loss: Any  # []
+    results: Any  # [SLOTS]
+    partials: Any  # [SLOTS, programs]
+    counter: Any  # [1]
+
+
+class Scores(NamedTuple):
+    """Of each token what the loss and the metrics add up; of a program, the sums (and the maximum).
+
+    Fields are named as the slots of `results`; there, the first is 1 over the denominator.
+    """
+
+    loss: Any
+    active_tokens: Any
+    scored_tokens: Any
+    clip_fraction_low: Any
+    clip_fraction_high: Any
+    ratio_mean: Any
+    approx_kl: Any
+    ref_kl: Any
+    entropy: Any
+    ratio_max: Any
+
+
+def _constant(x):
+    return None if tl.constexpr is None else tl.constexpr(x)
+
+
+NAMES = (*Scores._fields, *GroupSums._fields)
+SLOTS, N_SCORES, N_NAMES = _constant(16), _constant(len(Scores._fields)), _constant(len(NAMES))
+ACTIVE = _constant(NAMES.index("active_tokens"))
+SCORED = _constant(NAMES.index("scored_tokens"))
+RATIO_MAX = _constant(NAMES.index("ratio_max"))
+LAMBDA_MEAN = _constant(NAMES.index("lambda_mean"))
+GROUPS = _constant(NAMES.index("active_groups"))
+
+
 @jit
-def load_row(X, offs, inside, live):
-    """One block of a row in float32; what is not live reads as 0, whatever lies there."""
+def no_scores(BLOCK_T: tl.constexpr):
+    """The sums over no token."""
+    zero = tl.zeros([BLOCK_T], tl.float32)
+    return Scores(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+
+
+@jit
+def add_scores(s, x):
+    """Sums `s` and what a block of tokens adds, but for the active ones."""
+    return Scores(
+        s.loss + x.loss,
+        s.active_tokens,
+        s.scored_tokens + x.scored_tokens,
+        s.clip_fraction_low + x.clip_fraction_low,
+        s.clip_fraction_high + x.clip_fraction_high,
+        s.ratio_mean + x.ratio_mean,
+        s.approx_kl + x.approx_kl,
+        s.ref_kl + x.ref_kl,
+        s.entropy + x.entropy,
+        tl.maximum(s.ratio_max, x.ratio_max),
+    )
+
+
+@jit
+def total_scores(s, active, scale):
+    """The sums of a program over its lanes."""
+    return Scores(
+        tl.sum(s.loss, 0) * scale,
+        tl.sum(active, 0),
+        tl.sum(s.scored_tokens, 0),
+        tl.sum(s.clip_fraction_low, 0),
+        tl.sum(s.clip_fraction_high, 0),
+        tl.sum(s.ratio_mean, 0),
+        tl.sum(s.approx_kl, 0),
+        tl.sum(s.ref_kl, 0),
+        tl.sum(s.entropy, 0),
+        tl.max(s.ratio_max, 0),
+    )
+
+
+@jit
+def load_row(X, row, offs, inside, live):
+    """One block of the row that starts at `row`, in float32; 0 where not live."""
     # Loading under `inside` alone keeps the accesses wide; `live` is known per element only.
-    x = tl.load(X + offs, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + row + offs, mask=inside, other=0.0).to(tl.float32)
     return tl.where(live, x, 0.0)
 
 
 @jit
-def live_tokens(Mask, offs, begin, end, limit, HAS_MASK: tl.constexpr):
+def live_tokens(Mask, row, offs, begin, end, limit):
     """Which lanes lie in the row's allocation, and which are live tokens of the sequence."""
     inside = offs < limit
     live = inside & (offs >= begin) & (offs < end)
-    if HAS_MASK:
-        live = live & (tl.load(Mask + offs, mask=inside, other=0) != 0)
+    if Mask is not None:
+        live = live & (tl.load(Mask + row + offs, mask=inside, other=0) != 0)
     return inside, live
 
 
 @jit
 def sequence_statistics(
-    Logp,
-    Old,
-    Mask,
-    Weight,
-    Advantage,
-    begin,
-    end,
-    HAS_OLD: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ADVANTAGE: tl.constexpr,
-    SEQUENCE_LEVEL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """Live tokens of a sequence, the mean of logp - old over them, and their largest |A w|."""
     count = tl.zeros([BLOCK_T], tl.float32)
@@ -44,41 +132,33 @@ def sequence_statistics(
     signal = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
-        inside, live = live_tokens(Mask, offs, begin, end, end, HAS_MASK)
+        inside, live = live_tokens(tokens.mask, row, offs, begin, end, end)
         count = count + live.to(tl.float32)
         if SEQUENCE_LEVEL:
-            logp = load_row(Logp, offs, inside, live)
+            logp = load_row(Logp, row, offs, inside, live)
             old = logp
-            if HAS_OLD:
-                old = load_row(Old, offs, inside, live)
+            if tokens.old is not None:
+                old = load_row(tokens.old, row, offs, inside, live)
             total = total + (logp - old)
             strength = live.to(tl.float32)
-            if ADVANTAGE == "token":
-                strength = strength * tl.abs(load_row(Advantage, offs, inside, live))
-            if HAS_WEIGHT:
-                strength = strength * tl.abs(load_row(Weight, offs, inside, live))
+            if tokens.advantage is not None:
+                strength = strength * tl.abs(load_row(tokens.advantage, row, offs, inside, live))
+            if tokens.weight is not None:
+                strength = strength * tl.abs(load_row(tokens.weight, row, offs, inside, live))
             signal = tl.maximum(signal, strength)
     n_live = tl.maximum(tl.sum(count, 0), 1.0)
     return n_live, tl.sum(total, 0) / n_live, tl.max(signal, 0)
 
 
 @jit
-def finish(
-    Partials,
-    Normalizer,
-    Loss,
-    Results,
-    n_programs,
-    denominator,
-    NORMALIZER: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Add every program's sums in a fixed order and turn them into the loss and the metrics.
+def slot(values, slots, NAME: tl.constexpr):
+    """One of the values [SLOTS], by name."""
+    return tl.sum(tl.where(slots == NAME, values, 0.0), 0)
 
-    Slots are numbered as `mapo_kernels.inputs.RESULTS` names them; slot 0 comes in as the sum of
-    the loss, and slot 14 counts the groups.
-    """
+
+@jit
+def finish(batch, n_programs, BLOCK_P: tl.constexpr):
+    """Add every program's sums in a fixed order and turn them into the loss and the metrics."""
     slots = tl.arange(0, SLOTS)
     sums = tl.zeros([SLOTS, BLOCK_P], tl.float32)
     maxima = tl.zeros([SLOTS, BLOCK_P], tl.float32)
@@ -86,7 +166,7 @@ def finish(
         offs_p = start + tl.arange(0, BLOCK_P)[None, :]
         # Other programs wrote these: read them where they are coherent, in L2.
         x = tl.load(
-            Partials + slots[:, None] * n_programs + offs_p,
+            batch.partials + slots[:, None] * n_programs + offs_p,
             mask=offs_p < n_programs,
             other=0.0,
             cache_modifier=".cg",
@@ -94,88 +174,51 @@ def finish(
         sums = sums + x
         maxima = tl.maximum(maxima, x)
     totals = tl.sum(sums, 1)  # [SLOTS]
-    active = tl.sum(tl.where(slots == 1, totals, 0.0), 0)
-    scored = tl.sum(tl.where(slots == 2, totals, 0.0), 0)
-    n_groups = tl.sum(tl.where(slots == 14, totals, 0.0), 0)
-    if NORMALIZER == "tensor":
-        denominator = tl.load(Normalizer).to(tl.float32)
-    elif NORMALIZER == "count":
-        denominator = active
+    active = slot(totals, slots, ACTIVE)
+    denominator = active
+    if batch.normalizer is not None:
+        denominator = tl.load(batch.normalizer).to(tl.float32)
+    elif batch.denominator is not None:
+        denominator = batch.denominator
     # A NaN stays: ranks that disagree are told by it.
     denominator = tl.where(denominator <= 0, 1.0, denominator)
-    is_token_mean = (slots >= 3) & (slots <= 8)
-    is_group_mean = (slots == 10) | (slots == 11)
+    is_token_mean = (slots > SCORED) & (slots < RATIO_MAX)
+    is_group_mean = (slots > RATIO_MAX) & (slots <= LAMBDA_MEAN)
+    scored, n_groups = slot(totals, slots, SCORED), slot(totals, slots, GROUPS)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
     results = totals / tl.maximum(divisor, 1.0)
-    results = tl.where(slots == 9, tl.max(maxima, 1), results)
+    results = tl.where(slots == RATIO_MAX, tl.max(maxima, 1), results)
     results = tl.where(slots == 0, 1.0 / denominator, results)
-    tl.store(Results + slots, results)
-    tl.store(Loss, tl.sum(tl.where(slots == 0, totals, 0.0), 0) / denominator)
+    tl.store(batch.results + slots, results)
+    tl.store(batch.loss, slot(totals, slots, 0) / denominator)
 
 
 @jit
-def put_sums(
-    sums,
-    loss,
-    active,
-    scored,
-    low,
-    high,
-    ratio,
-    new_kl,
-    ref_kl,
-    entropy,
-    ratio_max,
-    SLOTS: tl.constexpr,
-):
-    """A program's sums [SLOTS] over its tokens, beside those about groups, which are there."""
-    slots = tl.arange(0, SLOTS)
-    sums = tl.where(slots == 0, loss, sums)
-    sums = tl.where(slots == 1, active, sums)
-    sums = tl.where(slots == 2, scored, sums)
-    sums = tl.where(slots == 3, low, sums)
-    sums = tl.where(slots == 4, high, sums)
-    sums = tl.where(slots == 5, ratio, sums)
-    sums = tl.where(slots == 6, new_kl, sums)
-    sums = tl.where(slots == 7, ref_kl, sums)
-    sums = tl.where(slots == 8, entropy, sums)
-    return tl.where(slots == 9, ratio_max, sums)
-
-
-@jit
-def arrive(
-    sums,
-    Partials,
-    Counter,
-    Normalizer,
-    Loss,
-    Results,
-    pid,
-    n_programs,
-    denominator,
-    NORMALIZER: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+def arrive(scores, group, batch, pid, n_programs, BLOCK_P: tl.constexpr):
     """Leave a program's sums; the last program to do so finishes the batch."""
-    tl.store(Partials + tl.arange(0, SLOTS) * n_programs + pid, sums)
+    slots = tl.arange(0, SLOTS)
+    values = tl.zeros([SLOTS], tl.float32)
+    for i in tl.static_range(N_SCORES):
+        values = tl.where(slots == i, scores[i], values)
+    if group is not None:
+        for i in tl.static_range(N_SCORES, N_NAMES):
+            values = tl.where(slots == i, group[i - N_SCORES], values)
+    tl.store(batch.partials + slots * n_programs + pid, values)
     # The barrier and the release make this program's sums visible before its arrival is.
     tl.debug_barrier()
-    if tl.atomic_add(Counter, 1, sem="acq_rel") == n_programs - 1:
-        finish(
-            Partials, Normalizer, Loss, Results, n_programs, denominator, NORMALIZER, SLOTS, BLOCK_P
-        )
-        tl.store(Counter, 0)
+    if tl.atomic_add(batch.counter, 1, sem="acq_rel") == n_programs - 1:
+        finish(batch, n_programs, BLOCK_P)
+        tl.store(batch.counter, 0)
 
 
 @jit
-def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constexpr):
+def sequence_bounds(CuSeqlens, sequence, n_sequences, length):
     """Where a sequence's tokens begin and end, and the span of gradient its programs write."""
     begin = 0
     end = length
     cover = 0
     limit = length
-    if PACKED:
+    if CuSeqlens is not None:
         begin = tl.minimum(tl.maximum(tl.load(CuSeqlens + sequence).to(tl.int32), 0), length)
         end = tl.load(CuSeqlens + sequence + 1).to(tl.int32)
         end = tl.minimum(tl.maximum(end, begin), length)
@@ -186,94 +229,61 @@ def sequence_bounds(CuSeqlens, sequence, n_sequences, length, PACKED: tl.constex
 
 
 @jit
-def token_signal(
-    Weight,
-    Advantage,
-    offs,
-    inside,
-    candidates,
-    sequence_advantage,
-    HAS_WEIGHT: tl.constexpr,
-    ADVANTAGE: tl.constexpr,
-    SCORE_ALL: tl.constexpr,
-    SEQUENCE_LEVEL: tl.constexpr,
-):
+def token_signal(tokens, row, offs, inside, candidates, sequence_advantage, LOSS: tl.constexpr):
     """Advantage and weight of a block of tokens, 0 where not live, and which of them to score."""
     advantage = tl.where(candidates, sequence_advantage, 0.0)
-    if ADVANTAGE == "token":
-        advantage = load_row(Advantage, offs, inside, candidates)
+    if tokens.advantage is not None:
+        advantage = load_row(tokens.advantage, row, offs, inside, candidates)
     weight = candidates.to(tl.float32)
-    if HAS_WEIGHT:
-        weight = load_row(Weight, offs, inside, candidates)
+    if tokens.weight is not None:
+        weight = load_row(tokens.weight, row, offs, inside, candidates)
     scored = candidates
-    if not SCORE_ALL and not SEQUENCE_LEVEL:
+    if not LOSS.score_all and not LOSS.sequence_level:
         scored = candidates & (advantage != 0) & (weight != 0)
     return advantage, weight, scored
 
 
 @jit
 def score_tokens(
-    logp,
-    Old,
-    Ref,
-    Rollout,
-    offs,
-    inside,
-    scored,
-    advantage,
-    weight,
-    entropy,
-    mean_log_ratio,
-    eps_low,
-    eps_high,
-    dual_clip,
-    eps_high_cispo,
-    sapo_tau_pos,
-    sapo_tau_neg,
-    beta,
-    entropy_coef,
-    rollout_cap,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ROLLOUT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    SEQUENCE_LEVEL: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
-    HAS_DUAL_CLIP: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
-    KL_CORRECTION: tl.constexpr,
-):
+    logp, tokens, row, offs, inside, scored, advantage, weight, entropy, mean_log_ratio, numbers,
+    LOSS: tl.constexpr,
+):  # fmt: skip
     """Apply the formula to one block of tokens; everything returned is 0 where not scored.
 
     It is 0 there because whatever comes in is: with advantage, weight and all log-probs 0 every
     term of the formula is 0, but for the ratio and the slope of k1, both of them 1.
     """
     old = logp
-    if HAS_OLD:
-        old = load_row(Old, offs, inside, scored)
-    ref = logp
-    if HAS_REF:
-        ref = load_row(Ref, offs, inside, scored)
-    if HAS_ROLLOUT:
-        rollout = load_row(Rollout, offs, inside, scored)
-        weight = weight * rollout_weight(old, rollout, rollout_cap)
+    if tokens.old is not None:
+        old = load_row(tokens.old, row, offs, inside, scored)
+    ref = None
+    if tokens.ref is not None:
+        ref = load_row(tokens.ref, row, offs, inside, scored)
+    if tokens.rollout is not None:
+        rollout = load_row(tokens.rollout, row, offs, inside, scored)
+        weight = weight * rollout_weight(old, rollout, numbers.rollout_cap)
+    bonus = None
+    if numbers.entropy_coef is not None:
+        bonus = entropy
     log_ratio = logp - old
     level_ratio = log_ratio
-    if SEQUENCE_LEVEL:
+    if LOSS.sequence_level:
         level_ratio = tl.where(scored, mean_log_ratio, 0.0)
-    loss, d_log_ratio, d_logp, ratio, kl, clipped_low, clipped_high = token_loss(
-        logp, level_ratio, ref, advantage, weight, entropy, eps_low, eps_high, dual_clip,
-        eps_high_cispo, sapo_tau_pos, sapo_tau_neg, beta, entropy_coef,
-        OBJECTIVE, HAS_DUAL_CLIP, HAS_REF, HAS_ENTROPY, KL_ESTIMATOR, KL_CORRECTION,
-    )  # fmt: skip
-    return (
+    t = token_loss(logp, level_ratio, ref, advantage, weight, bonus, numbers, LOSS)
+    loss, d_log_ratio, d_logp = t.loss, t.d_log_ratio, tl.where(scored, t.d_logp, 0.0)
+    if tokens.loss_weight is not None:
+        factor = load_row(tokens.loss_weight, row, offs, inside, scored)
+        loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
+    scores = Scores(
         loss,
-        d_log_ratio,
-        tl.where(scored, d_logp, 0.0),
-        tl.where(scored, ratio, 0.0),
-        approx_kl(log_ratio),
-        kl,
+        0.0,
         scored.to(tl.float32),
-        clipped_low.to(tl.float32),
-        clipped_high.to(tl.float32),
+        t.clipped_low.to(tl.float32),
+        t.clipped_high.to(tl.float32),
+        tl.where(scored, t.ratio, 0.0),
+        approx_kl(log_ratio),
+        t.ref_kl,
+        entropy,
+        tl.where(scored, t.ratio, 0.0),
     )
+    return scores, d_log_ratio, d_logp

@@ -13,7 +13,7 @@ from mapo_kernels.advantages import (
     group_metrics,
     result_dtype,
 )
-from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults, loss_arguments
+from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # Some hundred elementwise operations touch every token: chunks that stay in the cache are more than
@@ -149,21 +149,17 @@ def _score_chunk(
     if spec.importance_level == "sequence":
         mean = layout.sum(log_ratio) / n_live.clamp(min=1.0)
         level_ratio = layout.spread(mean).where(scored, 0.0)
-    loss, d_log_ratio, d_logp, ratio, ref_kl, clipped_low, clipped_high = twin.token_loss(
+    found = twin.token_loss(
         logp,
         level_ratio,
-        ref,
+        None if inputs.ref_logprobs is None else ref,
         advantage,
         weight,
-        entropy,
-        *loss_arguments(spec)[:-1],
-        spec.objective,
-        spec.dual_clip is not None,
-        inputs.ref_logprobs is not None,
-        inputs.entropy is not None,
-        spec.kl_estimator,
-        spec.kl_importance_correction,
+        entropy if inputs.entropy is not None and spec.entropy_coef else None,
+        spec.numbers,
+        spec.kind,
     )
+    loss, d_log_ratio, d_logp, ratio, ref_kl, clipped_low, clipped_high = found
     if inputs.loss_weights is not None:
         factor = clean(inputs.loss_weights, scored, logp)
         loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor

@@ -6,7 +6,7 @@ import torch
 
 from mapo_kernels import formula, twin
 from mapo_kernels._triton import is_device_function
-from mapo_kernels.spec import CERTAINTIES, OBJECTIVES
+from mapo_kernels.spec import CERTAINTIES, OBJECTIVES, AdvantageSpec, LossSpec
 
 
 def relative_error(approximation, function, x):
@@ -37,7 +37,7 @@ def test_exp_is_accurate_far_from_zero():
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-14), (torch.float32, 8e-6)])
 def test_k3_and_its_slope_do_not_cancel_near_zero(dtype, bound):
     d = points(dtype)
-    value, slope = twin.kl_term(torch.zeros_like(d), d, "k3")
+    value, slope = twin.kl_term(torch.zeros_like(d), d, LossSpec(kl_estimator="k3").kind)
     assert relative_error(value, lambda v: mpmath.expm1(v) - v, d) < bound
     assert relative_error(slope, lambda v: -mpmath.expm1(v), d) < 2e-7 + bound
     assert relative_error(
@@ -45,9 +45,17 @@ def test_k3_and_its_slope_do_not_cancel_near_zero(dtype, bound):
     ) < max(bound, 1e-14)
 
 
-def settings(objective, dual, kl, corrected):
-    numbers = (0.2, 0.28, 3.0, 1.4, 1.0, 1.05, 0.3, 0.01)
-    return (*numbers, objective, dual, kl is not None, True, kl, corrected)
+def spec_of(objective, dual, kl, corrected):
+    return LossSpec(
+        objective=objective,
+        eps_high=0.28,
+        dual_clip=3.0 if dual else None,
+        eps_high_cispo=1.4,
+        beta=0.3,
+        entropy_coef=0.01,
+        kl_estimator=kl or "k3",
+        kl_importance_correction=corrected,
+    )
 
 
 CASES = [
@@ -68,7 +76,9 @@ def test_derivatives_are_those_of_the_value(case):
     advantage = torch.tensor([1.5, -0.7], dtype=torch.float64).repeat_interleave(41)
     weight = torch.full_like(advantage, 0.6)
     entropy = torch.linspace(0.0, 3.0, 82, dtype=torch.float64)
-    out = twin.token_loss(logp, log_ratio, ref, advantage, weight, entropy, *settings(*case))
+    spec = spec_of(*case)
+    ref = None if case[2] is None else ref
+    out = twin.token_loss(logp, log_ratio, ref, advantage, weight, entropy, spec.numbers, spec.kind)
     loss, d_log_ratio, d_logp = out[:3]
     grads = torch.autograd.grad(loss.sum(), (log_ratio, logp), allow_unused=True)
     expected = [
@@ -77,7 +87,9 @@ def test_derivatives_are_those_of_the_value(case):
     if case[0] == "cispo":
         # The ratio is a constant of the objective; autograd through the value does not know.
         d_policy = -weight * log_ratio.exp().clamp(max=1.4).detach() * advantage
-        assert_kl_only(d_log_ratio, expected[0], d_logp - d_policy, case, ref - logp)
+        assert_kl_only(
+            d_log_ratio, expected[0], d_logp - d_policy, case, None if ref is None else ref - logp
+        )
         return
     torch.testing.assert_close(d_log_ratio, expected[0])
     torch.testing.assert_close(d_logp, expected[1])
@@ -107,7 +119,7 @@ def test_certainty_functions(certainty):
         "entropy": torch.tensor([float(e) for e in entropy], dtype=torch.float64),
         "step": torch.tensor([1, 1, 0, 0, 0, 1, 1], dtype=torch.float64),
     }[certainty]
-    actual = twin.certainty_weight(p, 0.0, certainty)
+    actual = twin.certainty_weight(p, 0.0, AdvantageSpec(certainty=certainty).kind)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
     assert actual.min() >= 0 and actual.max() <= 1
 

@@ -80,7 +80,22 @@ def test_without_triton_everything_runs_on_the_eager_backend():
         "except RuntimeError as error: print(error)\n"
     )
     assert "eager (setting auto; Triton is not installed)" in out
-    assert "backend 'triton': expected Triton to be installed" in out
+    assert "backend 'triton': expected a Triton that can be used, got Triton is not inst" in out
+
+
+@pytest.mark.parametrize(("package", "version"), [("torch", "2.9.1"), ("triton", "3.5.0")])
+def test_what_is_too_old_for_the_kernels_leaves_the_eager_backend(package, version):
+    out = run_python(
+        f"import {package}; {package}.__version__ = '{version}'\n"
+        "import torch, mapo_kernels as mk\n"
+        "assert mk.group_advantages(torch.rand(4), group_size=2).shape == (4,)\n"
+        "print(mk.describe_backend())\n"
+        "try:\n"
+        "    mk.resolve_backend('cuda')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    fault = f"{package} {version} (expected"
+    assert f"eager (setting auto; {fault}" in out and f"got {fault}" in out
 
 
 def test_importing_does_no_work():
