@@ -119,6 +119,7 @@ def mapo_loss_from_logits(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        logits.dtype,
     )
     split = _split_of(logits, vocab_group, spec)
     rows = gather_rows(token_ids, temperature, inputs, logits.shape[-1], split)

@@ -77,16 +77,24 @@ def _reduce_table(table: torch.Tensor) -> dict[str, torch.Tensor]:
     for name, values in by_name.items():
         if name in _SUMS:
             value = values.sum()
-        elif name == "ratio_max":
-            value = values.amax()
         else:
+            # A rank that speaks of nothing has a NaN; so have all if none of them does.
             weights = by_name["active_groups" if name in _GROUP_MEANS else "scored_tokens"]
-            value = (values * weights).sum() / weights.sum().clamp(min=1.0)
+            if name == "ratio_max":
+                value = values.where(weights > 0, -torch.inf).amax()
+                value = value.where(weights.sum() > 0, torch.nan)
+            else:
+                value = sum_behind(values, weights).sum() / weights.sum()
         if name in GROUP_METRICS:
             # Where the groups are those of all ranks, every rank that has metrics has this value.
             value = values.amax().where(across_ranks, value)
         reduced[name] = value
     return reduced
+
+
+def sum_behind(mean: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The sum that a mean over `count` things was taken of: 0 where it is over nothing, and NaN."""
+    return (mean * count).where(count > 0, 0.0)
 
 
 def as_metrics(values: dict[str, torch.Tensor], across_ranks: bool) -> dict[str, torch.Tensor]:
