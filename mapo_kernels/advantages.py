@@ -222,7 +222,11 @@ class _Groups:
     """Goes between rows and groups: contiguous groups as a table [Q, G], others by scattering."""
 
     def __init__(self, groups: GroupInputs) -> None:
-        self._index = None if groups.group_ids is None else order_by_group(groups.group_ids)[2]
+        self._index = None
+        if groups.group_ids is not None:
+            self._index = order_by_group(groups.group_ids)[2]
+            # Members are added by ascending reward, so that the order of the rows does not show.
+            self._order = torch.argsort(groups.rewards)
         self.shape = (-1,) if self._index is not None else (-1, groups.group_size)
 
     def reduce(self, x: torch.Tensor, how: str, start: float = 0.0) -> torch.Tensor:
@@ -230,8 +234,9 @@ class _Groups:
         if self._index is None:
             return getattr(x, how)(1)
         # Scattered values are added one after the other, which costs float32 its last digits.
-        wide = x.to(accumulator_dtype(x.device))
-        return torch.full_like(wide, start).scatter_reduce(0, self._index, wide, how).to(x.dtype)
+        wide = x.to(accumulator_dtype(x.device))[self._order]
+        found = torch.full_like(wide, start)
+        return found.scatter_reduce(0, self._index[self._order], wide, how).to(x.dtype)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Values of groups in a shape that broadcasts against rows."""

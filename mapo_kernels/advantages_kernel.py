@@ -98,20 +98,23 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
     lowest = lowest * unit
     highest = highest * unit
 
-    total = tl.zeros([TILE], tl.float32)
+    # In float64 the order of a group's members does not show in the float32 that comes of it.
+    total = tl.zeros([TILE], tl.float64)
     for start in range(0, span.longest, BLOCK_G):
         rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
         above = reward * unit[:, None] - lowest[:, None]
-        total = total + tl.sum(tl.where(finite, above, 0.0), 1)
-    offset = total / tl.maximum(count, 1.0)
+        total = total + tl.sum(tl.where(finite, above, 0.0).to(tl.float64), 1)
+    offset = total.to(tl.float32) / tl.maximum(count, 1.0)
 
-    squares = tl.zeros([TILE], tl.float32)
+    squares = tl.zeros([TILE], tl.float64)
     for start in range(0, span.longest, BLOCK_G):
         rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
         above = reward * unit[:, None] - lowest[:, None]
         deviation = tl.where(finite, above - offset[:, None], 0.0)
-        squares = squares + tl.sum(deviation * deviation, 1)
-    return Moments(unit, count, members, lowest, highest, offset, squares, successes, leader)
+        squares = squares + tl.sum((deviation * deviation).to(tl.float64), 1)
+    return Moments(
+        unit, count, members, lowest, highest, offset, squares.to(tl.float32), successes, leader
+    )
 
 
 @jit

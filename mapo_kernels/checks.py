@@ -370,7 +370,7 @@ def check_inplace(logits: torch.Tensor, inplace: bool) -> None:
             f"logits: expected adjacent columns (stride 1) with inplace=True, got stride "
             f"{logits.stride(-1)}"
         )
-    if any(
+    if logits.numel() and any(
         step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)
     ):
         raise ValueError("logits: expected memory of their own with inplace=True, got a broadcast")

@@ -164,9 +164,16 @@ class _Chunks:
     """Live rows of a batch, chunk by chunk."""
 
     def __init__(
-        self, hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, live_rows: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        head: HeadInputs,
+        rows: RowInputs,
+        live_rows: torch.Tensor,
+        scored: torch.Tensor | None = None,
     ) -> None:
+        """Rows that are not `scored` [N], if that is given, count as hidden states of 0."""
         self._hidden = hidden
+        self._scored = scored
         self._live = live_rows
         self._share = rows.share
         self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0], rows.share)
@@ -197,9 +204,14 @@ class _Chunks:
     def _take(self, chosen: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, H] of some rows; a strided batch is not copied as a whole."""
         if self._hidden.dim() == 2:
-            return self._hidden.index_select(0, chosen)
-        length = self._hidden.shape[1]
-        return self._hidden[chosen // length, chosen % length]
+            taken = self._hidden.index_select(0, chosen)
+        else:
+            length = self._hidden.shape[1]
+            taken = self._hidden[chosen // length, chosen % length]
+        if self._scored is None:
+            return taken
+        # A plan knows no token weights: where one is 0 there may be anything, NaN too.
+        return taken.masked_fill_(~self._scored[chosen][:, None], 0.0)
 
 
 def linear_loss(
@@ -220,11 +232,13 @@ def linear_loss(
     assert advantage is not None
     if not inputs.per_token:
         advantage = layout.spread(advantage).expand(layout.live.shape)
-    live_rows = head.live_rows
-    if live_rows is None:
+    live_rows, scored = head.live_rows, None
+    if live_rows is None or inputs.token_weights is not None:
         weight = layout.live if inputs.token_weights is None else inputs.token_weights
-        scored = scored_tokens(layout, advantage, weight, spec)
-        live_rows = scored.reshape(-1).nonzero().squeeze(1)
+        scored = scored_tokens(layout, advantage, weight, spec).reshape(-1)
+    if live_rows is None:
+        assert scored is not None
+        live_rows, scored = scored.nonzero().squeeze(1), None
     dtype = result_dtype(hidden)
     d_hidden = None
     if wanted.hidden and rows.share is None:
@@ -239,7 +253,7 @@ def linear_loss(
         head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None,
         head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if wanted.bias else None,
     )
-    chunks = _Chunks(hidden, head, rows, live_rows)
+    chunks = _Chunks(hidden, head, rows, live_rows, scored)
     if any(wanted) and spec.importance_level == "token":
         out = _token_level(chunks, _Head(head), inputs, spec, layout, advantage, out)
     else:

@@ -146,9 +146,9 @@ def exact_sums(Row, target, vocab, c, R: tl.constexpr, A: tl.constexpr, WIDE: tl
     For the few rows that need it. Returns (others, tail, weighted, gap).
     """
     largest = largest_logit(Row, target, vocab, R, A, WIDE)
-    x = tl.sum(tl.load(Row + target + tl.arange(0, 1)).to(tl.float32), 0)
-    base = tl.maximum(largest, x)
-    gap = (x - base) * c
+    own = tl.sum(tl.load(Row + target + tl.arange(0, 1)).to(tl.float32), 0)
+    base = tl.maximum(largest, own)
+    gap = (own - base) * c
     others = tl.zeros([R], tl.float32)
     tail = tl.zeros([R], tl.float32)
     weighted = tl.zeros([R], tl.float32)

@@ -248,3 +248,53 @@ def test_group_statistics_tell_it_too(device, forgets_warnings):
     ids = torch.zeros(4, dtype=torch.int64, device=device)
     with pytest.warns(UserWarning, match="success_threshold"):
         mk.group_advantages(rewards, group_ids=ids, return_stats=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [7, 16, 60])
+def test_the_order_of_rows_does_not_show(size, dtype, device):
+    torch.manual_seed(size)
+    ids = torch.randint(0, 1 + 60 // size, (60,))
+    rewards = (torch.rand(60, dtype=torch.float64) * 3).round(decimals=2).to(dtype)
+    rewards[::29] = NAN
+    rewards, ids = rewards.to(device), ids.to(device)
+    for want_stats in (False, True):
+        given = {"group_ids": ids, "return_stats": want_stats}
+        expected = mk.group_advantages(rewards, **given)
+        for _ in range(3):
+            order = torch.randperm(60, device=device)
+            actual = mk.group_advantages(rewards[order], **{**given, "group_ids": ids[order]})
+            if want_stats:
+                assert all(map(torch.equal, actual[1], expected[1]))
+                assert torch.equal(actual[0], expected[0][order])
+            else:
+                assert torch.equal(actual, expected[order])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_a_plan_and_hidden_states_of_nan_behind_a_weight_of_0(level, softcap, device):
+    spec = mk.LossSpec(importance_level=level)
+    hidden, weight = torch.randn(3, 2, 5, device=device), torch.randn(7, 5, device=device)
+    ids = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    weights = torch.ones(3, 2, device=device)
+    weights[0] = 0
+    hidden[0] = NAN
+    given = {"advantages": torch.ones(3, device=device), "mask": torch.ones(3, 2, device=device)}
+    found = []
+    for source in ({"plan": mk.make_plan(spec=spec, **given)}, {"spec": spec, **given}):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = mk.mapo_loss_from_hidden(
+            *leaves, ids, token_weights=weights, softcap=softcap, **source
+        )
+        found.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    for actual, expected in zip(*found, strict=True):
+        assert torch.isfinite(actual).all()
+        assert_close(actual, expected, 1e-6)
+
+
+def test_an_empty_batch_in_place(device):
+    logits = torch.zeros(2, 0, 1, device=device) * 1
+    ids = torch.zeros(2, 0, dtype=torch.int64, device=device)
+    given = {"advantages": torch.ones(2, device=device), "inplace": True}
+    assert mk.mapo_loss_from_logits(logits, ids, **given).loss == 0
