@@ -146,7 +146,7 @@ def gather_inputs(
         spec = _check_plan(plan, spec, {**source, **layout})
         advantages, layout = plan.advantages, {key: getattr(plan, key) for key in layout}
         groups: GroupInputs | None = None
-        known = KnownMetrics(plan.metrics, plan.across_ranks)
+        known = KnownMetrics(plan.metrics, plan.ranks)
     else:
         rewards, advantages = source["rewards"], source["advantages"]
         grouping = {key: source[key] for key in ("group_size", "group_ids", "success")}
@@ -336,7 +336,7 @@ def name_metrics(
         for name in GROUP_METRICS:
             del values[name]
     values.update(known.values)
-    return as_metrics(values, known.across_ranks)
+    return as_metrics(values, known.ranks)
 
 
 def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:

@@ -115,7 +115,7 @@ class _Memory:
 _memories: WeakKeyDictionary[dist.ProcessGroup, _Memory] = WeakKeyDictionary()
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
     """63 bits that stand for a text, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -125,6 +125,12 @@ def meeting_place(process_group: dist.ProcessGroup | None, device: torch.device)
     if device.type == "cpu" and dist.get_backend(process_group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def group_ranks(process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The ranks of a process group (None: of all), ascending, as the default group counts them."""
+    group = dist.group.WORLD if process_group is None else process_group
+    return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
 def all_gather(x: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -212,7 +218,7 @@ def _exchange(
     digests = memory.calls.get(key)
     agreed = digests is not None
     if digests is None:
-        digests = torch.tensor([_digest(x) for x in settings.values()], device=place)
+        digests = torch.tensor([digest(x) for x in settings.values()], device=place)
     n_header = len(_COUNTS) + len(settings)
     while True:
         table = all_gather(_write_message(part, digests, memory.capacity), process_group)
@@ -305,5 +311,7 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     whole = _whole_groups(table, headers, part.groups)
     advantages, stats = ops.group_advantages(whole, call.advantage_spec, want_stats=True)
     values = [x.to(device) for x in group_metrics(stats)]
-    metrics = KnownMetrics(dict(zip(GROUP_METRICS, values, strict=True)), across_ranks=True)
+    metrics = KnownMetrics(
+        dict(zip(GROUP_METRICS, values, strict=True)), group_ranks(process_group)
+    )
     return Shared(advantages[_own_rows(headers, process_group)].to(device), metrics, normalizer)

@@ -31,7 +31,8 @@ class Plan:
         live_counts: live tokens of each sequence, on the host. Finding them is the one time that
             `make_plan` waits for the device; nothing that a plan is used for waits again.
         bounds: `cu_seqlens` on the host, or None if padded.
-        across_ranks: whether `metrics` speak of the groups of all ranks of a process group.
+        ranks: the ranks of the process group of whose groups `metrics` speak; None for this rank's
+            own.
     """
 
     spec: LossSpec
@@ -42,7 +43,12 @@ class Plan:
     metrics: dict[str, torch.Tensor]
     live_counts: tuple[int, ...] = ()
     bounds: tuple[int, ...] | None = None
-    across_ranks: bool = False
+    ranks: tuple[int, ...] | None = None
+
+    @property
+    def across_ranks(self) -> bool:
+        """Whether `metrics` speak of the groups of all ranks of a process group."""
+        return self.ranks is not None
 
     @property
     def n_sequences(self) -> int:
@@ -181,7 +187,7 @@ def make_plan(
     assert advantages is not None
     counts, bounds = _count_live(advantages, mask, cu_seqlens, spec)
     return Plan(
-        spec, advantages, mask, cu_seqlens, count, known.values, counts, bounds, known.across_ranks
+        spec, advantages, mask, cu_seqlens, count, known.values, counts, bounds, known.ranks
     )
 
 

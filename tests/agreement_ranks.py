@@ -3,7 +3,9 @@
 Ranks that are called differently must find out: an error or NaN on each of them, never a number.
 """
 
+import copy
 import math
+import pickle
 
 import torch
 import torch.distributed as dist
@@ -105,3 +107,89 @@ def annealed(backend, device):
         out = mk.mapo_loss(logp, spec=mk.LossSpec(beta=1.0 / (step + 1)), **given)
         assert out.loss.isfinite()
     return len(parallel._memories[group].calls)
+
+
+def outcome_of_reduce(metrics, group=None):
+    """The error of reducing, or the reduced metrics."""
+    try:
+        return metrics.reduce(group)
+    except ValueError as error:
+        return str(error)
+
+
+def halves():
+    """This rank's group when the first and the second half of the ranks have one each."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    both = [dist.new_group(list(x)) for x in (range(size // 2), range(size // 2, size))]
+    return both[rank >= size // 2]
+
+
+def metrics_of_a_plan(device, group, **given):
+    """Metrics of a loss whose rewards lie on the ranks of `group`."""
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.5], device=device)
+    plan = mk.make_plan(
+        rewards=rewards, group_size=4, mask=torch.ones(4, 3, device=device),
+        process_group=group, **given,
+    )  # fmt: skip
+    return mk.mapo_loss(torch.zeros(4, 3, device=device), plan=plan).metrics
+
+
+def reduced_over_other_ranks(backend, device):
+    """What ranks are told that reduce over more, fewer or other ranks than their plan had."""
+    mk.set_backend(backend)
+    world, half, told = dist.group.WORLD, halves(), {}
+    told["more"] = outcome_of_reduce(metrics_of_a_plan(device, half))
+    told["fewer"] = outcome_of_reduce(metrics_of_a_plan(device, world), half)
+    # One rank holds no sequence, and has no metrics that say whose groups they speak of.
+    metrics = metrics_of_a_plan(device, half)
+    told["more, a rank without metrics"] = outcome_of_reduce(mk.Metrics() if is_odd() else metrics)
+    # One rank has groups of its own: it keeps what speaks of tokens, the rest has no meaning.
+    own = metrics_of_a_plan(device, None)
+    told["more, a rank with groups of its own"] = outcome_of_reduce(own if is_odd() else metrics)
+    reduced = metrics_of_a_plan(device, world).reduce(world)
+    told["twice"] = outcome_of_reduce(reduced)
+    # And every rank is where the others are; the same ranks may have another group.
+    metrics = metrics_of_a_plan(device, world).reduce(dist.new_group())
+    assert metrics["active_groups"] == dist.get_world_size()
+    return told
+
+
+def copies_of_metrics(backend, device):
+    """Whatever makes Metrics of Metrics keeps whose groups they speak of."""
+    mk.set_backend(backend)
+    metrics = metrics_of_a_plan(device, dist.group.WORLD)
+    expected = metrics.reduce()
+    assert expected["active_groups"] == dist.get_world_size()
+    updated, joined = mk.Metrics(), mk.Metrics()
+    updated.update(metrics)
+    joined |= metrics
+    copies = {
+        "copy": metrics.copy(),
+        "Metrics": mk.Metrics(metrics),
+        "copy.copy": copy.copy(metrics),
+        "copy.deepcopy": copy.deepcopy(metrics),
+        "pickle": pickle.loads(pickle.dumps(metrics)),
+        "or nothing": metrics | {},
+        "nothing or": {} | metrics,
+        "or itself": metrics | metrics,
+        "empty or": mk.Metrics() | metrics,
+        "or empty": metrics | mk.Metrics(),
+        "update": updated,
+        "in place": joined,
+        "copy of a copy": metrics.copy().copy(),
+    }
+    for name, found in copies.items():
+        assert type(found) is mk.Metrics and found == metrics, name
+        assert found.across_ranks and found.ranks == metrics.ranks, name
+        assert found.reduce() == expected, name
+    metrics.copy().clear()
+    assert metrics and (metrics | {"loss": torch.ones(())})["loss"] == 1
+    own = metrics_of_a_plan(device, None)
+    for join in (own.__or__, own.__ior__, own.update, lambda x: own.copy() | x):
+        try:
+            join(metrics)
+        except ValueError as error:
+            assert "metrics: expected" in str(error)
+        else:
+            raise AssertionError("metrics of other ranks were mixed")
+    assert expected.copy().reduced

@@ -41,3 +41,23 @@ def test_equal_specs_agree(on_ranks):
 
 def test_what_a_rank_remembers_is_bounded(on_ranks):
     assert all(remembered <= 16 for remembered in on_ranks(ranks.annealed))
+
+
+def test_metrics_are_reduced_over_the_ranks_of_their_plan(on_ranks):
+    answers = on_ranks(ranks.reduced_over_other_ranks)
+    for rank, told in enumerate(answers):
+        for name in ("more", "fewer", "more, a rank without metrics", "twice"):
+            assert isinstance(told[name], str), (rank, name, told[name])
+            assert "metrics: expected" in told[name]
+        everyone = f"{list(range(len(answers)))}"
+        assert everyone in told["more"] and everyone in told["fewer"]
+        mixed = told["more, a rank with groups of its own"]
+        if rank < len(answers) - 1:
+            assert "metrics: expected" in mixed
+        else:
+            assert mixed["active_groups"].isnan() and mixed["lambda_mean"].isnan()
+            assert mixed["active_tokens"] == 12 * len(answers)
+
+
+def test_copies_of_metrics(on_ranks):
+    on_ranks(ranks.copies_of_metrics)
