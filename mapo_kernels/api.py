@@ -205,7 +205,7 @@ def gather_rows(
     `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
     """
     checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
-    share = None if split is None else split.agree(token_ids, inputs.mask)
+    share = None if split is None else split.agree(token_ids, inputs, temperature)
     checks.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
     if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
         temperature = TokenLayout(token_ids, inputs).spread(temperature)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mapo_kernels.agreement import all_gather, digest, group_ranks, meeting_place
 from mapo_kernels.inputs import GROUP_METRICS, RESULTS
-from mapo_kernels.parallel import all_gather, digest, group_ranks, meeting_place
 
 _NAMES = RESULTS[1:]
 _GROUP_MEANS = ("success_ratio_mean", "lambda_mean")

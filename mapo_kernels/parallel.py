@@ -7,7 +7,6 @@ so that ranks that disagree meet in it and can say so, where a second collective
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import fields
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from mapo_kernels import checks, ops
 from mapo_kernels.advantages import group_metrics
+from mapo_kernels.agreement import all_gather, digest, group_ranks, meeting_place
 from mapo_kernels.checks import GLOBAL
 from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -113,34 +113,6 @@ class _Memory:
 
 
 _memories: WeakKeyDictionary[dist.ProcessGroup, _Memory] = WeakKeyDictionary()
-
-
-def digest(text: str) -> int:
-    """63 bits that stand for a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def meeting_place(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Where tensors for this group's collectives lie: NCCL takes none from the CPU."""
-    if device.type == "cpu" and dist.get_backend(process_group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def group_ranks(process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
-    """The ranks of a process group (None: of all), ascending, as the default group counts them."""
-    group = dist.group.WORLD if process_group is None else process_group
-    return tuple(sorted(dist.get_process_group_ranks(group)))
-
-
-def all_gather(x: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Every rank's `x` [n], as a table [ranks, n]."""
-    n_ranks = dist.get_world_size(process_group)
-    out = x.new_empty(n_ranks * x.numel())
-    # The newer name of the same collective, where there is one.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x, group=process_group)
-    return out.view(n_ranks, -1)
 
 
 def _sent_dtype(rewards: torch.Tensor) -> torch.dtype:
