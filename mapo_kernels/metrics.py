@@ -186,11 +186,15 @@ def _reduce_table(table: torch.Tensor, code: int) -> dict[str, torch.Tensor]:
     for name, values in by_name.items():
         if name in _SUMS:
             value = values.sum()
-        elif name == "ratio_max":
-            value = values.amax()
         else:
             weights = by_name["active_groups" if name in _GROUP_MEANS else "scored_tokens"]
-            value = (values * weights).sum() / weights.sum().clamp(min=1.0)
+            # A rank that has nothing to speak of may say NaN.
+            speaks = weights > 0
+            if name == "ratio_max":
+                value = values.masked_fill(~speaks, float("-inf")).amax()
+            else:
+                value = (values * weights).where(speaks, 0.0).sum() / weights.sum()
+            value = value.where(speaks.any(), values.amax())
         if name in GROUP_METRICS:
             # Where the groups are those of all ranks, every rank that has metrics has this value.
             value = values.amax().where(across_ranks, value)

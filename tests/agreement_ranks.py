@@ -52,20 +52,28 @@ def plans_and_losses_that_differ(backend, device):
         out.loss.backward()
         return out.loss, logp.grad
 
+    def rewarded(spec, normalizer):
+        rest = {"mask": ones, "process_group": group, "normalizer": normalizer}
+        logp = torch.zeros(2, 3, device=device)
+        return (mk.mapo_loss(logp, spec=spec, rewards=pair, group_size=2, **rest).loss,)
+
     normalizers = (None, 4.0, "global")
     for spec in (one, other):
         for normalizer in normalizers:
-            assert loss(spec, normalizer)[0].isfinite() and plan(spec, normalizer)[0].isfinite()
+            for call in (loss, plan, rewarded):
+                assert call(spec, normalizer)[0].isfinite()
     told = {}
     for call in (loss, plan):
         for normalizer in normalizers:
+            mine = rewarded if is_odd() else call
+            told[f"{call.__name__}, rewards, {normalizer}"] = outcome(lambda: mine(one, normalizer))  # noqa: B023
             spec = other if is_odd() else one
             told[f"{call.__name__}, spec, {normalizer}"] = outcome(lambda: call(spec, normalizer))  # noqa: B023
             for changed in normalizers:
                 if changed != normalizer:
-                    mine = changed if is_odd() else normalizer
+                    kind = changed if is_odd() else normalizer
                     name = f"{call.__name__}, {normalizer} and {changed}"
-                    told[name] = outcome(lambda: call(one, mine))  # noqa: B023
+                    told[name] = outcome(lambda: call(one, kind))  # noqa: B023
     assert loss(one, "global")[0].isfinite()
     return told
 
@@ -193,3 +201,24 @@ def copies_of_metrics(backend, device):
         else:
             raise AssertionError("metrics of other ranks were mixed")
     assert expected.copy().reduced
+
+
+def means_of_nothing(backend, device):
+    """A rank that scored no token has means of NaN: they count for nothing, if another has some."""
+    mk.set_backend(backend)
+    metrics = mk.mapo_loss(
+        torch.zeros(2, 3, device=device),
+        old_logprobs=torch.full((2, 3), -0.1, device=device),
+        advantages=torch.ones(2, device=device),
+        mask=torch.ones(2, 3, device=device),
+    ).metrics
+    nothing = metrics.copy()
+    for name in ("clip_fraction_low", "clip_fraction_high", "ratio_mean", "approx_kl", "ratio_max"):
+        nothing[name] = torch.full((), math.nan, device=device)
+    nothing["scored_tokens"] = torch.zeros((), device=device)
+    reduced = (nothing if is_odd() else metrics).reduce()
+    for name in ("ratio_mean", "ratio_max", "approx_kl"):
+        assert torch.isclose(reduced[name], metrics[name]), name
+    assert reduced["scored_tokens"] == 6 * (dist.get_world_size() - 1)
+    reduced = nothing.reduce()
+    assert reduced["ratio_mean"].isnan() and reduced["scored_tokens"] == 0

@@ -61,3 +61,7 @@ def test_metrics_are_reduced_over_the_ranks_of_their_plan(on_ranks):
 
 def test_copies_of_metrics(on_ranks):
     on_ranks(ranks.copies_of_metrics)
+
+
+def test_means_of_nothing_are_left_out(on_ranks):
+    on_ranks(ranks.means_of_nothing)
