@@ -149,6 +149,7 @@ def mapo_loss_from_hidden(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        hidden.dtype,
     )
     if split is not None:
         split = split._replace(

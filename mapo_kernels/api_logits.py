@@ -121,6 +121,7 @@ def mapo_loss_from_logits(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        logits.dtype,
     )
     split = _split_of(logits, vocab_group, "mapo_loss_from_logits")
     if split is not None:

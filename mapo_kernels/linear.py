@@ -172,8 +172,11 @@ class _Chunks:
         self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0], rows.share)
         self._ids = rows.token_ids.reshape(-1)
         temperature = rows.temperature
-        if isinstance(temperature, torch.Tensor) and rows.token_ids.dim() == 2:
-            temperature = temperature[:, None].expand(rows.token_ids.shape).reshape(-1)
+        if isinstance(temperature, torch.Tensor):
+            # A narrow dtype is widened before anything is divided by it.
+            temperature = temperature.to(result_dtype(hidden))
+            if rows.token_ids.dim() == 2:
+                temperature = temperature[:, None].expand(rows.token_ids.shape).reshape(-1)
         # Without a softcap between them, the product's scale and the temperature are one factor.
         self._temperature = (
             temperature if head.softcap is not None else temperature / head.logit_scale
@@ -215,7 +218,7 @@ def linear_loss(
     layout = TokenLayout(rows.token_ids, inputs)
     advantage = inputs.advantages
     assert advantage is not None
-    if not inputs.per_token(advantage, layout.live):
+    if not inputs.per_token:
         advantage = layout.spread(advantage).expand(layout.live.shape)
     live_rows = head.live_rows
     if live_rows is None:
@@ -287,16 +290,21 @@ def _token_level(
         del logits, place, result
     table = torch.stack(found) if found else out.results.new_zeros((0, SLOTS + 1))
     results = _combine(table[:, 1:], active, denominator)
-    return out._replace(loss=table[:, 0].sum(), results=results)
+    # Without a chunk, too, a denominator that is none has to show.
+    loss = table[:, 0].sum().where(denominator == denominator, torch.nan)
+    return out._replace(loss=loss, results=results)
 
 
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Results of a batch [16] from those of its chunks [chunks, 16]: see `inputs.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
     scored = table[:, names["scored_tokens"]]
-    results = (table * scored[:, None]).sum(0) / scored.sum().clamp(min=1.0)
+    has_scored = scored[:, None] > 0
+    # What a chunk, or the batch, has no scored token for is NaN.
+    results = (table * scored[:, None]).where(has_scored, 0.0).sum(0) / scored.sum()
     if table.shape[0]:
-        results[names["ratio_max"]] = table[:, names["ratio_max"]].amax()
+        largest = table.where(has_scored, -torch.inf)[:, names["ratio_max"]].amax()
+        results[names["ratio_max"]] = largest.where(scored.sum() > 0, torch.nan)
     results[names["gradient_scale"]] = 1.0 / denominator
     results[names["active_tokens"]] = active
     results[names["scored_tokens"]] = scored.sum()

@@ -187,20 +187,24 @@ def _reduce_table(table: torch.Tensor, code: int) -> dict[str, torch.Tensor]:
         if name in _SUMS:
             value = values.sum()
         else:
+            # A rank that speaks of nothing has a NaN; so have all if none of them does.
             weights = by_name["active_groups" if name in _GROUP_MEANS else "scored_tokens"]
-            # A rank that has nothing to speak of may say NaN.
-            speaks = weights > 0
             if name == "ratio_max":
-                value = values.masked_fill(~speaks, float("-inf")).amax()
+                value = values.where(weights > 0, -torch.inf).amax()
+                value = value.where(weights.sum() > 0, torch.nan)
             else:
-                value = (values * weights).where(speaks, 0.0).sum() / weights.sum()
-            value = value.where(speaks.any(), values.amax())
+                value = sum_behind(values, weights).sum() / weights.sum()
         if name in GROUP_METRICS:
             # Where the groups are those of all ranks, every rank that has metrics has this value.
             value = values.amax().where(across_ranks, value)
             value = value.masked_fill(meaningless, float("nan"))
         reduced[name] = value
     return reduced
+
+
+def sum_behind(mean: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The sum that a mean over `count` things was taken of: 0 where it is over nothing, and NaN."""
+    return (mean * count).where(count > 0, 0.0)
 
 
 def as_metrics(

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from mapo_kernels import checks, ops
-from mapo_kernels.advantages import group_metrics
-from mapo_kernels.agreement import all_gather, digest, group_ranks, meeting_place
+from mapo_kernels.advantages import Signal
+from mapo_kernels.agreement import all_gather, digest, meeting_place
 from mapo_kernels.checks import GLOBAL
-from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics
+from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
@@ -261,13 +261,13 @@ class Shared(NamedTuple):
     """What a rank knows about the batch once all ranks have met.
 
     Attributes:
-        advantages: of this rank's sequences, from the groups of all ranks; None without rewards.
-        metrics: about the groups of all ranks.
+        signal: of this rank's sequences, from the groups of all ranks; None without rewards.
+        narrow: the same with float32 statistics, where those of `signal` are float64.
         normalizer: [] float32 if one of all ranks was asked for, else None.
     """
 
-    advantages: torch.Tensor | None
-    metrics: KnownMetrics
+    signal: Signal | None
+    narrow: Signal | None
     normalizer: torch.Tensor | None
 
 
@@ -278,12 +278,9 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     if call.normalizer == GLOBAL:
         normalizer = _denominator(table, call).to(device)
     if part.groups is None:
-        return Shared(None, KnownMetrics({}), normalizer)
+        return Shared(None, None, normalizer)
     assert headers is not None
     whole = _whole_groups(table, headers, part.groups)
-    advantages, stats = ops.group_advantages(whole, call.advantage_spec, want_stats=True)
-    values = [x.to(device) for x in group_metrics(stats)]
-    metrics = KnownMetrics(
-        dict(zip(GROUP_METRICS, values, strict=True)), group_ranks(process_group)
-    )
-    return Shared(advantages[_own_rows(headers, process_group)].to(device), metrics, normalizer)
+    signal, narrow = ops.group_signals(whole, call.advantage_spec)
+    own = _own_rows(headers, process_group)
+    return Shared(signal.of_rows(own, device), narrow and narrow.of_rows(own, device), normalizer)

@@ -153,8 +153,9 @@ class AdvantageSpec(_Packable):
         certainty: lambda(p), the weight of the percent deviation in `mapo`: `quadratic` is the
             paper's 1 - 4p(1-p); `linear` |2p - 1|, `entropy` 1 - H2(p) in bits and `step` (0 for
             0.25 <= p <= 0.75, else 1) are ablations; a number in [0, 1] fixes it.
-        success_threshold: a reward at or above it is a success. Ignored where an explicit `success`
-            tensor is given.
+        success_threshold: a reward at or above it is a success, compared in the reward's own dtype
+            (the threshold rounded to it) before anything is rounded. Ignored where an explicit
+            `success` tensor is given.
         std_correction: the standard deviation divides by G - std_correction. 1 is what the authors'
             code, TRL and verl do; 0 reproduces the paper's worked figures.
         eps: added to both denominators; positive.
@@ -339,6 +340,10 @@ class LossSpec(_Packable):
             None if self.entropy_coef == 0 else float(self.entropy_coef),
             None if self.rollout_cap is None else float(self.rollout_cap),
         )
+
+    def fixed_length(self, length: int) -> float:
+        """What `seq-mean-token-sum-norm` divides by, for sequences padded to `length` tokens."""
+        return float(self.max_tokens or max(length, 1))
 
     @property
     def needs_every_token(self) -> bool:

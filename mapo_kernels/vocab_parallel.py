@@ -60,7 +60,8 @@ def merge_shares(
     assert rows.share is not None
     references, others, gaps = shares[:, 0], shares[:, 1], shares[:, 2]
     reference = references.amax(0)
-    distance = references - reference
+    # A rank without a column in the sums has the lowest number for a reference.
+    distance = (references - reference).clamp(min=-1e30)
     fade = torch.exp2(distance) if powers_of_2 else torch.exp(distance)
     distance = distance * _LN2 if powers_of_2 else distance
     weighted = torch.zeros_like(reference)
@@ -68,7 +69,8 @@ def merge_shares(
         weighted = ((shares[:, 3] + others * distance) * fade).sum(0)
     # Only the rank that has the target knows how far below its reference that is.
     gap = (gaps + distance).amax(0)
-    logp, rest, total, entropy = twin.row_summary((others * fade).sum(0), weighted, gap)
+    others = (others * fade).sum(0)
+    logp, rest, total, entropy = twin.row_summary(others, others - 1.0, weighted, gap)
     ids = rows.token_ids.reshape(-1)
     logp = logp.where((ids >= 0) & (ids < rows.share.vocab), torch.nan)
     table = torch.stack([logp, entropy, reference, total, rest][:columns])
@@ -148,8 +150,9 @@ class Split(NamedTuple):
         given = [
             name
             for name, x in inputs._asdict().items()
-            if x is not None and name not in ("mask", "normalizer", "groups")
+            if isinstance(x, torch.Tensor) and name not in ("mask", "normalizer")
         ]
+        given += ["advantages per token"] if inputs.per_token else []
         return {
             "function": self.function,
             "kind of input (0 logits, else the width H of hidden)": self.width,
