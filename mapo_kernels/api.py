@@ -15,6 +15,7 @@ from mapo_kernels.advantages import (
     never_successful,
     warn_of_threshold,
 )
+from mapo_kernels.agreement import group_ranks
 from mapo_kernels.autograd import MapoLossFunction
 from mapo_kernels.inputs import (
     GROUP_METRICS,
@@ -162,7 +163,7 @@ def gather_inputs(
         layout = {key: getattr(plan, key) for key in layout}
         signal, per_token = plan.signal(is_double), plan.per_token
         advantages, groups = signal.advantages, None
-        known = KnownMetrics(signal.metrics, plan.across_ranks)
+        known = KnownMetrics(signal.metrics, plan.ranks)
     else:
         rewards, advantages = source["rewards"], source["advantages"]
         grouping = {key: source[key] for key in ("group_size", "group_ids", "success")}
@@ -216,7 +217,7 @@ def _share(
     known = KnownMetrics({})
     if shared.signal is not None:
         inputs = replaced(inputs, groups=None, advantages=shared.signal.advantages)
-        known = KnownMetrics(shared.signal.metrics, across_ranks=True)
+        known = KnownMetrics(shared.signal.metrics, group_ranks(process_group))
     if shared.normalizer is not None:
         inputs = replaced(inputs, normalizer=shared.normalizer)
     return inputs, known
@@ -234,7 +235,7 @@ def gather_rows(
     `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
     """
     checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
-    share = None if split is None else split.agree(token_ids, inputs.mask)
+    share = None if split is None else split.agree(token_ids, inputs, temperature)
     checks.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
     if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
         temperature = TokenLayout(token_ids, inputs).spread(temperature)
@@ -368,7 +369,7 @@ def name_metrics(
         for name in GROUP_METRICS:
             del values[name]
     values.update(known.values)
-    return as_metrics(values, known.across_ranks)
+    return as_metrics(values, known.ranks)
 
 
 def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:

@@ -135,11 +135,11 @@ class KnownMetrics(NamedTuple):
 
     Attributes:
         values: some of `GROUP_METRICS`, 0-d each.
-        across_ranks: whether they speak of the groups of all ranks of a process group.
+        ranks: the ranks of the process group of whose groups they speak; None for this rank's own.
     """
 
     values: dict[str, torch.Tensor]
-    across_ranks: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 def empty_results(logprobs: torch.Tensor, inputs: TokenInputs, need_grad: bool) -> TokenResults:

@@ -10,6 +10,7 @@ import torch
 
 from mapo_kernels import checks, ops, parallel
 from mapo_kernels.advantages import Signal, never_successful, result_dtype, warn_of_threshold
+from mapo_kernels.agreement import group_ranks
 from mapo_kernels.inputs import GroupInputs, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
@@ -33,7 +34,8 @@ class Plan:
         live_counts: live tokens of each sequence, on the host. Finding them is the one time that
             `make_plan` waits for the device; nothing that a plan is used for waits again.
         bounds: `cu_seqlens` on the host, or None if padded.
-        across_ranks: whether `metrics` speak of the groups of all ranks of a process group.
+        ranks: the ranks of the process group of whose groups `metrics` speak; None for this rank's
+            own.
         per_token: whether `advantages` are the tokens' own, and not their sequences'.
         narrow: advantages and metrics with float32 statistics, which a loss takes that is not
             float64; None where those above are float32 already.
@@ -47,7 +49,7 @@ class Plan:
     metrics: dict[str, torch.Tensor]
     live_counts: tuple[int, ...] = ()
     bounds: tuple[int, ...] | None = None
-    across_ranks: bool = False
+    ranks: tuple[int, ...] | None = None
     per_token: bool = False
     narrow: Signal | None = None
 
@@ -56,6 +58,11 @@ class Plan:
         if self.narrow is None or is_double:
             return Signal(self.advantages, self.metrics)
         return self.narrow
+
+    @property
+    def across_ranks(self) -> bool:
+        """Whether `metrics` speak of the groups of all ranks of a process group."""
+        return self.ranks is not None
 
     @property
     def n_sequences(self) -> int:
@@ -230,7 +237,7 @@ def make_plan(
         signal.metrics,
         counts,
         bounds,
-        process_group is not None and groups is not None,
+        None if process_group is None or groups is None else group_ranks(process_group),
         per_token,
         narrow,
     )

@@ -68,12 +68,33 @@ def describe(value: object) -> str:
 
 
 class _Packable:
-    """Lets a spec travel through a compiled graph, which may hold its numbers as symbols."""
+    """Lets a spec travel through a compiled graph, and, as a text, from rank to rank."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    _INTEGERS: ClassVar[tuple[str, ...]] = ()
+
+    def _make_canonical(self) -> None:
+        """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
+
+        Ranks compare these texts. Numbers become floats, but those of `_INTEGERS`.
+        """
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if value is None or isinstance(value, bool) or type(value) is str:
+                continue
+            if isinstance(value, str):
+                value = str.__str__(value)  # of an enum or of NumPy
+            elif name in self._INTEGERS:
+                value = int(value)
+            else:
+                value = float(value) + 0.0
+            object.__setattr__(self, name, value)
 
     def pack(self) -> tuple[list[float], str]:
-        """The fields in order: numbers (0 for other fields), and their kinds or other values."""
+        """The fields in order: numbers (0 for other fields), and their kinds or other values.
+
+        A graph may hold the numbers as symbols.
+        """
         values = [getattr(self, name) for name in self.__dataclass_fields__]
         numbers = [
             0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
@@ -156,6 +177,8 @@ class AdvantageSpec(_Packable):
     apd: str = "bounded"
     max_abs: float | None = None
 
+    _INTEGERS = ("std_correction",)
+
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
         require_choice("estimator", self.estimator, ESTIMATORS)
@@ -170,6 +193,7 @@ class AdvantageSpec(_Packable):
         require_choice("apd", self.apd, APD_DENOMINATORS)
         if self.max_abs is not None:
             require_number("max_abs", self.max_abs, 0.0, open_low=True)
+        self._make_canonical()
 
     @property
     def kind(self) -> AdvantageKind:
@@ -251,6 +275,8 @@ class LossSpec(_Packable):
     max_tokens: int | None = None
     score_all: bool = False
 
+    _INTEGERS = ("max_tokens",)
+
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
         require_choice("objective", self.objective, OBJECTIVES)
@@ -267,6 +293,7 @@ class LossSpec(_Packable):
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
         self._check_combinations()
+        self._make_canonical()
 
     def _check_combinations(self) -> None:
         if self.dual_clip is not None:
