@@ -9,6 +9,7 @@ import torch
 from mapo_kernels import twin
 from mapo_kernels.advantages import result_dtype
 from mapo_kernels.inputs import RowInputs
+from mapo_kernels.sums import row_sum
 
 # Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
 _CHUNK_LOGITS = 1 << 20
@@ -127,11 +128,11 @@ def _sums(x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, with_entrop
     top = torch.maximum(x.amax(1), target).clamp(min=-1e30)
     x.sub_(top[:, None])
     if not with_entropy:
-        others = x.exp_().sum(1)
+        others = row_sum(x.exp_())
         return top, others, target - top, torch.zeros_like(others)
     # e^-inf times -inf is meant to be 0.
     powers = x.clamp_(min=-1e30).exp()
-    return top, powers.sum(1), target - top, powers.mul_(x).sum(1)
+    return top, row_sum(powers), target - top, row_sum(powers.mul_(x))
 
 
 def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
