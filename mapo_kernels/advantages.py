@@ -18,6 +18,7 @@ from mapo_kernels._triton import on_device_of, registers, triton
 from mapo_kernels.advantages_kernel import Rewards, advantages_kernel
 from mapo_kernels.inputs import GroupInputs, replaced
 from mapo_kernels.spec import AdvantageSpec
+from mapo_kernels.sums import row_sum
 
 # Above it, scanning every id for every row costs more than sorting.
 MATCH_LIMIT = 4096
@@ -232,7 +233,7 @@ class _Groups:
     def reduce(self, x: torch.Tensor, how: str, start: float = 0.0) -> torch.Tensor:
         """Reduce rows by `sum`, `amin` or `amax` to [Q], or [B] of which the last may be empty."""
         if self._index is None:
-            return getattr(x, how)(1)
+            return row_sum(x) if how == "sum" else getattr(x, how)(1)
         # Scattered values are added one after the other, which costs float32 its last digits.
         wide = x.to(accumulator_dtype(x.device))[self._order]
         found = torch.full_like(wide, start)

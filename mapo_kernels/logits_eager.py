@@ -9,6 +9,7 @@ import torch
 from mapo_kernels import twin
 from mapo_kernels.advantages import result_dtype
 from mapo_kernels.inputs import RowInputs
+from mapo_kernels.sums import row_sum
 
 # Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
 _CHUNK_LOGITS = 1 << 20
@@ -129,13 +130,13 @@ def _sums(x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, with_entrop
     gap = target - top
     x.sub_(top[:, None])
     if not with_entropy:
-        others = x.exp_().sum(1)
+        others = row_sum(x.exp_())
         return top, others, gap, torch.zeros_like(others), others
     # e^-inf times -inf is meant to be 0.
     powers = x.clamp_(min=-1e30).exp()
-    others = powers.sum(1)
+    others = row_sum(powers)
     tail = _tail(powers, others, gap)
-    return top, others, gap, powers.mul_(x).sum(1), tail
+    return top, others, gap, row_sum(powers.mul_(x)), tail
 
 
 def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
@@ -146,7 +147,7 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
     rare = twin.certain_elsewhere(others, gap).nonzero().squeeze(1)
     if rare.shape[0]:
         rows = powers[rare]
-        tail[rare] = rows.masked_fill_(rows == 1.0, 0.0).sum(1)
+        tail[rare] = row_sum(rows.masked_fill_(rows == 1.0, 0.0))
     return tail
 
 

@@ -15,6 +15,7 @@ from mapo_kernels.advantages import (
 )
 from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.sums import row_sum
 
 # Some hundred elementwise operations touch every token: chunks that stay in the cache are more than
 # twice as fast on a CPU as 4M tokens at once.
@@ -40,7 +41,7 @@ class TokenLayout:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of a token tensor over each sequence, [B]."""
         if self._sequence is None:
-            return x.sum(1)
+            return row_sum(x)
         wide = x.to(accumulator_dtype(x.device))
         return wide.new_zeros(self.n_sequences).index_add(0, self._sequence, wide).to(x.dtype)
 

@@ -24,6 +24,7 @@ from mapo_kernels import twin
 from mapo_kernels.agreement import all_gather, digest, digest_of, meeting_place
 from mapo_kernels.inputs import RowInputs, TokenInputs, VocabShare
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
+from mapo_kernels.sums import row_sum
 
 _LN2 = 0.6931471805599453
 
@@ -66,10 +67,10 @@ def merge_shares(
     distance = distance * _LN2 if powers_of_2 else distance
     weighted = torch.zeros_like(reference)
     if shares.shape[1] > 3:
-        weighted = ((shares[:, 3] + others * distance) * fade).sum(0)
+        weighted = row_sum(((shares[:, 3] + others * distance) * fade).t())
     # Only the rank that has the target knows how far below its reference that is.
     gap = (gaps + distance).amax(0)
-    others = (others * fade).sum(0)
+    others = row_sum((others * fade).t())
     logp, rest, total, entropy = twin.row_summary(others, others - 1.0, weighted, gap)
     ids = rows.token_ids.reshape(-1)
     logp = logp.where((ids >= 0) & (ids < rows.share.vocab), torch.nan)
