@@ -18,6 +18,7 @@ from mapo_kernels.inputs import (
     TokenInputs,
     replaced,
 )
+from mapo_kernels.keywords import names_checked, settings_checked
 from mapo_kernels.metrics import as_metrics
 from mapo_kernels.plan import Plan, count_tokens
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
@@ -44,6 +45,7 @@ class LossOutput(NamedTuple):
     advantages: torch.Tensor
 
 
+@names_checked
 def group_advantages(
     rewards: torch.Tensor,
     *,
@@ -224,6 +226,7 @@ def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:
     return plan.spec
 
 
+@names_checked
 def mapo_loss(
     logprobs: torch.Tensor,
     *,
@@ -344,6 +347,7 @@ def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor
     return (computed if inputs.advantages is None else inputs.advantages).detach()
 
 
+@settings_checked
 class MapoLoss(torch.nn.Module):
     """`mapo_loss` with its specs fixed, as a module.
 

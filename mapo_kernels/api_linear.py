@@ -18,6 +18,7 @@ from mapo_kernels.api import (
 )
 from mapo_kernels.autograd import MapoLinearLossFunction
 from mapo_kernels.inputs import HeadInputs, RowInputs
+from mapo_kernels.keywords import names_checked, require_names
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 from mapo_kernels.vocab_parallel import Split, local_head
@@ -35,6 +36,7 @@ def _as_linear_would(
 
 
 @torch.compiler.disable
+@names_checked
 def mapo_loss_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -186,6 +188,7 @@ def _checked_head(
 
 
 @torch.compiler.disable
+@names_checked
 def token_logprobs_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -263,8 +266,9 @@ class MapoLinearLoss(torch.nn.Module):
             vocab_group.
 
     Raises:
-        TypeError: `lm_head` is no plain linear layer. One with an adapter of its own has a weight
-            that is not `lm_head.weight`; merge it, or leave lm_head out of the adapted modules.
+        TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of
+            its own has a weight that is not `lm_head.weight`; merge it, or leave lm_head out of the
+            adapted modules.
     """
 
     def __init__(
@@ -276,6 +280,7 @@ class MapoLinearLoss(torch.nn.Module):
     ) -> None:
         """Keep the head, the specs and the options."""
         super().__init__()
+        require_names(type(self).__name__, options, mapo_loss_from_hidden)
         if not isinstance(lm_head, torch.nn.Linear) or hasattr(lm_head, "base_layer"):
             raise TypeError(
                 f"lm_head: expected a torch.nn.Linear without adapters, got "

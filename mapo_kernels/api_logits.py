@@ -18,10 +18,12 @@ from mapo_kernels.api import (
 )
 from mapo_kernels.autograd import MapoLogitsLossFunction
 from mapo_kernels.inputs import RowInputs
+from mapo_kernels.keywords import names_checked
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 
 
+@names_checked
 def mapo_loss_from_logits(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -143,6 +145,7 @@ def _split_of(
     )
 
 
+@names_checked
 def token_logprobs(
     logits: torch.Tensor,
     token_ids: torch.Tensor,

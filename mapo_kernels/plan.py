@@ -10,6 +10,7 @@ import torch
 from mapo_kernels import checks, ops, parallel
 from mapo_kernels.advantages import group_metrics
 from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics, TokenInputs
+from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
 
@@ -108,6 +109,7 @@ class Plan:
         )
 
 
+@names_checked
 def make_plan(
     *,
     rewards: torch.Tensor | None = None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
+from mapo_kernels.keywords import settings_checked
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -121,6 +122,7 @@ class LossKind:
 LENGTH_WEIGHTS = {"seq-mean-token-mean": "mean", "seq-mean-token-sum-norm": "fixed"}
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSpec(_Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
@@ -202,6 +204,7 @@ class AdvantageSpec(_Packable):
         return 0.0
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class LossSpec(_Packable):
     """Which token loss, and how it is aggregated.
