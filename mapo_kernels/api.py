@@ -20,8 +20,8 @@ from mapo_kernels.inputs import (
 )
 from mapo_kernels.keywords import names_checked, settings_checked
 from mapo_kernels.metrics import as_metrics
-from mapo_kernels.plan import Plan, count_tokens
-from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
+from mapo_kernels.plan import Plan, count_tokens, require_plan
+from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 from mapo_kernels.tokens_eager import TokenLayout
 from mapo_kernels.vocab_parallel import Split
 
@@ -142,33 +142,26 @@ def gather_inputs(
     `source` is where advantages come from, `name` and `tokens` the argument that says which shape
     token tensors have.
     """
+    checks.check_specs(spec, advantage_spec)
     process_group = source["process_group"]
     known = KnownMetrics({})
     if plan is not None:
-        spec = _check_plan(plan, spec, {**source, **layout})
+        spec = _check_plan(plan, spec, advantage_spec, {**source, **layout})
         advantages, layout = plan.advantages, {key: getattr(plan, key) for key in layout}
         groups: GroupInputs | None = None
         known = KnownMetrics(plan.metrics, plan.across_ranks)
     else:
         rewards, advantages = source["rewards"], source["advantages"]
         grouping = {key: source[key] for key in ("group_size", "group_ids", "success")}
-        checks.check_source(rewards, advantages)
+        checks.check_source(rewards, advantages, grouping)
         checks.check_process_group(process_group, layout["normalizer"])
         is_part = process_group is not None
         groups = (
             None if rewards is None else checks.check_groups(rewards, **grouping, is_part=is_part)
         )
-        if rewards is None and any([x is not None for x in grouping.values()]):
-            raise ValueError(
-                "group_size, group_ids, success: expected None with advantages, got a value"
-            )
     inputs = TokenInputs(advantages=advantages, groups=groups, **layout, **token_tensors)
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, inputs, spec, is_part)
-    if not isinstance(advantage_spec, AdvantageSpec):
-        raise TypeError(
-            f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
-        )
     if process_group is not None:
         inputs, known = _share(tokens, inputs, spec, advantage_spec, process_group)
     return inputs, spec, known
@@ -214,15 +207,21 @@ def gather_rows(
     return RowInputs(token_ids, temperature, share)
 
 
-def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:
+def _check_plan(
+    plan: Plan, spec: LossSpec, advantage_spec: AdvantageSpec, given: dict[str, Any]
+) -> LossSpec:
     """The plan's spec, after making sure that nothing contradicts the plan."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {describe(plan)}")
+    require_plan(plan)
     twice = [name for name, value in given.items() if value is not None]
     if twice:
         raise ValueError(f"{', '.join(twice)}: expected None with a plan, which has them already")
     if spec not in (DEFAULT_SPEC, plan.spec):
         raise ValueError(f"spec: expected the plan's spec {plan.spec}, got {spec}")
+    if advantage_spec not in (DEFAULT_ADVANTAGE_SPEC, plan.advantage_spec):
+        raise ValueError(
+            f"advantage_spec: expected the plan's advantage_spec {plan.advantage_spec}, got "
+            f"{advantage_spec}"
+        )
     return plan.spec
 
 

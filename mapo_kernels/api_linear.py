@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, linear
+from mapo_kernels import checks, checks_head, linear
 from mapo_kernels.api import (
     DEFAULT_ADVANTAGE_SPEC,
     DEFAULT_SPEC,
@@ -19,7 +19,7 @@ from mapo_kernels.api import (
 from mapo_kernels.autograd import MapoLinearLossFunction
 from mapo_kernels.inputs import HeadInputs, RowInputs
 from mapo_kernels.keywords import names_checked, require_names
-from mapo_kernels.plan import Plan
+from mapo_kernels.plan import Plan, bounds_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 from mapo_kernels.vocab_parallel import Split, local_head
 
@@ -122,9 +122,9 @@ def mapo_loss_from_hidden(
             ranks of `vocab_group` that disagree, which each finds out in its first call with it.
         TypeError: an argument of the wrong type, such as a quantised weight.
     """
-    bounds = cu_seqlens if plan is None else plan.cu_seqlens
-    checks.check_head_options(softcap, logit_scale, chunk_rows)
-    hidden, weight, bias, split = _checked_head(
+    bounds = bounds_of(plan, cu_seqlens)
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
     )
     inputs, spec, known = gather_inputs(
@@ -170,11 +170,11 @@ def _checked_head(
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     vocab_group: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Split | None]:
-    """Hidden states, what of weight and bias is here, and how they are split over ranks."""
-    checks.check_rows("hidden", hidden, token_ids, cu_seqlens)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Split | None]:
+    """Hidden states, what of weight and bias is here, token ids, how rows are split over ranks."""
+    token_ids = checks.check_rows("hidden", hidden, token_ids, cu_seqlens)
     weight, bias, group, vocab = local_head(weight, bias, vocab_group)
-    checks.check_weight(hidden, weight, bias)
+    checks_head.check_weight(hidden, weight, bias)
     hidden, weight, bias = _as_linear_would(hidden, weight, bias)
     if weight.dtype != hidden.dtype:
         raise TypeError(
@@ -184,7 +184,7 @@ def _checked_head(
     split = None
     if group is not None:
         split = Split(group, weight.shape[0], weight.shape[1], vocab, weight.element_size())
-    return hidden, weight, bias, split
+    return hidden, weight, bias, token_ids, split
 
 
 @torch.compiler.disable
@@ -230,8 +230,8 @@ def token_logprobs_from_hidden(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_head_options(softcap, logit_scale, chunk_rows)
-    hidden, weight, bias, split = _checked_head(
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, None, vocab_group
     )
     checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
@@ -296,7 +296,7 @@ class MapoLinearLoss(torch.nn.Module):
     ) -> LossOutput:
         """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
         if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
-            checks.check_not_rounded(arguments)
+            checks_head.check_not_rounded(arguments)
         specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
         return mapo_loss_from_hidden(
             hidden,

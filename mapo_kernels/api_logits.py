@@ -19,7 +19,7 @@ from mapo_kernels.api import (
 from mapo_kernels.autograd import MapoLogitsLossFunction
 from mapo_kernels.inputs import RowInputs
 from mapo_kernels.keywords import names_checked
-from mapo_kernels.plan import Plan
+from mapo_kernels.plan import Plan, bounds_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 
 
@@ -98,7 +98,7 @@ def mapo_loss_from_logits(
             `vocab_group` that disagree, which each finds out in its first call with that group.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows("logits", logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
+    token_ids = checks.check_rows("logits", logits, token_ids, bounds_of(plan, cu_seqlens))
     checks.check_inplace(logits, inplace)
     inputs, spec, known = gather_inputs(
         "token_ids",
@@ -176,7 +176,7 @@ def token_logprobs(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows("logits", logits, token_ids, None)
+    token_ids = checks.check_rows("logits", logits, token_ids, None)
     checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
     require_bool("return_entropy", return_entropy)
     if mask is not None:

@@ -6,12 +6,14 @@ Nothing here reads device data, so nothing waits, except under MAPO_KERNELS_VALI
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
+from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, require_dtype, signed
 from mapo_kernels.inputs import GroupInputs, TokenInputs
-from mapo_kernels.spec import LossSpec, describe, require_bool, require_number
+from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool, require_number
 
 # The normalizer that counts the batch of all ranks.
 GLOBAL = "global"
@@ -46,11 +48,12 @@ def check_plain(name: str, x: torch.Tensor, device: torch.device | None = None) 
         )
 
 
-def check_constant(name: str, x: torch.Tensor, device: torch.device, floating: bool = True) -> None:
+def check_constant(
+    name: str, x: torch.Tensor, device: torch.device | None, kind: str = FLOATING
+) -> None:
     """Raise unless `x` is a tensor on `device` that the loss is not differentiated by."""
     check_tensor(name, x, device)
-    if floating and not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    require_dtype(name, x, kind)
     if x.requires_grad:
         raise ValueError(
             f"{name}: expected a tensor that does not require grad (the loss treats it as a "
@@ -70,24 +73,22 @@ def check_groups(
     group_ids: torch.Tensor | None,
     success: torch.Tensor | None,
     is_part: bool = False,
+    device: torch.device | None = None,
 ) -> GroupInputs:
-    """Validate rewards [B] and their grouping; a part's groups may continue on other ranks."""
-    check_tensor("rewards", rewards)
+    """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete."""
+    check_constant("rewards", rewards, device, REAL)
     if rewards.dim() != 1:
         raise ValueError(
             f"rewards: expected shape [B] (one reward per sequence), got {_shape(rewards.shape)}"
         )
-    if rewards.is_complex():
-        raise TypeError(f"rewards: expected a real dtype, got {rewards.dtype}")
-    check_constant("rewards", rewards, rewards.device, floating=False)
     if (group_size is None) == (group_ids is None):
         came = "neither" if group_size is None else "both"
         raise ValueError(f"group_size, group_ids: expected exactly one of them, got {came}")
     if group_ids is not None:
         check_tensor("group_ids", group_ids, rewards.device)
         check_shape("group_ids", group_ids, rewards.shape, "one id per reward")
-        if group_ids.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
-            raise TypeError(f"group_ids: expected an integer dtype, got {group_ids.dtype}")
+        require_dtype("group_ids", group_ids, INTEGER)
+        group_ids = signed(group_ids)
     else:
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise TypeError(f"group_size: expected an int, got {describe(group_size)}")
@@ -180,21 +181,28 @@ def check_bounds(
 
 
 def check_advantages(
-    advantages: torch.Tensor, n_sequences: int, tokens: torch.Tensor
-) -> torch.Tensor:
-    """Validate advantages [B] or per token."""
-    check_constant("advantages", advantages, tokens.device)
-    if tuple(advantages.shape) not in ((n_sequences,), tuple(tokens.shape)):
+    advantages: torch.Tensor,
+    n_sequences: int,
+    tokens: torch.Size | None,
+    device: torch.device,
+) -> None:
+    """Validate advantages [B] or per token; `tokens` is None for as many as the device knows of."""
+    check_constant("advantages", advantages, device)
+    if tokens is None:
+        fits, per_token = advantages.dim() == 1, "[total]"
+    else:
+        fits, per_token = tuple(advantages.shape) in ((n_sequences,), tuple(tokens)), _shape(tokens)
+    if not fits:
         raise ValueError(
-            f"advantages: expected shape [{n_sequences}] (per sequence) or {_shape(tokens.shape)} "
-            f"(per token), got {_shape(advantages.shape)}"
+            f"advantages: expected shape [{n_sequences}] (per sequence) or {per_token} (per "
+            f"token), got {_shape(advantages.shape)}"
         )
-    return advantages
 
 
 def check_mask(mask: torch.Tensor, tokens: torch.Tensor, name: str) -> None:
     """Validate a token mask against the tokens, an argument called `name`."""
     check_tensor("mask", mask, tokens.device)
+    require_dtype("mask", mask, REAL)
     check_shape("mask", mask, tokens.shape, f"the shape of {name}")
 
 
@@ -206,7 +214,7 @@ def check_normalizer(normalizer: object, device: torch.device) -> None:
                 f"normalizer: expected a number or a 0-d tensor, got shape "
                 f"{_shape(normalizer.shape)}"
             )
-        check_constant("normalizer", normalizer, device, floating=False)
+        check_constant("normalizer", normalizer, device, NUMBER)
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(
             f"normalizer: expected a number, a 0-d tensor or 'global', got {describe(normalizer)}"
@@ -215,11 +223,27 @@ def check_normalizer(normalizer: object, device: torch.device) -> None:
         raise ValueError(f"normalizer: expected a positive finite number, got {normalizer!r}")
 
 
-def check_source(rewards: object, advantages: object) -> None:
-    """Raise unless exactly one of rewards and advantages is given."""
+def check_source(rewards: object, advantages: object, grouping: Mapping[str, object]) -> None:
+    """Raise unless exactly one of rewards and advantages is given, and groups only of rewards."""
     if (rewards is None) == (advantages is None):
         came = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {came}")
+    given = [name for name, value in grouping.items() if value is not None]
+    if rewards is None and given:
+        raise ValueError(
+            f"{', '.join(grouping)}: expected None with advantages, got a value for "
+            f"{', '.join(given)}"
+        )
+
+
+def check_specs(spec: object, advantage_spec: object) -> None:
+    """Raise unless the two specs are specs."""
+    if not isinstance(spec, LossSpec):
+        raise TypeError(f"spec: expected a LossSpec, got {describe(spec)}")
+    if not isinstance(advantage_spec, AdvantageSpec):
+        raise TypeError(
+            f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
+        )
 
 
 def check_tokens(
@@ -231,8 +255,8 @@ def check_tokens(
     `check_layout`.
     """
     check_tensor(name, tokens)
-    if name == "logprobs" and not tokens.is_floating_point():
-        raise TypeError(f"logprobs: expected a floating-point dtype, got {tokens.dtype}")
+    if name == "logprobs":
+        require_dtype(name, tokens, FLOATING)
     n_sequences = check_layout(name, tokens, inputs.cu_seqlens, is_part)
     for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights"):
         x = getattr(inputs, field)
@@ -242,7 +266,7 @@ def check_tokens(
     if inputs.mask is not None:
         check_mask(inputs.mask, tokens, name)
     if inputs.advantages is not None:
-        check_advantages(inputs.advantages, n_sequences, tokens)
+        check_advantages(inputs.advantages, n_sequences, tokens.shape, tokens.device)
     if inputs.groups is not None:
         rewards = inputs.groups.rewards
         check_tensor("rewards", rewards, tokens.device)
@@ -254,12 +278,11 @@ def check_tokens(
 
 def check_rows(
     name: str, x: torch.Tensor, token_ids: torch.Tensor, cu_seqlens: torch.Tensor | None
-) -> None:
-    """Validate logits, or hidden states, against the token ids that were drawn from them."""
+) -> torch.Tensor:
+    """Validate logits, or hidden states, against the token ids drawn from them; the ids, signed."""
     width = {"logits": "V", "hidden": "H"}[name]
     check_plain(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    require_dtype(name, x, FLOATING)
     if x.dim() not in (2, 3) or x.shape[-1] < 1:
         raise ValueError(
             f"{name}: expected shape [B, T, {width}], or [total, {width}] if packed, with "
@@ -270,52 +293,9 @@ def check_rows(
             f"{name}: expected shape [total, {width}] with cu_seqlens, got {_shape(x.shape)}"
         )
     check_tensor("token_ids", token_ids, x.device)
-    if token_ids.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
-        raise TypeError(f"token_ids: expected an integer dtype, got {token_ids.dtype}")
+    require_dtype("token_ids", token_ids, INTEGER)
     check_shape("token_ids", token_ids, x.shape[:-1], f"the shape of {name} without {width}")
-
-
-def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Validate a head's weight [V, H] and bias [V] against hidden states [.., H]."""
-    given = {"lm_head_weight": weight} if bias is None else {"lm_head_weight": weight, "bias": bias}
-    for name, x in given.items():
-        check_plain(name, x, hidden.device)
-        if not x.is_floating_point() or x.element_size() < 2:
-            raise TypeError(
-                f"{name}: expected float32, bfloat16, float16 or float64 (dequantise it first), "
-                f"got {x.dtype}"
-            )
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"lm_head_weight: expected shape [V, {hidden.shape[-1]}] (the width of hidden), got "
-            f"{_shape(weight.shape)}"
-        )
-    if bias is not None:
-        check_shape("bias", bias, weight.shape[:1], "one per row of lm_head_weight")
-
-
-def check_not_rounded(arguments: dict[str, object]) -> None:
-    """Raise if log-probs come in a narrow dtype, as FSDP2's mixed precision casts them."""
-    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
-        x = arguments.get(name)
-        if isinstance(x, torch.Tensor) and x.element_size() < 4:
-            raise ValueError(
-                f"{name}: expected float32 under fully_shard, whose MixedPrecisionPolicy takes "
-                f"cast_forward_inputs=False here, got {x.dtype}"
-            )
-
-
-def check_head_options(softcap: object, logit_scale: object, chunk_rows: object) -> None:
-    """Validate what happens to a head's product, and in how large chunks."""
-    if softcap is not None:
-        require_number("softcap", softcap, 0.0, open_low=True)
-    require_number("logit_scale", logit_scale, 0.0, open_low=True)
-    if chunk_rows is None:
-        return
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise TypeError(f"chunk_rows: expected an int, got {describe(chunk_rows)}")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    return signed(token_ids)
 
 
 def check_temperature(temperature: object, count: int, device: torch.device) -> None:
@@ -367,13 +347,17 @@ def check_no_bonus(spec: LossSpec) -> None:
 
 
 def _check_spec(inputs: TokenInputs, spec: LossSpec) -> None:
-    if not isinstance(spec, LossSpec):
-        raise TypeError(f"spec: expected a LossSpec, got {describe(spec)}")
     if spec.beta != 0 and inputs.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor because beta is {spec.beta:g}, got None")
-    if (spec.rollout_cap is None) != (inputs.rollout_logprobs is None):
-        missing = "rollout_cap" if spec.rollout_cap is None else "rollout_logprobs"
-        raise ValueError(f"{missing}: expected with its counterpart (cap and log-probs), got None")
+    if spec.rollout_cap is None and inputs.rollout_logprobs is not None:
+        raise ValueError(
+            "spec.rollout_cap: expected a number because rollout_logprobs are given, got None"
+        )
+    if spec.rollout_cap is not None and inputs.rollout_logprobs is None:
+        raise ValueError(
+            f"rollout_logprobs: expected a tensor because spec.rollout_cap is "
+            f"{spec.rollout_cap:g}, got None"
+        )
     if (
         spec.aggregation == "seq-mean-token-sum-norm"
         and spec.max_tokens is None
