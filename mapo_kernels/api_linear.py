@@ -234,7 +234,8 @@ def token_logprobs_from_hidden(
     hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, None, vocab_group
     )
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
+    per = "one per token" if token_ids.dim() == 1 else "one per sequence"
+    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device, per)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")

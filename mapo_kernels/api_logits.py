@@ -177,7 +177,8 @@ def token_logprobs(
         TypeError: an argument of the wrong type.
     """
     token_ids = checks.check_rows("logits", logits, token_ids, None)
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
+    per = "one per token" if token_ids.dim() == 1 else "one per sequence"
+    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device, per)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")

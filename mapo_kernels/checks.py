@@ -17,12 +17,25 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool, r
 
 # The normalizer that counts the batch of all ranks.
 GLOBAL = "global"
+_VALIDATE = "MAPO_KERNELS_VALIDATE"
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
 @torch.compiler.assume_constant_result
 def validates_device_data() -> bool:
-    """Whether MAPO_KERNELS_VALIDATE=1 asks for checks that read device data (they synchronise)."""
-    return os.environ.get("MAPO_KERNELS_VALIDATE", "0").lower() in ("1", "true", "yes", "on")
+    """Whether MAPO_KERNELS_VALIDATE=1 asks for checks that read device data (they synchronise).
+
+    Raises:
+        ValueError: the variable has another value than those for on and off.
+    """
+    value = os.environ.get(_VALIDATE, "")
+    word = value.strip().lower()
+    if word not in _ON and word not in _OFF:
+        raise ValueError(
+            f"{_VALIDATE}: expected 1, true, yes or on, or (for off) 0, false, no, off or nothing, "
+            f"got {value!r}"
+        )
+    return word in _ON
 
 
 def _shape(shape: torch.Size | tuple[int, ...]) -> str:
@@ -76,6 +89,7 @@ def check_groups(
     device: torch.device | None = None,
 ) -> GroupInputs:
     """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete."""
+    validates_device_data()  # an error, if the environment is not clear about it
     check_constant("rewards", rewards, device, REAL)
     if rewards.dim() != 1:
         raise ValueError(
@@ -143,6 +157,7 @@ def check_layout(
 
     Only where other ranks may hold the rest of the batch, this part may be empty.
     """
+    validates_device_data()  # an error, if the environment is not clear about it
     if cu_seqlens is None:
         if x.dim() != 2:
             raise ValueError(
@@ -298,13 +313,15 @@ def check_rows(
     return signed(token_ids)
 
 
-def check_temperature(temperature: object, count: int, device: torch.device) -> None:
-    """Validate a temperature: a positive number, or a tensor of `count` of them."""
+def check_temperature(
+    temperature: object, count: int, device: torch.device, what: str = "one per sequence"
+) -> None:
+    """Validate a temperature: a positive number, or a tensor of `count` of them, `what` says."""
     if not isinstance(temperature, torch.Tensor):
         require_number("temperature", temperature, 0.0, open_low=True)
         return
     check_constant("temperature", temperature, device)
-    check_shape("temperature", temperature, (count,), "one per sequence")
+    check_shape("temperature", temperature, (count,), what)
     if validates_device_data() and not bool((temperature > 0).all()):
         raise ValueError(f"temperature: expected positive values, got {temperature.tolist()}")
 

@@ -46,12 +46,14 @@ def require_number(
     open_high: bool = False,
 ) -> None:
     """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
+    # No infinity is inside, so an infinite end is open too.
+    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     inside = (value > low if open_low else value >= low) and (
         value < high if open_high else value <= high
     )
-    if not inside or abs(value) == math.inf:
+    if not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
