@@ -28,6 +28,8 @@ _TILE_ELEMENTS = 1024
 class GroupStats(NamedTuple):
     """Statistics per group, [Q] tensors: groups by position, or by ascending id for `group_ids`.
 
+    Ids of uint64 from 2^63 on come first, as the negative numbers that their bits are in int64.
+
     Attributes:
         mean: mu, mean of the group's finite rewards.
         std: sigma, with the correction of the spec.

@@ -21,15 +21,13 @@ from mapo_kernels.inputs import (
     GROUP_METRICS,
     RESULTS,
     KnownMetrics,
-    RowInputs,
     TokenInputs,
     replaced,
 )
+from mapo_kernels.keywords import names_checked, settings_checked
 from mapo_kernels.metrics import as_metrics
-from mapo_kernels.plan import Plan, count_tokens
-from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
-from mapo_kernels.tokens_eager import TokenLayout
-from mapo_kernels.vocab_parallel import Split
+from mapo_kernels.plan import Plan, count_tokens, require_plan
+from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 
 DEFAULT_SPEC = LossSpec()
 DEFAULT_ADVANTAGE_SPEC = AdvantageSpec()
@@ -51,6 +49,7 @@ class LossOutput(NamedTuple):
     advantages: torch.Tensor
 
 
+@names_checked
 def group_advantages(
     rewards: torch.Tensor,
     *,
@@ -155,11 +154,12 @@ def gather_inputs(
     `source` is where advantages come from, `name` and `tokens` the argument that says which shape
     token tensors have, `dtype` that of what the loss is differentiated by.
     """
+    checks.check_specs(spec, advantage_spec)
     process_group = source["process_group"]
     is_double = dtype == torch.float64
     known = KnownMetrics({})
     if plan is not None:
-        spec = _check_plan(plan, spec, {**source, **layout})
+        spec = _check_plan(plan, spec, advantage_spec, {**source, **layout})
         layout = {key: getattr(plan, key) for key in layout}
         signal, per_token = plan.signal(is_double), plan.per_token
         advantages, groups = signal.advantages, None
@@ -167,26 +167,18 @@ def gather_inputs(
     else:
         rewards, advantages = source["rewards"], source["advantages"]
         grouping = {key: source[key] for key in ("group_size", "group_ids", "success")}
-        checks.check_source(rewards, advantages)
+        checks.check_source(rewards, advantages, grouping)
         checks.check_process_group(process_group, layout["normalizer"])
         is_part = process_group is not None
         groups = (
             None if rewards is None else checks.check_groups(rewards, **grouping, is_part=is_part)
         )
         per_token = checks.is_per_token(advantages, tokens, layout["cu_seqlens"])
-        if rewards is None and any([x is not None for x in grouping.values()]):
-            raise ValueError(
-                "group_size, group_ids, success: expected None with advantages, got a value"
-            )
     inputs = TokenInputs(
         advantages=advantages, groups=groups, per_token=per_token, **layout, **token_tensors
     )
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, inputs, spec, is_part)
-    if not isinstance(advantage_spec, AdvantageSpec):
-        raise TypeError(
-            f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
-        )
     checks.check_denominator(
         inputs.normalizer, inputs.mask, torch.float64 if is_double else torch.float32
     )
@@ -223,37 +215,25 @@ def _share(
     return inputs, known
 
 
-def gather_rows(
-    token_ids: torch.Tensor,
-    temperature: torch.Tensor | float,
-    inputs: TokenInputs,
-    vocab: int,
-    split: Split | None = None,
-) -> RowInputs:
-    """Validated token ids and temperatures, one of these per token where the batch is packed.
-
-    `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
-    """
-    checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
-    share = None if split is None else split.agree(token_ids, inputs, temperature)
-    checks.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
-    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
-        temperature = TokenLayout(token_ids, inputs).spread(temperature)
-    return RowInputs(token_ids, temperature, share)
-
-
-def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:
+def _check_plan(
+    plan: Plan, spec: LossSpec, advantage_spec: AdvantageSpec, given: dict[str, Any]
+) -> LossSpec:
     """The plan's spec, after making sure that nothing contradicts the plan."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {describe(plan)}")
+    require_plan(plan)
     twice = [name for name, value in given.items() if value is not None]
     if twice:
         raise ValueError(f"{', '.join(twice)}: expected None with a plan, which has them already")
     if spec not in (DEFAULT_SPEC, plan.spec):
         raise ValueError(f"spec: expected the plan's spec {plan.spec}, got {spec}")
+    if advantage_spec not in (DEFAULT_ADVANTAGE_SPEC, plan.advantage_spec):
+        raise ValueError(
+            f"advantage_spec: expected the plan's advantage_spec {plan.advantage_spec}, got "
+            f"{advantage_spec}"
+        )
     return plan.spec
 
 
+@names_checked
 def mapo_loss(
     logprobs: torch.Tensor,
     *,
@@ -377,6 +357,7 @@ def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor
     return (computed if inputs.advantages is None else inputs.advantages).detach()
 
 
+@settings_checked
 class MapoLoss(torch.nn.Module):
     """`mapo_loss` with its specs fixed, as a module.
 

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, linear
+from mapo_kernels import checks, checks_head, checks_rows, linear
 from mapo_kernels.api import (
     DEFAULT_ADVANTAGE_SPEC,
     DEFAULT_SPEC,
     LossOutput,
     gather_inputs,
-    gather_rows,
     name_metrics,
     used_advantages,
 )
+from mapo_kernels.api_logits import gather_rows
 from mapo_kernels.autograd import MapoLinearLossFunction
 from mapo_kernels.backend import resolve_backend
 from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
-from mapo_kernels.plan import Plan
+from mapo_kernels.keywords import names_checked, require_names
+from mapo_kernels.plan import Plan, bounds_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 from mapo_kernels.vocab_parallel import Split, local_head
 
@@ -36,6 +37,7 @@ def _as_linear_would(
 
 
 @torch.compiler.disable
+@names_checked
 def mapo_loss_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -123,9 +125,9 @@ def mapo_loss_from_hidden(
             ranks of `vocab_group` that were called differently: all of them are told.
         TypeError: an argument of the wrong type, such as a quantised weight.
     """
-    bounds = cu_seqlens if plan is None else plan.cu_seqlens
-    checks.check_head_options(softcap, logit_scale, chunk_rows)
-    hidden, weight, bias, split = _checked_head(
+    bounds = bounds_of(plan, cu_seqlens)
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
     )
     inputs, spec, known = gather_inputs(
@@ -180,11 +182,11 @@ def _checked_head(
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     vocab_group: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Split | None]:
-    """Hidden states, what of weight and bias is here, and how they are split over ranks."""
-    checks.check_rows("hidden", hidden, token_ids, cu_seqlens)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Split | None]:
+    """Hidden states, what of weight and bias is here, token ids, how rows are split over ranks."""
+    token_ids = checks_rows.check_rows("hidden", hidden, token_ids, cu_seqlens)
     weight, bias, group, vocab = local_head(weight, bias, vocab_group)
-    checks.check_weight(hidden, weight, bias)
+    checks_head.check_weight(hidden, weight, bias)
     hidden, weight, bias = _as_linear_would(hidden, weight, bias)
     if weight.dtype != hidden.dtype:
         raise TypeError(
@@ -196,7 +198,7 @@ def _checked_head(
         dtype = hidden.dtype
         backend = resolve_backend(hidden.device.type, dtype == torch.float64)
         split = Split(group, weight.shape[0], "", dtype, backend, weight.shape[1], vocab)
-    return hidden, weight, bias, split
+    return hidden, weight, bias, token_ids, split
 
 
 def _description(softcap: float | None, logit_scale: float, bias: object) -> tuple[object, ...]:
@@ -210,6 +212,7 @@ def _needs_grad(x: torch.Tensor | None) -> bool:
 
 
 @torch.compiler.disable
+@names_checked
 def token_logprobs_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -251,11 +254,12 @@ def token_logprobs_from_hidden(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_head_options(softcap, logit_scale, chunk_rows)
-    hidden, weight, bias, split = _checked_head(
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, None, vocab_group
     )
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
+    per = "one per token" if token_ids.dim() == 1 else "one per sequence"
+    checks_rows.check_temperature(temperature, token_ids.shape[0], token_ids.device, per)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
@@ -267,7 +271,7 @@ def token_logprobs_from_hidden(
             head=_description(softcap, logit_scale, bias),
         )
         share = split.agree(token_ids, TokenInputs(mask=mask), temperature)
-    checks.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
+    checks_rows.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows)
         rows = RowInputs(token_ids, temperature, share)
@@ -292,8 +296,9 @@ class MapoLinearLoss(torch.nn.Module):
             vocab_group.
 
     Raises:
-        TypeError: `lm_head` is no plain linear layer. One with an adapter of its own has a weight
-            that is not `lm_head.weight`; merge it, or leave lm_head out of the adapted modules.
+        TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of
+            its own has a weight that is not `lm_head.weight`; merge it, or leave lm_head out of the
+            adapted modules.
     """
 
     def __init__(
@@ -305,6 +310,7 @@ class MapoLinearLoss(torch.nn.Module):
     ) -> None:
         """Keep the head, the specs and the options."""
         super().__init__()
+        require_names(type(self).__name__, options, mapo_loss_from_hidden)
         if not isinstance(lm_head, torch.nn.Linear) or hasattr(lm_head, "base_layer"):
             raise TypeError(
                 f"lm_head: expected a torch.nn.Linear without adapters, got "
@@ -320,7 +326,7 @@ class MapoLinearLoss(torch.nn.Module):
     ) -> LossOutput:
         """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
         if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
-            checks.check_not_rounded(arguments)
+            checks_head.check_not_rounded(arguments)
         specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
         return mapo_loss_from_hidden(
             hidden,

@@ -6,23 +6,45 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, ops_logits, vocab_parallel
+from mapo_kernels import checks, checks_rows, ops_logits, vocab_parallel
 from mapo_kernels.api import (
     DEFAULT_ADVANTAGE_SPEC,
     DEFAULT_SPEC,
     LossOutput,
     gather_inputs,
-    gather_rows,
     name_metrics,
     used_advantages,
 )
 from mapo_kernels.autograd import MapoLogitsLossFunction
 from mapo_kernels.backend import resolve_backend
 from mapo_kernels.inputs import RowInputs, TokenInputs
-from mapo_kernels.plan import Plan
+from mapo_kernels.keywords import names_checked
+from mapo_kernels.plan import Plan, bounds_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
+from mapo_kernels.tokens_eager import TokenLayout
+from mapo_kernels.vocab_parallel import Split
 
 
+def gather_rows(
+    token_ids: torch.Tensor,
+    temperature: torch.Tensor | float,
+    inputs: TokenInputs,
+    vocab: int,
+    split: Split | None = None,
+) -> RowInputs:
+    """Validated token ids and temperatures, one of these per token where the batch is packed.
+
+    `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
+    """
+    checks_rows.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
+    share = None if split is None else split.agree(token_ids, inputs, temperature)
+    checks_rows.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
+    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
+        temperature = TokenLayout(token_ids, inputs).spread(temperature)
+    return RowInputs(token_ids, temperature, share)
+
+
+@names_checked
 def mapo_loss_from_logits(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -98,8 +120,8 @@ def mapo_loss_from_logits(
             `vocab_group` that were called differently: all of them are told.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows("logits", logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
-    checks.check_inplace(logits, inplace)
+    token_ids = checks_rows.check_rows("logits", logits, token_ids, bounds_of(plan, cu_seqlens))
+    checks_rows.check_inplace(logits, inplace)
     inputs, spec, known = gather_inputs(
         "token_ids",
         token_ids,
@@ -151,6 +173,7 @@ def _split_of(logits: torch.Tensor, vocab_group: Any, function: str) -> vocab_pa
     return vocab_parallel.Split(vocab_group, logits.shape[-1], function, dtype, backend)
 
 
+@names_checked
 def token_logprobs(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -181,8 +204,9 @@ def token_logprobs(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows("logits", logits, token_ids, None)
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
+    token_ids = checks_rows.check_rows("logits", logits, token_ids, None)
+    per = "one per token" if token_ids.dim() == 1 else "one per sequence"
+    checks_rows.check_temperature(temperature, token_ids.shape[0], token_ids.device, per)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
@@ -191,7 +215,7 @@ def token_logprobs(
     share = None
     if split is not None:
         share = split.agree(token_ids, TokenInputs(mask=mask), temperature)
-    checks.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
+    checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
     with torch.no_grad():
         rows = RowInputs(token_ids, temperature, share)
         table = ops_logits.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)

@@ -197,7 +197,7 @@ def _gradient(
     g: torch.Tensor,
     bonus: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient [n, V] as `rows_kernel.write_gradient` has it; `x` is overwritten."""
+    """Gradient [n, V] as `rows_device.write_gradient` has it; `x` is overwritten."""
     logp, entropy, top, total, rest = table.unbind(0)
     at_target = g * rest
     x.sub_(top[:, None])

@@ -8,13 +8,8 @@ from typing import Any, NamedTuple
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.advantages_kernel import GroupSums, advantage_of_sequence
 from mapo_kernels.formula import loss_denominator
-from mapo_kernels.rows_kernel import (
-    load_exponent,
-    load_target,
-    row_statistics,
-    write_gradient,
-    write_zeros,
-)
+from mapo_kernels.rows_device import row_statistics, write_gradient, write_zeros
+from mapo_kernels.rows_kernel import load_exponent, load_target
 from mapo_kernels.tokens_device import (
     arrive,
     live_tokens,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mapo_kernels import checks, ops, parallel
 from mapo_kernels.advantages import Signal, never_successful, result_dtype, warn_of_threshold
 from mapo_kernels.agreement import group_ranks
 from mapo_kernels.inputs import GroupInputs, TokenInputs
-from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.keywords import names_checked
+from mapo_kernels.selection import select
+from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
 
 
@@ -39,6 +43,7 @@ class Plan:
         per_token: whether `advantages` are the tokens' own, and not their sequences'.
         narrow: advantages and metrics with float32 statistics, which a loss takes that is not
             float64; None where those above are float32 already.
+        advantage_spec: how its rewards became advantages.
     """
 
     spec: LossSpec
@@ -52,6 +57,7 @@ class Plan:
     ranks: tuple[int, ...] | None = None
     per_token: bool = False
     narrow: Signal | None = None
+    advantage_spec: AdvantageSpec = AdvantageSpec()
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
@@ -88,34 +94,42 @@ class Plan:
         dead = (~self.live).reshape(-1).to(torch.uint8)
         return torch.argsort(dead, stable=True)[: sum(self.live_counts)]
 
-    def micro_batch(self, sequences: slice | torch.Tensor) -> Plan:
+    def micro_batch(
+        self, sequences: slice | range | Sequence[int] | np.ndarray | torch.Tensor
+    ) -> Plan:
         """The plan of some of the sequences, with the denominator (and metrics) of the whole batch.
 
         Args:
-            sequences: a slice, or [b] indices of sequences (padded batches only).
+            sequences: a slice; or [b] indices (negative ones count from the end), as a range, list,
+                tuple, array or tensor of integers; or one bool per sequence [B]. There may be none.
+                Of a packed batch, whose tokens are adjacent: a slice, or what says the same on the
+                host, such as range(2, 4) or [2, 3].
 
         Returns:
-            A plan for log-probs of just these sequences, in this order. Indices that lie on the
-            device are waited for.
+            A plan for log-probs of just these sequences, in this order. A tensor that lies on the
+            device is waited for.
 
         Raises:
-            ValueError: indices, or a slice with a step, for a packed batch.
+            ValueError: an index out of range; a mask or tensor of another shape; or for a packed
+                batch a tensor, or sequences that are not adjacent.
+            TypeError: no selection of sequences, such as one index.
         """
+        chosen = select(sequences, self.n_sequences)
         if self.cu_seqlens is None:
-            mask = None if self.mask is None else self.mask[sequences]
-            if isinstance(sequences, slice):
-                which = list(range(self.n_sequences))[sequences]
-            else:
-                which = torch.arange(self.n_sequences)[sequences.cpu()].tolist()
-            counts = tuple(self.live_counts[i] for i in which)
-            return replace(self, mask=mask, live_counts=counts, **self._advantages_of(sequences))
-        if not isinstance(sequences, slice) or sequences.step not in (None, 1):
-            raise ValueError(f"sequences: expected a plain slice for packed input, got {sequences}")
-        start, stop, _ = sequences.indices(self.n_sequences)
+            mask = None if self.mask is None else self.mask[chosen.rows]
+            counts = tuple(self.live_counts[i] for i in chosen.which)
+            return replace(self, mask=mask, live_counts=counts, **self._advantages_of(chosen.rows))
+        rows = chosen.as_slice()
+        if rows is None or isinstance(sequences, torch.Tensor):
+            raise ValueError(
+                f"sequences: expected a plain slice (or a range or list that says the same) for "
+                f"packed input, got {describe(sequences)}"
+            )
+        start, stop = rows.start, rows.stop
         cu_seqlens = self.cu_seqlens[start : stop + 1]
         assert self.bounds is not None
         first, last = self.bounds[start], self.bounds[stop]
-        tokens, rows = slice(first, last), slice(start, stop)
+        tokens = slice(first, last)
         return replace(
             self,
             **self._advantages_of(tokens if self.per_token else rows),
@@ -144,6 +158,7 @@ class Source(NamedTuple):
         return ((self.advantages != 0) | (self.narrow.advantages != 0)).to(torch.float32)
 
 
+@names_checked
 def make_plan(
     *,
     rewards: torch.Tensor | None = None,
@@ -177,17 +192,21 @@ def make_plan(
         advantage_spec: how rewards become advantages.
 
     Returns:
-        A `Plan`. Nothing here waits for the device.
+        A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
+        live; with `process_group` a second time where the collective has to be waited for, which is
+        whenever there are rewards.
 
     Raises:
-        ValueError: arguments that contradict each other or whose shapes do not fit.
+        ValueError: arguments that contradict each other, or whose shapes or devices do not fit.
         TypeError: an argument of the wrong type.
     """
-    checks.check_source(rewards, advantages)
+    checks.check_specs(spec, advantage_spec)
+    grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
+    checks.check_source(rewards, advantages, grouping)
     checks.check_process_group(process_group, normalizer)
     is_part = process_group is not None
     if mask is not None:
-        checks.check_tensor("mask", mask)
+        checks.check_mask(mask, mask, "mask")
         n_sequences = checks.check_layout("mask", mask, cu_seqlens, is_part)
         device = mask.device
     elif cu_seqlens is not None:
@@ -201,13 +220,14 @@ def make_plan(
     groups: GroupInputs | None = None
     per_token = False
     if rewards is not None:
-        groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
+        groups = checks.check_groups(rewards, group_size, group_ids, success, is_part, device)
         checks.check_shape("rewards", rewards, (n_sequences,), "one reward per sequence")
         groups = groups._replace(wide=rewards.dtype == torch.float64)
     elif advantages is not None:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
+        shape = None if mask is None else mask.shape
+        checks.check_advantages(advantages, n_sequences, shape, device)
         tokens = advantages if mask is None else mask
-        checks.check_advantages(advantages, n_sequences, tokens)
         per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
     signal, narrow = None, None
     if process_group is not None:
@@ -240,7 +260,22 @@ def make_plan(
         None if process_group is None or groups is None else group_ranks(process_group),
         per_token,
         narrow,
+        advantage_spec,
     )
+
+
+def require_plan(plan: object) -> None:
+    """Raise unless `plan` is one."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {describe(plan)}")
+
+
+def bounds_of(plan: Plan | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    """Boundaries of a packed batch, those of the plan if there is one; None if it is padded."""
+    if plan is None:
+        return cu_seqlens
+    require_plan(plan)
+    return plan.cu_seqlens
 
 
 def count_tokens(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
+from mapo_kernels.keywords import settings_checked
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -45,12 +46,14 @@ def require_number(
     open_high: bool = False,
 ) -> None:
     """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
+    # No infinity is inside, so an infinite end is open too.
+    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     inside = (value > low if open_low else value >= low) and (
         value < high if open_high else value <= high
     )
-    if not inside or abs(value) == math.inf:
+    if not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
@@ -142,6 +145,7 @@ class LossKind:
 LENGTH_WEIGHTS = {"seq-mean-token-mean": "mean", "seq-mean-token-sum-norm": "fixed"}
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSpec(_Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
@@ -227,6 +231,7 @@ class AdvantageSpec(_Packable):
         return 0.0
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class LossSpec(_Packable):
     """Which token loss, and how it is aggregated.

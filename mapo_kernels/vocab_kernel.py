@@ -1,7 +1,8 @@
 """The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.rows_kernel import load_exponent, load_target, loses_digits, row_sums
+from mapo_kernels.rows_device import loses_digits, row_sums
+from mapo_kernels.rows_kernel import load_exponent, load_target
 
 
 @jit(do_not_specialize=["n", "length", "per_temperature"])

@@ -118,14 +118,14 @@ MUTANTS = (
         TOKENS,
     ),
     Mutant(
-        "rows_kernel",
+        "rows_device",
         "tl.fma(total, fade, tl.sum(e0 + e1, 1))",
         "tl.fma(total, 1.0, tl.sum(e0 + e1, 1))",
         LOGITS,
     ),
-    Mutant("rows_kernel", "at_target = slope * rest", "at_target = slope", LOGITS),
+    Mutant("rows_device", "at_target = slope * rest", "at_target = slope", LOGITS),
     Mutant(
-        "rows_kernel",
+        "rows_device",
         "start = (i + tl.where(i >= own, 1, 0)) * BLOCK",
         "start = (i + tl.where(i > own, 1, 0)) * BLOCK",
         LOGITS,

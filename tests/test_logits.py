@@ -23,7 +23,7 @@ import mapo_kernels as mk
 import reference
 from benchmarks.memory import MemoryOfTensors
 from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
-from mapo_kernels.rows_kernel import narrow
+from mapo_kernels.rows_device import narrow
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
