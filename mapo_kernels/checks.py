@@ -38,7 +38,8 @@ def validates_device_data() -> bool:
     return word in _ON
 
 
-def shape_text(shape: torch.Size | tuple[int, ...]) -> str:
+def dims(shape: torch.Size | tuple[int, ...]) -> str:
+    """A shape as messages have it."""
     return str(list(shape))
 
 
@@ -77,9 +78,7 @@ def check_constant(
 def check_shape(name: str, x: torch.Tensor, shape: torch.Size | tuple[int, ...], what: str) -> None:
     """Raise unless `x` has `shape`, described by `what`."""
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(
-            f"{name}: expected shape {shape_text(shape)} ({what}), got {shape_text(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape {dims(shape)} ({what}), got {dims(x.shape)}")
 
 
 def check_groups(
@@ -95,7 +94,7 @@ def check_groups(
     check_constant("rewards", rewards, device, REAL)
     if rewards.dim() != 1:
         raise ValueError(
-            f"rewards: expected shape [B] (one reward per sequence), got {shape_text(rewards.shape)}"
+            f"rewards: expected shape [B] (one reward per sequence), got {dims(rewards.shape)}"
         )
     if (group_size is None) == (group_ids is None):
         came = "neither" if group_size is None else "both"
@@ -163,15 +162,13 @@ def check_layout(
     if cu_seqlens is None:
         if x.dim() != 2:
             raise ValueError(
-                f"{name}: expected shape [B, T], or [total] with cu_seqlens, got {shape_text(x.shape)}"
+                f"{name}: expected shape [B, T], or [total] with cu_seqlens, got {dims(x.shape)}"
             )
         if x.shape[0] < 1 and not is_part:
             raise ValueError(f"{name}: expected at least one sequence (B >= 1), got an empty batch")
         return x.shape[0]
     if x.dim() != 1:
-        raise ValueError(
-            f"{name}: expected shape [total] with cu_seqlens, got {shape_text(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape [total] with cu_seqlens, got {dims(x.shape)}")
     return check_bounds(cu_seqlens, x.device, x.shape[0], is_part)
 
 
@@ -187,7 +184,7 @@ def check_bounds(
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < (1 if is_part else 2):
         raise ValueError(
-            f"cu_seqlens: expected shape [B + 1] with B >= 1, got {shape_text(cu_seqlens.shape)}"
+            f"cu_seqlens: expected shape [B + 1] with B >= 1, got {dims(cu_seqlens.shape)}"
         )
     if validates_device_data():
         bounds = cu_seqlens.tolist()
@@ -212,12 +209,12 @@ def check_advantages(
     else:
         fits, per_token = (
             tuple(advantages.shape) in ((n_sequences,), tuple(tokens)),
-            shape_text(tokens),
+            dims(tokens),
         )
     if not fits:
         raise ValueError(
             f"advantages: expected shape [{n_sequences}] (per sequence) or {per_token} (per "
-            f"token), got {shape_text(advantages.shape)}"
+            f"token), got {dims(advantages.shape)}"
         )
 
 
@@ -248,8 +245,7 @@ def check_normalizer(normalizer: object, device: torch.device) -> None:
     if isinstance(normalizer, torch.Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
-                f"normalizer: expected a number or a 0-d tensor, got shape "
-                f"{shape_text(normalizer.shape)}"
+                f"normalizer: expected a number or a 0-d tensor, got shape {dims(normalizer.shape)}"
             )
         check_constant("normalizer", normalizer, device, NUMBER)
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):

@@ -9,7 +9,7 @@ from mapo_kernels.checks import (
     check_plain,
     check_shape,
     check_tensor,
-    shape_text,
+    dims,
     validates_device_data,
 )
 from mapo_kernels.dtypes import FLOATING, INTEGER, require_dtype, signed
@@ -26,11 +26,11 @@ def check_rows(
     if x.dim() not in (2, 3) or x.shape[-1] < 1:
         raise ValueError(
             f"{name}: expected shape [B, T, {width}], or [total, {width}] if packed, with "
-            f"{width} >= 1, got {shape_text(x.shape)}"
+            f"{width} >= 1, got {dims(x.shape)}"
         )
     if cu_seqlens is not None and x.dim() != 2:
         raise ValueError(
-            f"{name}: expected shape [total, {width}] with cu_seqlens, got {shape_text(x.shape)}"
+            f"{name}: expected shape [total, {width}] with cu_seqlens, got {dims(x.shape)}"
         )
     check_tensor("token_ids", token_ids, x.device)
     require_dtype("token_ids", token_ids, INTEGER)
