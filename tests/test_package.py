@@ -111,6 +111,21 @@ def test_importing_does_no_work():
     assert out.strip() == "[]"
 
 
+def test_integrations_import_their_trainers_as_their_docstring_says():
+    trainers = ("verl", "slime", "prime_rl", "trl", "transformers")
+    out = run_python(
+        "import importlib, sys\n"
+        f"for name in {trainers}: sys.modules[name] = None\n"
+        f"for name in {(*trainers[:4], 'trl_options', 'fused_forward')}:\n"
+        "    try: importlib.import_module(f'mapo_kernels.integrations.{name}')\n"
+        "    except ModuleNotFoundError as error: print(name, 'needs', error.name)\n"
+    )
+    assert out.split("\n") == ["trl needs trl", "fused_forward needs transformers", ""]
+    text = inspect.getdoc(importlib.import_module("mapo_kernels.integrations"))
+    assert "`verl`, `slime` and `prime_rl` import their trainers inside calls" in text
+    assert "`trl` imports TRL when it is" in text
+
+
 def test_what_is_exported_is_imported_when_asked_for():
     out = run_python(
         "import sys, mapo_kernels as mk\n"

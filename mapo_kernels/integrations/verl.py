@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.abc
 import logging
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -248,32 +249,71 @@ def register(core_algos: ModuleType) -> None:
         )
 
 
+class _Registering:
+    """A loader that does what another one does, and registers whenever it has run the module.
+
+    It stands before that loader and leaves it alone: a zip file has one loader for all its modules.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        register(module)
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers as soon as verl has imported its registries, which most processes never do."""
+    """Registers as soon as verl has imported its registries, which most processes never do.
+
+    There is no other way: verl has no call for plugins after that, and importing the registries
+    here would import torch, and verl, which is importing this module. The hook stays, because
+    the registries may be imported again, after an import that failed or by `importlib.reload`.
+    """
+
+    def __init__(self) -> None:
+        self._asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != CORE_ALGOS:
+        # Another hook may ask every finder too, this one among them.
+        if fullname != CORE_ALGOS or getattr(self._asking, "others", False):
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            # Not before: an import that fails may be tried again.
-            sys.meta_path.remove(self)
-            register(module)
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        self._asking.others = True
+        try:
+            spec = self._ask_others(fullname, path, target)
+        finally:
+            self._asking.others = False
+        loader = getattr(spec, "loader", None)
+        if hasattr(loader, "exec_module") and not isinstance(loader, _Registering):
+            assert spec is not None
+            spec.loader = _Registering(loader)  # type: ignore[assignment]
         return spec
 
+    def _ask_others(self, *asked: Any) -> ModuleSpec | None:
+        for finder in list(sys.meta_path):
+            find_spec = getattr(finder, "find_spec", None)
+            spec = None if finder is self or find_spec is None else find_spec(*asked)
+            if spec is not None:
+                return spec
+        return None
 
-if CORE_ALGOS in sys.modules:
-    register(sys.modules[CORE_ALGOS])
-else:
+
+def _install() -> None:
+    """Register now if verl's registries are there, and whenever they are imported from now on."""
+    # This module may be executed twice; once in a process is enough.
+    name = _AfterImport.__module__, _AfterImport.__qualname__
+    if any((type(x).__module__, type(x).__qualname__) == name for x in sys.meta_path):
+        return
+    if CORE_ALGOS in sys.modules:
+        register(sys.modules[CORE_ALGOS])
     sys.meta_path.insert(0, _AfterImport())
+
+
+_install()
