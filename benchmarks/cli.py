@@ -9,6 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from mapo_kernels import resolve_backend
+from mapo_kernels.files import CommandError, read_whole, write_whole
 
 from .suites import SUITES
 from .vocabulary import ALL
@@ -61,10 +67,20 @@ def _interpreted(arguments: list[str]) -> int:
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment).returncode
 
 
+def _require_backend() -> None:
+    try:
+        resolve_backend("cuda" if torch.cuda.is_available() else "cpu")
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+
+
 def _run(given: argparse.Namespace) -> int:
     from . import console, results
     from .run import run_suite
 
+    if not given.dry_run:
+        _require_backend()
+    results.reserve(given.out, given.name)
     terminal = console.terminal()
     with console.Bar(terminal) as bar:
         found = run_suite(
@@ -81,12 +97,13 @@ def _run(given: argparse.Namespace) -> int:
     stamp = time.strftime("%Y%m%d_%H%M%S")
     kind = "dry" if given.dry_run else given.suite
     path = results.write(found, given.out, given.name or f"{kind}_{device}_{stamp}")
-    terminal.print(f"{path} and .csv")
+    # A path is no markup, whatever brackets it has, and is not broken into lines.
+    terminal.print(f"{path} and .csv", markup=False, soft_wrap=True)
     if not given.no_plots:
         from .plots import draw
 
         for plot in draw(found, given.out, path.stem):
-            terminal.print(str(plot))
+            terminal.print(str(plot), markup=False, soft_wrap=True)
     ours_is_wrong = any(
         row["provider"].startswith("mapo_kernels") and row["status"] in ("wrong", "failed")
         for row in found["rows"]
@@ -96,24 +113,37 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from . import console, report, results
+    from . import console, results
     from .plots import draw
 
     if not given.files:
-        print("bench report: expected result files, e.g. benchmarks/results/cpu.json")
-        return 2
-    for path in given.files:
-        found = results.read(path)
+        raise CommandError("report: expected result files, e.g. benchmarks/results/cpu.json")
+    # All is read before anything is written.
+    every = {path: results.read(path) for path in given.files}
+    readme = None if given.readme is None else _with_tables(given.readme, every)
+    for path, found in every.items():
         console.show(found, console.terminal())
         if not given.no_plots:
             for plot in draw(found, path.parent, path.stem):
                 print(plot)
-        if given.readme:
-            text = given.readme.read_text(encoding="utf-8")
-            given.readme.write_text(
-                report.insert(text, path.stem, report.markdown(found)), encoding="utf-8"
-            )
+    if readme is not None:
+        # Where it is a link, what it points to is written.
+        write_whole(given.readme.resolve(), readme.encode())
     return 0
+
+
+def _with_tables(path: Path, every: dict[Path, dict[str, Any]]) -> str:
+    """The README's text with the tables of result files in place of the old ones."""
+    from . import report
+
+    content = read_whole(path)
+    try:
+        text = content.decode()
+        for result, found in every.items():
+            text = report.insert(text, result.stem, report.markdown(found))
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from error
+    return text
 
 
 def _codegen(given: argparse.Namespace) -> int:
@@ -133,7 +163,7 @@ def _codegen(given: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | argparse.Namespace | None = None) -> int:
-    """Run the command; 1 if our own numbers are wrong, else 0."""
+    """Run the command; 1 if our own numbers are wrong, 2 for wrong usage, else 0."""
     if isinstance(arguments, argparse.Namespace):
         given = arguments
     else:
@@ -142,7 +172,11 @@ def main(arguments: list[str] | argparse.Namespace | None = None) -> int:
         given = parser.parse_args(arguments)
     if given.dry_run and given.action == "run" and os.environ.get("TRITON_INTERPRET") != "1":
         return _interpreted(_as_arguments(given))
-    return {"run": _run, "report": _report, "codegen": _codegen}[given.action](given)
+    try:
+        return {"run": _run, "report": _report, "codegen": _codegen}[given.action](given)
+    except CommandError as error:
+        print(f"mapo-kernels bench: {error}", file=sys.stderr)
+        return 2
 
 
 def _as_arguments(given: argparse.Namespace) -> list[str]:

@@ -91,7 +91,7 @@ def case_table(rows: list[dict[str, Any]], every: list[dict[str, Any]], width: i
 def _complaint(row: dict[str, Any]) -> str:
     error = "" if row.get("error") is None else f" (relative error {row['error']:.1e})"
     style = BAD[row["status"]]
-    name = f"{row['provider']}, {row['direction']}"
+    name = escape(f"{row['provider']}, {row['direction']}")
     return f"  {name}: [{style}]{row['status']}[/]: {escape(row['reason'])}{error}"
 
 
@@ -105,9 +105,9 @@ def show_rows(rows: list[dict[str, Any]], console: Console) -> None:
             cases.setdefault(key, []).append(row)
     for (name, shape, live, _), found in cases.items():
         if name != level:
-            console.print(f"\n[bold]{name}[/]")
+            console.print(f"\n[bold]{escape(name)}[/]")
             level = name
-        console.print(f"[cyan]{shape}[/], {live:.0%} live", highlight=False)
+        console.print(f"[cyan]{escape(shape)}[/], {live:.0%} live", highlight=False)
         console.print(case_table(found, rows, console.width))
         for row in found:
             if row["status"] in BAD:
@@ -117,20 +117,21 @@ def show_rows(rows: list[dict[str, Any]], console: Console) -> None:
 def show(results: dict[str, Any], console: Console) -> None:
     """Print a run: where, the roofs, a table a level, what was left out."""
     where, roofs = results["environment"], results["roofs"]
-    console.print(f"{where['device']}, {where['threads']} threads, backend {where['backend']}")
+    about = f"{where['device']}, {where['threads']} threads, backend {where['backend']}"
+    console.print(about, markup=False)
     products = roofs["products_teraflops_per_second"].items()
     parts = [
         f"copy {roofs['copy_gigabytes_per_second']:.4g} GB/s",
         f"launch {roofs['launch_microseconds']:.3g} us",
         *[f"products {name} {rate:.3g} TFLOP/s" for name, rate in products],
     ]
-    console.print("roofs of this run: " + ", ".join(parts))
+    console.print("roofs of this run: " + ", ".join(parts), markup=False)
     if results["dry_run"]:
         console.print("dry run: tiny shapes, interpreted kernels; the times mean nothing")
     parity = results["parity"]
     if parity:
         verdict = "passed" if parity["passed"] else "[bold red]FAILED[/]"
-        console.print(f"parity tests on the device: {verdict}, {parity['summary']}")
+        console.print(f"parity tests on the device: {verdict}, {escape(parity['summary'])}")
     show_rows(results["rows"], console)
     if any(row["direction"] == "backward" for row in results["rows"]):
         console.print(
@@ -138,7 +139,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             "its roof): only whole steps compare."
         )
     for line in left_out(results["rows"]):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, markup=False)
     console.print(f"{results['seconds']:.0f} seconds")
 
 
@@ -170,4 +171,5 @@ class Bar:
         for row in rows:
             if row["status"] in BAD:
                 text = f"{row['level']}, {row['shape']}, {row['direction']}: {provider} is "
-                self.progress.console.print(text + f"{row['status']}: {row['reason']}")
+                text += f"{row['status']}: {row['reason']}"
+                self.progress.console.print(text, markup=False)

@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from mapo_kernels.files import write_figure  # noqa: E402
+
 from .case import COMPILED, OURS, PLAIN  # noqa: E402
 from .console import ours_of  # noqa: E402
 
@@ -133,6 +135,6 @@ def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
         if figure is not None:
             figure.suptitle(f"{kind.replace('_', ' ')} ({caption})", fontsize=10)
             paths.append(folder / f"{name}_{kind}.png")
-            figure.savefig(paths[-1], dpi=100)
+            write_figure(figure, paths[-1], dpi=100)
             plt.close(figure)
     return paths

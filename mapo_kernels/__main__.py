@@ -17,16 +17,26 @@ def _benchmarks() -> Any:
         return import_module("benchmarks.cli")
 
 
+class _PrintVersion(argparse.Action):
+    """Prints the version and the backend, which is looked up when asked for and not before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from mapo_kernels import __version__, describe_backend
+
+        print(f"mapo-kernels {__version__}, backend {describe_backend()}")
+        parser.exit()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     # Importing torch takes a second, in which Ctrl-C should work too.
     try:
-        from mapo_kernels import __version__, demo, describe_backend, doctor
+        from mapo_kernels import demo, doctor
 
         benchmarks = _benchmarks()
         parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
-        version = f"mapo-kernels {__version__}, backend {describe_backend()}"
-        parser.add_argument("--version", action="version", version=version)
+        shown = "show the version and the backend, and exit"
+        parser.add_argument("--version", action=_PrintVersion, nargs=0, help=shown)
         commands = parser.add_subparsers(dest="command", required=True)
         demo.add_arguments(
             commands.add_parser("demo", help="train a small model with MAPO and GRPO")

@@ -17,7 +17,8 @@ from mapo_kernels.api import (
     used_advantages,
 )
 from mapo_kernels.autograd import MapoLinearLossFunction
-from mapo_kernels.inputs import HeadInputs, RowInputs
+from mapo_kernels.backend import resolve_backend
+from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
 from mapo_kernels.plan import Plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 from mapo_kernels.vocab_parallel import Split, local_head
@@ -71,7 +72,8 @@ def mapo_loss_from_hidden(
     (two with a frozen weight, one without gradients; one more for sequence-level importance).
 
     With a plan of `make_plan` nothing here waits for the device; without one, finding the live
-    tokens does, once. Inside `torch.compile` the call is a graph break.
+    tokens does, once, and with a `vocab_group` so does making sure that its ranks were called
+    alike. Inside `torch.compile` the call is a graph break.
 
     Args:
         hidden: [B, T, H], or [total, H] with `cu_seqlens`: float32, bfloat16, float16, or float64
@@ -108,8 +110,9 @@ def mapo_loss_from_hidden(
         vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
             then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
             other share, and the rest of the arguments is the same on every rank (token ids too, in
-            [0, V)). A chunk takes one collective of 16 bytes a row and rank; the gradient by
-            `hidden` is summed over ranks once, in float32, that by the weight stays here.
+            [0, V)): ranks first exchange 216 bytes that say how each was called, for which the host
+            waits. A chunk takes one collective of 16 bytes a row and rank; the gradient by `hidden`
+            is summed over ranks once, in float32, that by the weight stays here.
 
     Returns:
         `LossOutput` as of `mapo_loss_from_logits`. Gradients reach `hidden`, `lm_head_weight`
@@ -117,7 +120,7 @@ def mapo_loss_from_hidden(
 
     Raises:
         ValueError: a shape, a value, a device, a placement or a combination that makes no sense; or
-            ranks of `vocab_group` that disagree, which each finds out in its first call with it.
+            ranks of `vocab_group` that were called differently: all of them are told.
         TypeError: an argument of the wrong type, such as a quantised weight.
     """
     bounds = cu_seqlens if plan is None else plan.cu_seqlens
@@ -146,9 +149,18 @@ def mapo_loss_from_hidden(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        hidden.dtype,
     )
     if split is not None:
-        split = split._replace(chunk_rows=chunk_rows or 0, spec=spec)
+        split = split._replace(
+            function="mapo_loss_from_hidden",
+            chunk_rows=chunk_rows or 0,
+            head=_description(softcap, logit_scale, bias),
+            spec=spec,
+            advantage_spec=advantage_spec,
+            wanted=tuple(_needs_grad(x) for x in (hidden, weight, bias)),
+            planned=plan is not None,
+        )
     rows = gather_rows(token_ids, temperature, inputs, weight.shape[0], split)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
@@ -181,8 +193,20 @@ def _checked_head(
         )
     split = None
     if group is not None:
-        split = Split(group, weight.shape[0], weight.shape[1], vocab, weight.element_size())
+        dtype = hidden.dtype
+        backend = resolve_backend(hidden.device.type, dtype == torch.float64)
+        split = Split(group, weight.shape[0], "", dtype, backend, weight.shape[1], vocab)
     return hidden, weight, bias, split
+
+
+def _description(softcap: float | None, logit_scale: float, bias: object) -> tuple[object, ...]:
+    """What ranks have to have the same of the head's options; equal numbers have one form."""
+    return None if softcap is None else float(softcap), float(logit_scale), bias is not None
+
+
+def _needs_grad(x: torch.Tensor | None) -> bool:
+    """Whether the gradient by `x` will be asked for."""
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
 
 
 @torch.compiler.disable
@@ -237,7 +261,12 @@ def token_logprobs_from_hidden(
         checks.check_mask(mask, token_ids, "token_ids")
     share = None
     if split is not None:
-        share = split._replace(chunk_rows=chunk_rows or 0).agree(token_ids, mask)
+        split = split._replace(
+            function=f"token_logprobs_from_hidden{', with entropies' if return_entropy else ''}",
+            chunk_rows=chunk_rows or 0,
+            head=_description(softcap, logit_scale, bias),
+        )
+        share = split.agree(token_ids, TokenInputs(mask=mask), temperature)
     checks.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows)

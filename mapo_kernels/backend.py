@@ -18,7 +18,8 @@ def set_backend(name: str | None) -> None:
 
     Args:
         name: `auto` (Triton on a GPU, eager elsewhere and for float64), `triton`, `eager`, or None
-            to follow the environment variable MAPO_KERNELS_BACKEND again.
+            to follow the environment variable MAPO_KERNELS_BACKEND again (in any case; empty is
+            `auto`).
 
     Raises:
         ValueError: `name` is none of these.
@@ -27,6 +28,17 @@ def set_backend(name: str | None) -> None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"name: expected one of {list(BACKENDS)} or None, got {name!r}")
     _chosen = name
+
+
+def _setting() -> str:
+    """What was chosen: by `set_backend`, else by the environment, where empty means unset."""
+    if _chosen is not None:
+        return _chosen
+    written = os.environ.get(_ENVIRONMENT, "")
+    choice = written.strip().lower() or "auto"
+    if choice not in BACKENDS:
+        raise ValueError(f"{_ENVIRONMENT}: expected one of {list(BACKENDS)}, got {written!r}")
+    return choice
 
 
 # The environment cannot be traced by torch.compile, and need not be: tracing settles the backend.
@@ -46,9 +58,7 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
         ValueError: MAPO_KERNELS_BACKEND is none of auto, triton, eager.
         RuntimeError: `triton` was asked for and cannot run here.
     """
-    choice = _chosen or os.environ.get(_ENVIRONMENT, "auto")
-    if choice not in BACKENDS:
-        raise ValueError(f"{_ENVIRONMENT}: expected one of {list(BACKENDS)}, got {choice!r}")
+    choice = _setting()
     # ROCm calls its devices cuda too.
     on_gpu = device_type in ("cuda", "xpu")
     if is_double:
@@ -71,8 +81,10 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
 
 
 def describe_backend() -> str:
-    """One line that says which backend this machine uses, and why."""
+    """One line: which backend this machine uses and why; `none` where the one chosen cannot run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     why = TRITON_FAULT or f"torch sees device type {device}"
-    choice = _chosen or os.environ.get(_ENVIRONMENT, "auto")
-    return f"{resolve_backend(device)} (setting {choice}; {why})"
+    try:
+        return f"{resolve_backend(device)} (setting {_setting()}; {why})"
+    except (ValueError, RuntimeError) as error:
+        return f"none ({error})"

@@ -192,6 +192,21 @@ def check_advantages(
     return advantages
 
 
+def is_per_token(
+    advantages: torch.Tensor | None, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> bool:
+    """Whether given advantages are the tokens' own, and not their sequences'.
+
+    A packed batch may have as many tokens as sequences; then they are the sequences'.
+    """
+    # Called before anything is validated.
+    if not isinstance(advantages, torch.Tensor) or not isinstance(tokens, torch.Tensor):
+        return False
+    if advantages.shape != tokens.shape:
+        return False
+    return cu_seqlens is None or advantages.shape[0] != cu_seqlens.shape[0] - 1
+
+
 def check_mask(mask: torch.Tensor, tokens: torch.Tensor, name: str) -> None:
     """Validate a token mask against the tokens, an argument called `name`."""
     check_tensor("mask", mask, tokens.device)
@@ -213,6 +228,22 @@ def check_normalizer(normalizer: object, device: torch.device) -> None:
         )
     elif not 0 < normalizer < float("inf"):
         raise ValueError(f"normalizer: expected a positive finite number, got {normalizer!r}")
+
+
+def check_denominator(
+    normalizer: object, mask: torch.Tensor | None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Under MAPO_KERNELS_VALIDATE=1, raise unless a normalizer is positive in `dtype`.
+
+    Or there is no token for it to count: 0 is right then, and the loss is 0.
+    """
+    if normalizer is None or is_global(normalizer) or not validates_device_data():
+        return
+    value = float(torch.as_tensor(normalizer).to(dtype))
+    if not 0 < value < float("inf") and (mask is None or bool((mask != 0).any())):
+        raise ValueError(
+            f"normalizer: expected a positive finite number (in {dtype}), got {value:g}"
+        )
 
 
 def check_source(rewards: object, advantages: object) -> None:
@@ -339,7 +370,7 @@ def check_inplace(logits: torch.Tensor, inplace: bool) -> None:
             f"logits: expected adjacent columns (stride 1) with inplace=True, got stride "
             f"{logits.stride(-1)}"
         )
-    if any(
+    if logits.numel() and any(
         step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)
     ):
         raise ValueError("logits: expected memory of their own with inplace=True, got a broadcast")

@@ -100,15 +100,20 @@ def parity() -> dict[str, float]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 if a level's numbers are off, else 0."""
+    """Print the report; 1 if a level's numbers are off or cannot be computed, else 0."""
     for name, value in versions().items():
         print(f"{name:<14}{value}")
     print(f"{'backend':<14}{describe_backend()}")
     print("\nlargest relative error of loss and gradients against float64:")
+    try:
+        found = parity()
+    except (ValueError, RuntimeError) as error:  # a setting that cannot work, or a kernel
+        print(f"  not checked: {error}")
+        return 1
     wrong = False
-    for name, error in parity().items():
+    for name, off in found.items():
         # A NaN is not within any tolerance.
-        right = error <= TOLERANCE
+        right = off <= TOLERANCE
         wrong = wrong or not right
-        print(f"  {name:<32}{error:.1e}  {'ok' if right else 'WRONG'}")
+        print(f"  {name:<32}{off:.1e}  {'ok' if right else 'WRONG'}")
     return int(wrong)

@@ -10,7 +10,7 @@ multiply-add: exact where x and the maximum are large and close.
 """
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.formula import exp, row_summary
+from mapo_kernels.formula import certain_elsewhere, exp, row_summary
 
 
 @jit
@@ -61,7 +61,8 @@ def fold_block(
     x0 = load_tile(Row, offs, vocab, target, MASKED)
     x1 = load_tile(Row, offs + R * A, vocab, target, MASKED)
     new_top = tl.maximum(top, tl.maximum(tl.max(x0, 1), tl.max(x1, 1)) * c)
-    fade = tl.exp2(top - new_top)
+    step = tl.maximum(top - new_top, -1e30)
+    fade = tl.exp2(step)
     d0 = tl.fma(x0, c, -new_top[:, None])
     d1 = tl.fma(x1, c, -new_top[:, None])
     e0 = tl.exp2(d0)
@@ -69,7 +70,7 @@ def fold_block(
     if HAS_ENTROPY:
         # 2^-inf times -inf is meant to be 0.
         products = tl.fma(e0, tl.maximum(d0, -1e30), e1 * tl.maximum(d1, -1e30))
-        weighted = tl.fma(total, top - new_top, weighted) * fade + tl.sum(products, 1)
+        weighted = tl.fma(total, step, weighted) * fade + tl.sum(products, 1)
     total = tl.fma(total, fade, tl.sum(e0 + e1, 1))
     return new_top, total, weighted
 
@@ -91,7 +92,8 @@ def row_sums(
     Returns (reference m in units of log 2, then what `row_summary` takes: others, weighted, gap).
     """
     BLOCK: tl.constexpr = 2 * R * A
-    top = tl.full([R], -1e30, tl.float32)
+    # The lowest number stands for no column: -inf would make NaN of the first difference.
+    top = tl.full([R], -3.4028234663852886e38, tl.float32)
     total = tl.zeros([R], tl.float32)
     weighted = tl.zeros([R], tl.float32)
     n_full = vocab // BLOCK
@@ -112,11 +114,53 @@ def row_sums(
     x = tl.load(Row + index, mask=index >= 0, other=absent).to(tl.float32)
     x = tl.sum(x, 0)
     reference = tl.maximum(tl.max(top, 0), x * c)
-    fade = tl.exp2(top - reference)
+    step = tl.maximum(top - reference, -1e30)
+    fade = tl.exp2(step)
     others = tl.sum(total * fade, 0)
-    weighted = tl.sum(tl.fma(total, top - reference, weighted) * fade, 0)
+    weighted = tl.sum(tl.fma(total, step, weighted) * fade, 0)
     gap = tl.fma(x, c, -reference)
     return reference, others, weighted * 0.6931471805599453, gap * 0.6931471805599453
+
+
+@jit
+def loses_digits(reference):
+    """Whether exponents c x - m are too coarse: m is beyond 2^26, where its last bit is 8."""
+    # Written so that a NaN does, too.
+    return (tl.abs(reference) <= 67108864.0) == 0
+
+
+@jit
+def largest_logit(Row, target, vocab, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+    """The largest column of a row but for `target`; -1 leaves none out."""
+    top = tl.full([R], float("-inf"), tl.float32)
+    for start in range(0, vocab, R * A):
+        x = load_tile(Row, start + tile_columns(R, A, WIDE), vocab, target, True)
+        top = tl.maximum(top, tl.max(x, 1))
+    return tl.max(top, 0)
+
+
+@jit
+def exact_sums(Row, target, vocab, c, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+    """What `row_summary` takes, by exact differences from the largest logit: two more readings.
+
+    For the few rows that need it. Returns (others, tail, weighted, gap).
+    """
+    largest = largest_logit(Row, target, vocab, R, A, WIDE)
+    own = tl.sum(tl.load(Row + target + tl.arange(0, 1)).to(tl.float32), 0)
+    base = tl.maximum(largest, own)
+    gap = (own - base) * c
+    others = tl.zeros([R], tl.float32)
+    tail = tl.zeros([R], tl.float32)
+    weighted = tl.zeros([R], tl.float32)
+    for start in range(0, vocab, R * A):
+        x = load_tile(Row, start + tile_columns(R, A, WIDE), vocab, target, True)
+        d = (x - base) * c
+        power = tl.exp2(d)
+        others = others + tl.sum(power, 1)
+        tail = tail + tl.sum(tl.where(x < largest, power, 0.0), 1)
+        weighted = weighted + tl.sum(power * tl.maximum(d, -1e30), 1)
+    weighted = tl.sum(weighted, 0) * 0.6931471805599453
+    return tl.sum(others, 0), tl.sum(tail, 0), weighted, gap * 0.6931471805599453
 
 
 @jit
@@ -134,7 +178,15 @@ def row_statistics(
     reference, others, weighted, gap = row_sums(
         Row, target, vocab, c, float("nan"), HAS_ENTROPY, R, A, WIDE
     )
-    logp, rest, total, entropy = row_summary(others, weighted, gap)
+    logp, rest, total, entropy = row_summary(others, others - 1.0, weighted, gap)
+    is_coarse = loses_digits(reference) & (target >= 0)
+    if is_coarse | (HAS_ENTROPY & certain_elsewhere(others, gap)):
+        others, tail, weighted, gap = exact_sums(Row, target, vocab, c, R, A, WIDE)
+        exact_logp, exact_rest, exact_total, entropy = row_summary(others, tail, weighted, gap)
+        if is_coarse:
+            logp = exact_logp
+            rest = exact_rest
+            total = exact_total
     return reference, total, logp, rest, entropy
 
 
@@ -174,17 +226,24 @@ def gradient_tile(
     factor,
     tilt,
     MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
     HAS_BONUS: tl.constexpr,
     CONVERTS: tl.constexpr,
 ):
-    """2^d (factor + tilt d) of one tile of a row, to where the gradient goes."""
+    """2^d (factor + tilt d) of one tile of a row, to where the gradient goes.
+
+    `reference` is a logit if EXACT, else c times it.
+    """
     if MASKED:
         x = tl.load(
             Row + offs, mask=offs < vocab, other=float("-inf"), eviction_policy="evict_first"
         )
     else:
         x = tl.load(Row + offs, eviction_policy="evict_first")
-    d = tl.fma(x.to(tl.float32), c, -reference)
+    if EXACT:
+        d = (x.to(tl.float32) - reference) * c
+    else:
+        d = tl.fma(x.to(tl.float32), c, -reference)
     if HAS_BONUS:
         grad = tl.exp2(d) * tl.fma(tl.maximum(d, -1e30), tilt, factor)
     else:
@@ -233,16 +292,26 @@ def write_gradient(
         at_target = at_target + bonus * exp(logp) * (tl.maximum(logp, -1e30) + entropy)
     tile = tile_columns(R, A, WIDE)
     n_full = vocab // (2 * R * A)
-    for start in range(n_full * (2 * R * A), vocab, R * A):
-        gradient_tile(
-            Row, Out, start + tile, vocab, c, reference, factor, tilt, True, HAS_BONUS, CONVERTS
-        )
+    if loses_digits(reference):
+        base = largest_logit(Row, -1, vocab, R, A, WIDE)
+        for start in range(0, vocab, R * A):
+            gradient_tile(
+                Row, Out, start + tile, vocab, c, base, factor, tilt, True, True, HAS_BONUS,
+                CONVERTS,
+            )  # fmt: skip
+        n_full = 0
+    else:
+        for start in range(n_full * (2 * R * A), vocab, R * A):
+            gradient_tile(
+                Row, Out, start + tile, vocab, c, reference, factor, tilt, True, False, HAS_BONUS,
+                CONVERTS,
+            )  # fmt: skip
     for i in range(0, n_full):
         start = (n_full - 1 - i) * (2 * R * A)
         for u in tl.static_range(2):
             gradient_tile(
                 Row, Out, start + u * (R * A) + tile, vocab, c, reference, factor, tilt, False,
-                HAS_BONUS, CONVERTS,
+                False, HAS_BONUS, CONVERTS,
             )  # fmt: skip
     # Another thread wrote the target's column, so this one waits for it.
     tl.debug_barrier()

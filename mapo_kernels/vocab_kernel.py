@@ -1,7 +1,7 @@
 """The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.rows_kernel import load_exponent, load_target, row_sums
+from mapo_kernels.rows_kernel import load_exponent, load_target, loses_digits, row_sums
 
 
 @jit(do_not_specialize=["n", "length", "per_temperature"])
@@ -42,6 +42,8 @@ def share_kernel(
         reference, others, weighted, distance = row_sums(
             Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
         )
+        # Of coarse exponents the ranks' sums do not fit together: the row is NaN.
+        others = tl.where(loses_digits(reference), float("nan"), others)
     tl.store(Table + row, reference)
     tl.store(Table + n + row, others)
     tl.store(Table + 2 * n + row, distance)

@@ -8,15 +8,20 @@ torch.set_num_threads(1)
 
 @pytest.fixture(params=["eager", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
-    """Each backend that can run here, eager, interpreted or on a GPU; where its tensors go."""
+    """Each backend that can run here, eager, interpreted or on a GPU; where its tensors go.
+
+    `backends.with_two_threads_too` adds the eager backend with two threads.
+    """
     import mapo_kernels
 
     if request.param == "gpu" and not HAS_GPU:
         pytest.skip("needs a GPU")
     if request.param == "interpreter" and not INTERPRETS:
         pytest.skip("Triton compiles here (the gpu variant runs instead) or is not installed")
-    mapo_kernels.set_backend("eager" if request.param == "eager" else "triton")
+    mapo_kernels.set_backend("eager" if request.param.startswith("eager") else "triton")
+    torch.set_num_threads(2 if request.param == "eager-2-threads" else 1)
     yield torch.device("cuda" if request.param == "gpu" else "cpu")
+    torch.set_num_threads(1)
     mapo_kernels.set_backend(None)
 
 

@@ -16,6 +16,7 @@ from benchmarks.case import OURS, Case, Inputs, Level, Provider, evaluate, relat
 from benchmarks.harness import CaseRun, Clock, Effort, cache_bytes, quantiles, regions
 from benchmarks.roofs import Roofs
 from benchmarks.vocabulary import ALL
+from mapo_kernels import files
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
@@ -286,7 +287,7 @@ def test_every_provider_has_a_colour_in_the_plots():
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text("[]")
-    with pytest.raises(ValueError, match="expected a result file"):
+    with pytest.raises(files.CommandError, match="expected a result file"):
         results.read(path)
 
 

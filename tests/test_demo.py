@@ -18,10 +18,11 @@ pytest.importorskip("rich")
 
 from mapo_kernels import demo
 from mapo_kernels.demo import plots, report, train
-from mapo_kernels.demo.experiment import SetupError, run_experiment
+from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logprobs, sample
 from mapo_kernels.demo.runs import Settings, success_share
 from mapo_kernels.demo.tasks import TASKS, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.files import CommandError
 
 ROOT = Path(__file__).parent.parent
 # spell_backward gives partial credit, so that even an untrained model has signal to learn from.
@@ -177,9 +178,9 @@ def test_interrupted_run_draws_what_it_has(tmp_path, monkeypatch, capsys):
 
 
 def test_resume_refuses_other_settings(finished, tmp_path):
-    with pytest.raises(SetupError, match="steps was 7, is 8"):
+    with pytest.raises(CommandError, match="steps was 7, is 8"):
         run_tiny(finished, replace(TINY, steps=8), resume=True)
-    with pytest.raises(SetupError, match="found none"):
+    with pytest.raises(CommandError, match="found none"):
         run_tiny(tmp_path, resume=True)
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from mapo_kernels import AdvantageSpec
+from mapo_kernels import AdvantageSpec, resolve_backend
 from mapo_kernels.demo.tasks import TASKS
+from mapo_kernels.files import CommandError, one_line
 
 __all__ = ["add_arguments", "main"]
 
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
-EXTRA_MODULES = ("reasoning_gym", "matplotlib", "rich")
+EXTRA_MODULES = ("reasoning_gym", "matplotlib", "rich", "jsonschema")
 # More threads slow a model this small down, and a fixed number makes CPU results repeatable.
 MAX_THREADS = 4
 
@@ -64,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="a torch device; auto takes a GPU if there is one"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("demo_out"), help="output folder (default: demo_out)"
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        help="output folder, an empty one or that of an earlier demo (default: demo_out)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the checkpoints in --out"
@@ -82,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
     if args.trainer == "trl" and args.resume:
         return _refuse("--resume: expected --trainer torch, whose runs have checkpoints, got trl")
 
-    from mapo_kernels.demo.experiment import SetupError, run_experiment
+    from mapo_kernels.demo.experiment import run_experiment
     from mapo_kernels.demo.runs import Settings
 
     try:
@@ -96,7 +100,8 @@ def main(args: argparse.Namespace) -> int:
             trainer=args.trainer,
         )
         device = _device(args.device)
-    except ValueError as error:
+        resolve_backend(device.type)
+    except (ValueError, RuntimeError) as error:
         return _refuse(str(error))
     if args.seeds < 1:
         return _refuse(f"--seeds: expected at least 1, got {args.seeds}")
@@ -111,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
             out=args.out,
             resume=args.resume,
         )
-    except SetupError as error:
+    except CommandError as error:
         return _refuse(str(error))
     finally:
         torch.set_num_threads(threads)
@@ -126,10 +131,13 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
+        device = torch.empty(0, device=name).device
+        torch.ones(1, device=device).item()  # the device `meta` has no numbers
+        torch.Generator(device)
+    except Exception as error:  # Backends that are not there fail in many ways.
+        reason = one_line(str(error).split("\n")[0] or error)
         raise ValueError(f"--device: expected a usable device, got {name!r}: {reason}") from error
+    return device
 
 
 def _certainty(text: str) -> str | float:

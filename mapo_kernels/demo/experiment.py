@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,38 +14,43 @@ import torch
 
 import mapo_kernels
 from mapo_kernels.demo import plots, report
-from mapo_kernels.demo.runs import Record, Run, Settings, Workbench
+from mapo_kernels.demo.folder import LOG_NAME, discard_checkpoints, opened
+from mapo_kernels.demo.runs import FORMAT, Record, Run, Settings, Workbench, checkpoint_path
 from mapo_kernels.demo.train import WARM_UP, reinforce, warm_up
+from mapo_kernels.files import CommandError, write_whole
 
-LOG_NAME = "log.json"
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-
-
-class SetupError(Exception):
-    """The demo cannot start as asked; the message is for the user."""
 
 
 class Journal:
     """The JSON log: every run's record, rewritten as a whole so that the file is always valid."""
 
-    def __init__(self, path: Path, settings: Settings, device: torch.device) -> None:
-        """Describe the experiment; nothing is written yet."""
+    def __init__(self, path: Path, bench: Workbench, earlier: Record | None) -> None:
+        """Describe the experiment; `earlier` is the log that it continues. Nothing is written."""
         self.path = path
         self.data: dict[str, Any] = {
+            "format": FORMAT,
             "status": "running",
-            "configuration": asdict(settings),
-            "device": _describe_device(device),
-            "backend": mapo_kernels.resolve_backend(device.type),
+            "configuration": asdict(bench.settings),
+            "device": _describe_device(bench.device),
+            "backend": mapo_kernels.resolve_backend(bench.device.type),
             "versions": _versions(),
-            "runs": [],
+            "held_out_problems": len(bench.held_out),
+            "runs": [] if earlier is None else list(earlier["runs"]),
         }
+
+    def include(self, record: Record) -> None:
+        """Add a run's record, in place of the one that an earlier log has of the same run."""
+        runs = self.data["runs"]
+        names = [(run["phase"], run["seed"]) for run in runs]
+        name = record["phase"], record["seed"]
+        at = names.index(name) if name in names else len(runs)
+        runs[at : at + 1] = [record]
 
     def write(self, status: str = "running") -> None:
         """Flush to disk; a crash in the middle leaves the previous file."""
         self.data["status"] = status
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data) + "\n")
-        os.replace(partial, self.path)
+        write_whole(self.path, (json.dumps(self.data) + "\n").encode())
 
 
 class Reporter:
@@ -89,29 +93,30 @@ def run_experiment(
         The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        SetupError: `resume` with other settings than those of the log in `out`.
+        CommandError: `resume` with other settings than those of the log in `out`; a file or folder
+            that cannot be used, or is not the demo's own.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if resume:
-        _require_same_settings(out / LOG_NAME, settings)
-    else:
-        for stale in (out / "checkpoints").glob("*.pt"):
-            stale.unlink()
-    journal = Journal(out / LOG_NAME, settings, device)
-    journal.write()
-    status = "finished"
-    try:
+    with opened(out, resume=resume) as earlier:
+        if resume and earlier is not None:
+            _require_same_settings(earlier["configuration"], settings)
         bench = Workbench(settings, device)
-        journal.data["held_out_problems"] = len(bench.held_out)
-        with report.Progress(settings) as progress:
-            reporter = Reporter(journal, progress)
-            for seed in range(seeds):
-                _run_seed(bench, seed, estimators, journal, reporter, out)
-    except KeyboardInterrupt:
-        status = "interrupted"
-    journal.write(status)
-    drawn = plots.draw_all(journal.data, out)
-    report.print_summary(journal.data, out, drawn)
+        if resume:
+            _require_whole_checkpoints(bench, estimators, seeds, out)
+        journal = Journal(out / LOG_NAME, bench, earlier if resume else None)
+        journal.write()
+        if not resume:
+            discard_checkpoints(out)
+        status = "finished"
+        try:
+            with report.Progress(settings) as progress:
+                reporter = Reporter(journal, progress)
+                for seed in range(seeds):
+                    _run_seed(bench, seed, estimators, journal, reporter, out)
+        except KeyboardInterrupt:
+            status = "interrupted"
+        journal.write(status)
+        drawn = plots.draw_all(journal.data, out)
+        report.print_summary(journal.data, out, drawn)
     return INTERRUPTED if status == "interrupted" else 0
 
 
@@ -124,11 +129,11 @@ def _run_seed(
     out: Path,
 ) -> None:
     start = Run(bench, WARM_UP, seed, out)
-    journal.data["runs"].append(start.record)
+    journal.include(start.record)
     warm_up(start, reporter)
     for estimator in estimators:
         run = Run(bench, estimator, seed, out, start)
-        journal.data["runs"].append(run.record)
+        journal.include(run.record)
         if bench.settings.trainer == "trl":
             from mapo_kernels.demo.trl_train import reinforce_with_trl
 
@@ -138,10 +143,7 @@ def _run_seed(
         run.save_model()
 
 
-def _require_same_settings(log: Path, settings: Settings) -> None:
-    if not log.exists():
-        raise SetupError(f"--resume: expected a log of an earlier run at {log}, found none")
-    before = json.loads(log.read_text())["configuration"]
+def _require_same_settings(before: Record, settings: Settings) -> None:
     now = asdict(settings)
     changed = [
         f"{name} was {before.get(name)!r}, is {now[name]!r}"
@@ -149,7 +151,17 @@ def _require_same_settings(log: Path, settings: Settings) -> None:
         if before.get(name) != now[name]
     ]
     if changed:
-        raise SetupError(f"--resume: expected the earlier settings, but {'; '.join(changed)}")
+        raise CommandError(f"--resume: expected the earlier settings, but {'; '.join(changed)}")
+
+
+def _require_whole_checkpoints(
+    bench: Workbench, estimators: Sequence[str], seeds: int, out: Path
+) -> None:
+    """Read every checkpoint once, so that a damaged one is not found after hours of training."""
+    for seed in range(seeds):
+        for phase in (WARM_UP, *estimators):
+            if checkpoint_path(out, phase, seed).exists():
+                Run(bench, phase, seed, out)
 
 
 def _describe_device(device: torch.device) -> str:

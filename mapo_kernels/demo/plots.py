@@ -12,6 +12,7 @@ import torch
 from mapo_kernels import group_advantages
 from mapo_kernels.demo.runs import Record
 from mapo_kernels.demo.train import WARM_UP
+from mapo_kernels.files import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def draw_all(log: Record, out: Path) -> list[Path]:
         for name, draw in figures:
             if runs:
                 figure = draw(log, runs)
-                figure.savefig(out / name)
+                write_figure(figure, out / name)
                 plt.close(figure)
                 drawn.append(out / name)
     return drawn

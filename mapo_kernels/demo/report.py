@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from mapo_kernels.demo.runs import Record, Settings
+from mapo_kernels.demo.runs import Record, Settings, model_path
 from mapo_kernels.demo.train import WARM_UP
 
 PLAIN_STRIDE = 25  # steps between two lines where stdout is no terminal
@@ -90,8 +90,10 @@ def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
         console.print(verdict, soft_wrap=True)
     where = f"{log['device']}, {log['backend']} backend"
     console.print(f"{total_seconds(log):.0f} s of training in all, on {where}", soft_wrap=True)
-    files = ["log.json", *sorted(path.name for path in [*out.glob("*.pt"), *drawn])]
-    console.print(f"In {out}: {', '.join(files)}", soft_wrap=True)
+    models = [model_path(out, run["phase"], run["seed"]) for run in log["runs"]]
+    written = sorted(path.name for path in [*models, *drawn] if path.exists())
+    # A name is no markup, whatever brackets it has.
+    console.print(f"In {out}: {', '.join(['log.json', *written])}", soft_wrap=True, markup=False)
 
 
 def total_seconds(log: Record) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import io
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,43 @@ from torch import Tensor
 
 from mapo_kernels.demo.model import Characters, Decoder, Rollouts, sample
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.files import CommandError, check, naming, one_line, read_whole, write_whole
 
 EVAL_SEED = 10**6
 TRAINERS = ("torch", "trl")
+FORMAT = "mapo-kernels demo 1"  # in the log and in checkpoints: what tells them from others' files
+CHECKPOINTS = "checkpoints"
 
 Record = dict[str, Any]
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """The JSON schema of an object that must have these."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_NUMBER: dict[str, Any] = {"type": "number"}
+# What figures and tables are drawn from.
+RECORD_SCHEMA = _object(
+    phase={"type": "string"},
+    seed=_COUNT,
+    finished={"type": "boolean"},
+    seconds=_NUMBER,
+    steps={
+        "type": "array",
+        "items": _object(
+            step=_COUNT,
+            success=_NUMBER,
+            groups_without_signal=_COUNT,
+            successes_per_group={"type": "array", "items": _COUNT},
+        ),
+    },
+    evals={
+        "type": "array",
+        "items": _object(step=_COUNT, success_sampled=_NUMBER, success_greedy=_NUMBER),
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +106,10 @@ class Settings:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.trainer not in TRAINERS:
             raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {self.trainer!r}")
+        if not 0 <= self.warmup_success <= 1:  # and no NaN
+            raise ValueError(
+                f"warmup_success: expected a number in [0, 1], got {self.warmup_success}"
+            )
         if self.steps < 0:
             raise ValueError(f"steps: expected at least 0, got {self.steps}")
         if self.group_size < 2:
@@ -164,11 +201,15 @@ class Run:
     def __init__(
         self, bench: Workbench, phase: str, seed: int, out: Path, start: Run | None = None
     ) -> None:
-        """Continue from this run's checkpoint; without one begin where `start` ended, or afresh."""
+        """Continue from this run's checkpoint; without one begin where `start` ended, or afresh.
+
+        Raises:
+            CommandError: the checkpoint is damaged, of other settings, or none of the demo's.
+        """
         self.bench = bench
         self.title = f"{phase}, seed {seed}"
-        self._model_path = out / f"{phase}_seed{seed}.pt"
-        self._checkpoint = out / "checkpoints" / self._model_path.name
+        self._model_path = model_path(out, phase, seed)
+        self._checkpoint = checkpoint_path(out, phase, seed)
         self.model = bench.new_model(seed)
         self.stream = ProblemStream(bench.task, seed)
         self.generator = torch.Generator(bench.device).manual_seed(seed)
@@ -192,35 +233,79 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint; a crash in the middle leaves the previous one."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "position": self.stream.position,
-            "record": self.record,
-        }
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self._checkpoint)
+        with naming(self._checkpoint.parent):
+            self._checkpoint.parent.mkdir(exist_ok=True)
+        _save(
+            self._checkpoint,
+            {
+                **self._identity(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(),
+                "position": self.stream.position,
+                "record": self.record,
+            },
+        )
 
     def save_model(self) -> None:
         """Write the weights, with what it takes to rebuild the model and to read its tokens."""
-        model = {
-            "model": self.model.state_dict(),
-            "model_config": self.bench.model_config(),
-            "task": self.bench.task.name,
-            "alphabet": self.bench.task.alphabet,
-        }
-        torch.save(model, self._model_path)
+        _save(
+            self._model_path,
+            {
+                "model": self.model.state_dict(),
+                "model_config": self.bench.model_config(),
+                "task": self.bench.task.name,
+                "alphabet": self.bench.task.alphabet,
+            },
+        )
+
+    def _identity(self) -> Record:
+        """What a checkpoint of this demo must say."""
+        return {"format": FORMAT, "configuration": asdict(self.bench.settings)}
 
     def _load(self) -> None:
-        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        content = read_whole(self._checkpoint)
+        try:
+            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+            if damaged is not None:  # torch does not compare checksums
+                raise ValueError(f"one with a damaged {damaged}")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            self._restore(state)
+        except Exception as error:  # A file may hold anything, and fail in any way.
+            raise CommandError(
+                f"{self._checkpoint}: expected a checkpoint of this demo, got {one_line(error)}"
+            ) from error
+
+    def _restore(self, state: Record) -> None:
+        for name, expected in self._identity().items():
+            if state[name] != expected:
+                raise ValueError(f"another {name}")
+        check(state["record"], RECORD_SCHEMA)
+        for name in ("phase", "seed"):
+            if state["record"][name] != self.record[name]:
+                raise ValueError(f"that of {name} {state['record'][name]!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.stream.position = state["position"]
         self.record.update(state["record"])
+
+
+def model_path(out: Path, phase: str, seed: int) -> Path:
+    """Where the weights of a run go."""
+    return out / f"{phase}_seed{seed}.pt"
+
+
+def checkpoint_path(out: Path, phase: str, seed: int) -> Path:
+    """Where what a run continues from goes."""
+    return model_path(out / CHECKPOINTS, phase, seed)
+
+
+def _save(path: Path, state: Record) -> None:
+    """`torch.save`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def success_share(rewards: list[float]) -> float:

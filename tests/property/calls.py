@@ -170,8 +170,8 @@ def run(batch: Batch, device, outside=torch.nan, **instead) -> Found:
 def assert_within(name, actual, exact, scale, tolerance, upstream=None):
     """`actual` is `exact` to `tolerance` of `scale`.
 
-    Of a gradient in bfloat16 or float16, which is rounded before and after it is multiplied by the
-    `upstream` gradient, so many roundings are allowed; and what it cannot hold before is not judged.
+    A gradient in bfloat16 or float16 is rounded before and after it is multiplied by the `upstream`
+    gradient: it may be off by these roundings, and what it cannot hold before is not judged.
     """
     allowed = tolerance * scale
     if actual.dtype != torch.float64:

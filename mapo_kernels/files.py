@@ -1,0 +1,120 @@
+"""Files of the command line: written whole or not at all, read only if they are what they claim."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
+MAX_REASON = 200  # characters: a message that quotes a whole file helps nobody
+
+
+class CommandError(Exception):
+    """What a command cannot do; the message is one line that names the file or the argument."""
+
+
+def one_line(error: object) -> str:
+    """What an error says, short enough for a terminal."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a `CommandError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or one_line(error)}") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file and flush it to disk, or leave what was there; a link is replaced, not followed.
+
+    Args:
+        path: in a folder that exists.
+        content: all of it.
+
+    Raises:
+        CommandError: it cannot be written, for example because the disk is full.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with naming(path):
+        try:
+            partial.unlink(missing_ok=True)  # of a run that was killed; never written through
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.is_file() and not path.is_symlink():
+                shutil.copymode(path, partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder's new names to disk, where the system can: Windows and some others cannot."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a matplotlib figure as PNG, by `write_whole`; `options` are those of `savefig`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    write_whole(path, buffer.getvalue())
+
+
+def read_whole(path: Path) -> bytes:
+    """A file's bytes; CommandError where it cannot be read, or is a device, a pipe or a folder."""
+    with naming(path):
+        # Reading a pipe or a device may never end.
+        if path.exists() and not path.is_file():
+            raise CommandError(f"{path}: expected a file, got something else")
+        return path.read_bytes()
+
+
+def check(value: Any, schema: dict[str, Any]) -> None:
+    """Raise a ValueError of one line unless `value` follows a JSON schema."""
+    from jsonschema import Draft202012Validator
+
+    error = next(Draft202012Validator(schema).iter_errors(value), None)
+    if error is not None:
+        raise ValueError(f"{error.json_path}: {one_line(error.message)}")
+
+
+def read_json(path: Path, schema: dict[str, Any], what: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        schema: what it must follow.
+        what: names it in the error, such as "a result file".
+
+    Raises:
+        CommandError: it cannot be read, is no JSON, or does not follow the schema.
+    """
+    content = read_whole(path)
+    try:
+        found = json.loads(content)
+        check(found, schema)
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{path}: expected {what}, got {one_line(error)}") from error
+    return found
