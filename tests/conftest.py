@@ -26,6 +26,7 @@ def device(request):
 
 
 if INTERPRETS:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     def fused_multiply_add(builder, x, y, z):
@@ -34,6 +35,16 @@ if INTERPRETS:
         return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = fused_multiply_add
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(builder, x, dtype):
+        """To the nearest bfloat16, as on every GPU: the interpreter's own version cuts bits off."""
+        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(builder, x, dtype)
+        bits = torch.from_numpy(np.array(x.data)).to(torch.bfloat16).view(torch.int16)
+        return interpreter.TensorHandle(bits.numpy().view(np.uint16), dtype.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
 
 
 @pytest.fixture(autouse=True)
