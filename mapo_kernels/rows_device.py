@@ -89,7 +89,8 @@ def row_sums(
 ):
     """Read a row once. `target` is its token id, or -1 where it has none: its logit is `absent`.
 
-    Returns (reference m in units of log 2, then what `row_summary` takes: others, weighted, gap).
+    Returns (reference m in units of log 2, then what `row_summary` takes: others, weighted, gap),
+    and the target's logit.
     """
     BLOCK: tl.constexpr = 2 * R * A
     # The lowest number stands for no column: -inf would make NaN of the first difference.
@@ -119,7 +120,7 @@ def row_sums(
     others = tl.sum(total * fade, 0)
     weighted = tl.sum(tl.fma(total, step, weighted) * fade, 0)
     gap = tl.fma(x, c, -reference)
-    return reference, others, weighted * 0.6931471805599453, gap * 0.6931471805599453
+    return reference, others, weighted * 0.6931471805599453, gap * 0.6931471805599453, x
 
 
 @jit
@@ -140,13 +141,13 @@ def largest_logit(Row, target, vocab, R: tl.constexpr, A: tl.constexpr, WIDE: tl
 
 
 @jit
-def exact_sums(Row, target, vocab, c, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+def exact_sums(Row, target, own, vocab, c, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
     """What `row_summary` takes, by exact differences from the largest logit: two more readings.
 
-    For the few rows that need it. Returns (others, tail, weighted, gap).
+    For the few rows that need it; `own` is the target's logit.
+    Returns (others, tail, weighted, gap).
     """
     largest = largest_logit(Row, target, vocab, R, A, WIDE)
-    own = tl.sum(tl.load(Row + target + tl.arange(0, 1)).to(tl.float32), 0)
     base = tl.maximum(largest, own)
     gap = (own - base) * c
     others = tl.zeros([R], tl.float32)
@@ -175,13 +176,13 @@ def row_statistics(
     WIDE: tl.constexpr,
 ):
     """(reference, total, logp, rest, entropy) of a whole row: NaN where it has no target."""
-    reference, others, weighted, gap = row_sums(
+    reference, others, weighted, gap, own = row_sums(
         Row, target, vocab, c, float("nan"), HAS_ENTROPY, R, A, WIDE
     )
     logp, rest, total, entropy = row_summary(others, others - 1.0, weighted, gap)
     is_coarse = loses_digits(reference) & (target >= 0)
     if is_coarse | (HAS_ENTROPY & certain_elsewhere(others, gap)):
-        others, tail, weighted, gap = exact_sums(Row, target, vocab, c, R, A, WIDE)
+        others, tail, weighted, gap = exact_sums(Row, target, own, vocab, c, R, A, WIDE)
         exact_logp, exact_rest, exact_total, entropy = row_summary(others, tail, weighted, gap)
         if is_coarse:
             logp = exact_logp

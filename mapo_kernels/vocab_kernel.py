@@ -40,7 +40,7 @@ def share_kernel(
         target = load_target(TokenIds + row, columns)
         c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
         # A target on another rank is as far below every column here as can be.
-        reference, others, weighted, distance = row_sums(
+        reference, others, weighted, distance, own = row_sums(
             Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
         )
         # Of coarse exponents the ranks' sums do not fit together: the row is NaN.
