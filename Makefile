@@ -23,13 +23,17 @@ TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
-.PHONY: demo test test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
+.PHONY: demo test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/mapo-kernels demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+
+# Random cases with fresh seeds for ten minutes of one core, where `make test` has the same few.
+test-full: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto tests/property $(TEST_ARGS)
 
 # Each trainer in an environment of its own: their requirements of transformers contradict each other.
 test-integrations: $(TRAINERS:%=test-with-%)

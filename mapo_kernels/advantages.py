@@ -7,15 +7,18 @@ permutation and the groups' starts say where each group's rows lie). None of the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 
 from mapo_kernels import twin
 from mapo_kernels._triton import on_device_of, registers, triton
 from mapo_kernels.advantages_kernel import Rewards, advantages_kernel
-from mapo_kernels.inputs import GroupInputs
+from mapo_kernels.inputs import GroupInputs, replaced
 from mapo_kernels.spec import AdvantageSpec
+from mapo_kernels.sums import row_sum
 
 # Above it, scanning every id for every row costs more than sorting.
 MATCH_LIMIT = 4096
@@ -24,6 +27,8 @@ _TILE_ELEMENTS = 1024
 
 class GroupStats(NamedTuple):
     """Statistics per group, [Q] tensors: groups by position, or by ascending id for `group_ids`.
+
+    Ids of uint64 from 2^63 on come first, as the negative numbers that their bits are in int64.
 
     Attributes:
         mean: mu, mean of the group's finite rewards.
@@ -40,6 +45,94 @@ class GroupStats(NamedTuple):
     certainty: torch.Tensor
     size: torch.Tensor
     nonfinite: torch.Tensor
+
+
+class Signal(NamedTuple):
+    """What the rewards of a batch come to.
+
+    Attributes:
+        advantages: [B].
+        metrics: 0-d tensors about the groups, some of `GROUP_METRICS`; empty if advantages were
+            given.
+    """
+
+    advantages: torch.Tensor
+    metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012  never written to
+
+    def of_rows(self, rows: Any, device: torch.device | None = None) -> Signal:
+        """The same of some of the sequences (or tokens), with the metrics of all groups."""
+        values = {k: x.to(device or x.device) for k, x in self.metrics.items()}
+        return Signal(self.advantages[rows].to(device or self.advantages.device), values)
+
+
+_has_warned = False
+
+
+def never_successful(
+    spec: AdvantageSpec, success: torch.Tensor | None, metrics: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """Whether a batch has signal but no success, [] bool; None where the threshold decides nothing.
+
+    `metrics` are those about its groups.
+    """
+    if success is not None or spec.certainty_mode == "fixed" or not metrics:
+        return None
+    has_signal = metrics["zero_advantage_groups"] < metrics["active_groups"]
+    return (metrics["success_ratio_mean"] == 0) & has_signal
+
+
+def warn_of_threshold(spec: AdvantageSpec) -> None:
+    """Say, once in a process, that no reward of a batch reached the threshold."""
+    global _has_warned
+    if _has_warned or spec.certainty_mode == "fixed":
+        return
+    _has_warned = True
+    warnings.warn(
+        f"success_threshold: no reward of this batch reached {spec.success_threshold:g}, though "
+        f"rewards differ. Every group then counts as failed, its certainty lambda is that of p = 0 "
+        f"(1 in the paper), and MAPO is the percent deviation alone. If some of these sequences "
+        f"did succeed, lower success_threshold, or pass success= (in MAPOConfig: success_reward).",
+        stacklevel=3,
+    )
+
+
+def forget_warnings() -> None:
+    """Warn again of what was warned of already: for tests."""
+    global _has_warned
+    _has_warned = False
+
+
+# What float32 holds exactly. A kernel compares such rewards with the threshold as they are.
+_NARROW = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+)
+
+
+def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
+    """Rewards in the dtype that their statistics have, and success from before any rounding.
+
+    The one place that knows the rule: statistics are float32, unless every input of a call is
+    float64 (`groups.wide`); a reward is a success if it reaches the threshold in its own dtype.
+    """
+    rewards, success = groups.rewards, groups.success
+    if groups.wide or rewards.dtype in _NARROW:
+        return groups
+    if success is None:
+        threshold: float | int = spec.success_threshold
+        if not rewards.dtype.is_floating_point:
+            # Integers are compared as such; no reward is beyond these bounds.
+            threshold = math.ceil(min(max(threshold, -(2.0**62)), 2.0**62))
+        success = rewards >= threshold
+    if rewards.dtype == torch.float64:
+        # What is finite stays so.
+        limit = torch.finfo(torch.float32).max
+        rewards = rewards.clamp(-limit, limit).where(rewards.isfinite(), rewards)
+    return replaced(groups, rewards=rewards.to(torch.float32), success=success)
 
 
 def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,33 +225,41 @@ class _Groups:
     """Goes between rows and groups: contiguous groups as a table [Q, G], others by scattering."""
 
     def __init__(self, groups: GroupInputs) -> None:
-        self._index = None if groups.group_ids is None else order_by_group(groups.group_ids)[2]
+        self._index = None
+        if groups.group_ids is not None:
+            self._index = order_by_group(groups.group_ids)[2]
+            # Members are added by ascending reward, so that the order of the rows does not show.
+            self._order = torch.argsort(groups.rewards)
         self.shape = (-1,) if self._index is not None else (-1, groups.group_size)
 
     def reduce(self, x: torch.Tensor, how: str, start: float = 0.0) -> torch.Tensor:
         """Reduce rows by `sum`, `amin` or `amax` to [Q], or [B] of which the last may be empty."""
         if self._index is None:
-            return getattr(x, how)(1)
+            return row_sum(x) if how == "sum" else getattr(x, how)(1)
         # Scattered values are added one after the other, which costs float32 its last digits.
-        wide = x.to(accumulator_dtype(x.device))
-        return torch.full_like(wide, start).scatter_reduce(0, self._index, wide, how).to(x.dtype)
+        wide = x.to(accumulator_dtype(x.device))[self._order]
+        found = torch.full_like(wide, start)
+        return found.scatter_reduce(0, self._index[self._order], wide, how).to(x.dtype)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Values of groups in a shape that broadcasts against rows."""
         return x[:, None] if self._index is None else x[self._index]
 
 
-def eager_advantages(
-    groups: GroupInputs, spec: AdvantageSpec, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _large_rewards(dtype: torch.dtype) -> tuple[float, float]:
+    """Beyond which reward deviations are squared in which unit: see `formula.reward_unit`."""
+    # Not at module level, where torch.compile takes numbers for symbols.
+    return (2.0**400, 2.0**-620) if dtype == torch.float64 else (2.0**50, 2.0**-80)
+
+
+def eager_advantages(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages [B] and the statistics table [7, Q]: fields of `GroupStats`, then the factor.
 
     For group ids the table is [7, B]: groups by ascending id, empty ones last.
     """
     by_group = _Groups(groups)
     reduce, spread = by_group.reduce, by_group.spread
-    if dtype is None:
-        dtype = result_dtype(groups.rewards)
+    dtype = result_dtype(groups.rewards)
     given = groups.rewards.reshape(by_group.shape)
     rewards = given.to(dtype)
 
@@ -174,7 +275,9 @@ def eager_advantages(
     successes = reduce(success.to(rewards.dtype), "sum")
     lowest = reduce(rewards.where(finite, inf), "amin", inf).where(count > 0, 0.0)
     highest = reduce(rewards.where(finite, -inf), "amax", -inf).where(count > 0, 0.0)
-    above = (rewards - spread(lowest)).where(finite, 0.0)
+    unit = twin.reward_unit(lowest, highest, *_large_rewards(dtype))
+    lowest, highest = lowest * unit, highest * unit
+    above = (rewards * spread(unit) - spread(lowest)).where(finite, 0.0)
     offset = reduce(above, "sum") / count.clamp(min=1.0)
     deviation = (above - spread(offset)).where(finite, 0.0)
     mean = lowest + offset
@@ -185,14 +288,13 @@ def eager_advantages(
         mean,
         reduce(deviation * deviation, "sum"),
         successes,
+        unit,
         spec.numbers,
         spec.kind,
     )
-    advantages = deviation * spread(factor)
-    if spec.max_abs is not None:
-        advantages = advantages.clamp(-spec.max_abs, spec.max_abs)
-    advantages = advantages.where(finite & spread(factor != 0), 0.0)
-    table = [mean, std, success_ratio, certainty, count, nonfinite, factor]
+    limit = torch.finfo(dtype).max if spec.max_abs is None else spec.max_abs
+    advantages = twin.row_advantage(deviation, finite, spread(factor), limit)
+    table = [mean / unit, std, success_ratio, certainty, count, nonfinite, factor]
     return advantages.reshape(-1), torch.stack(table)
 
 
@@ -200,12 +302,12 @@ def group_metrics(table: torch.Tensor) -> list[torch.Tensor]:
     """The batch's `GROUP_METRICS`, 0-d each, from the statistics table."""
     _, _, success_ratio, certainty, count, nonfinite, factor = table.unbind(0)
     counted = count > 0
+    # The mean over no group is NaN.
     n_groups = counted.sum().to(table.dtype)
-    divisor = n_groups.clamp(min=1)
     without_signal = (factor == 0) & (count + nonfinite > 0)
     return [
-        success_ratio.where(counted, 0.0).sum() / divisor,
-        certainty.where(counted, 0.0).sum() / divisor,
+        success_ratio.where(counted, 0.0).sum() / n_groups,
+        certainty.where(counted, 0.0).sum() / n_groups,
         without_signal.sum().to(table.dtype),
         nonfinite.sum(),
         n_groups,

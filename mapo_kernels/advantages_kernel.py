@@ -8,7 +8,7 @@ permutation and the groups' starts say where each group's rows lie). None of the
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.formula import group_advantage
+from mapo_kernels.formula import group_advantage, reward_unit, row_advantage
 
 
 class Rewards(NamedTuple):
@@ -30,8 +30,12 @@ class Span(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of a tile of groups, [TILE] each; the mean is `lowest + offset`, the leader a first row."""
+    """Of a tile of groups, [TILE] each; the mean is `lowest + offset`, the leader a first row.
 
+    All that stems from rewards comes times `unit`: see `formula.reward_unit`.
+    """
+
+    unit: Any
     count: Any
     members: Any
     lowest: Any
@@ -89,29 +93,37 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
         leader = tl.minimum(leader, tl.min(tl.where(member, rows, 2147483647).to(tl.int32), 1))
     lowest = tl.where(count > 0, lowest, 0.0)
     highest = tl.where(count > 0, highest, 0.0)
+    # Beyond 2^50 in units of 2^80: the squares of 2^24 deviations then fit float32.
+    unit = reward_unit(lowest, highest, 1125899906842624.0, 8.271806125530277e-25)
+    lowest = lowest * unit
+    highest = highest * unit
 
-    total = tl.zeros([TILE], tl.float32)
+    # In float64 the order of a group's members does not show in the float32 that comes of it.
+    total = tl.zeros([TILE], tl.float64)
     for start in range(0, span.longest, BLOCK_G):
         rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
-        total = total + tl.sum(tl.where(finite, reward - lowest[:, None], 0.0), 1)
-    offset = total / tl.maximum(count, 1.0)
+        above = reward * unit[:, None] - lowest[:, None]
+        total = total + tl.sum(tl.where(finite, above, 0.0).to(tl.float64), 1)
+    offset = total.to(tl.float32) / tl.maximum(count, 1.0)
 
-    squares = tl.zeros([TILE], tl.float32)
+    squares = tl.zeros([TILE], tl.float64)
     for start in range(0, span.longest, BLOCK_G):
         rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
-        deviation = tl.where(finite, (reward - lowest[:, None]) - offset[:, None], 0.0)
-        squares = squares + tl.sum(deviation * deviation, 1)
-    return Moments(count, members, lowest, highest, offset, squares, successes, leader)
+        above = reward * unit[:, None] - lowest[:, None]
+        deviation = tl.where(finite, above - offset[:, None], 0.0)
+        squares = squares + tl.sum((deviation * deviation).to(tl.float64), 1)
+    return Moments(
+        unit, count, members, lowest, highest, offset, squares.to(tl.float32), successes, leader
+    )
 
 
 @jit
-def row_advantage(reward, lowest, offset, factor, max_abs):
-    """Advantage of one row of a group; 0 where the reward is NaN or infinite."""
-    advantage = ((reward - lowest) - offset) * factor
-    if max_abs is not None:
-        advantage = tl.minimum(tl.maximum(advantage, -max_abs), max_abs)
-    # A factor of 0 means exactly 0: a NaN or an overflow times 0 would not be.
-    return tl.where((tl.abs(reward) < float("inf")) & (factor != 0), advantage, 0.0)
+def member_advantage(reward, finite, unit, lowest, offset, factor, numbers):
+    """Advantages of members of a group from its moments, at most what float32 can hold."""
+    limit = 3.4028234663852886e38
+    if numbers.max_abs is not None:
+        limit = numbers.max_abs
+    return row_advantage((reward * unit - lowest) - offset, finite, factor, limit)
 
 
 class GroupSums(NamedTuple):
@@ -140,10 +152,12 @@ def advantage_of_sequence(
         span = Span(first, index * 0 + group_size, index, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, 1, BLOCK_G)
     factor, std, success_ratio, certainty = group_advantage(
-        m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, numbers, GROUP
-    )
+        m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
+        numbers, GROUP,
+    )  # fmt: skip
     reward = tl.load(rewards.reward + index).to(tl.float32)
-    advantage = row_advantage(reward, m.lowest, m.offset, factor, numbers.max_abs)
+    finite = tl.abs(reward) < float("inf")
+    advantage = member_advantage(reward, finite, m.unit, m.lowest, m.offset, factor, numbers)
     tl.store(Out + index, advantage, mask=is_first)
     # One program speaks for the group: the first of the group's first row.
     speaks = ((m.leader == index) & is_first).to(tl.float32)
@@ -187,21 +201,23 @@ def advantages_kernel(
     m = group_moments(rewards, span, numbers.success_threshold, TILE, BLOCK_G)
     mean = m.lowest + m.offset
     factor, std, success_ratio, certainty = group_advantage(
-        m.count, m.lowest, m.highest, mean, m.squares, m.successes, numbers, GROUP
+        m.count, m.lowest, m.highest, mean, m.squares, m.successes, m.unit, numbers, GROUP
     )
     if rewards.ids is not None:
         reward = tl.load(rewards.reward + groups, mask=present, other=0.0).to(tl.float32)
-        advantage = row_advantage(reward, m.lowest, m.offset, factor, numbers.max_abs)
+        finite = tl.abs(reward) < float("inf")
+        advantage = member_advantage(reward, finite, m.unit, m.lowest, m.offset, factor, numbers)
         tl.store(Advantages + groups, advantage, mask=present)
     else:
         for start in range(0, span.longest, BLOCK_G):
             rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
-            advantage = row_advantage(
-                reward, m.lowest[:, None], m.offset[:, None], factor[:, None], numbers.max_abs
-            )
+            advantage = member_advantage(
+                reward, finite, m.unit[:, None], m.lowest[:, None], m.offset[:, None],
+                factor[:, None], numbers,
+            )  # fmt: skip
             tl.store(Advantages + rows, advantage, mask=member)
     if Stats is not None:
         nonfinite = m.members - m.count
-        stats = (mean, std, success_ratio, certainty, m.count, nonfinite, factor)
+        stats = (mean / m.unit, std, success_ratio, certainty, m.count, nonfinite, factor)
         for i in tl.static_range(7):
             tl.store(Stats + i * n_groups + groups, stats[i], mask=present)

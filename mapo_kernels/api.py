@@ -5,24 +5,29 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from mapo_kernels import checks, ops, parallel
-from mapo_kernels.advantages import GroupStats
+from mapo_kernels.advantages import (
+    GroupStats,
+    decide_rewards,
+    group_metrics,
+    never_successful,
+    warn_of_threshold,
+)
+from mapo_kernels.agreement import group_ranks
 from mapo_kernels.autograd import MapoLossFunction
 from mapo_kernels.inputs import (
     GROUP_METRICS,
     RESULTS,
-    GroupInputs,
     KnownMetrics,
-    RowInputs,
     TokenInputs,
     replaced,
 )
+from mapo_kernels.keywords import names_checked, settings_checked
 from mapo_kernels.metrics import as_metrics
-from mapo_kernels.plan import Plan, count_tokens
-from mapo_kernels.spec import AdvantageSpec, LossSpec, describe, require_bool
-from mapo_kernels.tokens_eager import TokenLayout
-from mapo_kernels.vocab_parallel import Split
+from mapo_kernels.plan import Plan, count_tokens, require_plan
+from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 
 DEFAULT_SPEC = LossSpec()
 DEFAULT_ADVANTAGE_SPEC = AdvantageSpec()
@@ -44,6 +49,7 @@ class LossOutput(NamedTuple):
     advantages: torch.Tensor
 
 
+@names_checked
 def group_advantages(
     rewards: torch.Tensor,
     *,
@@ -68,7 +74,7 @@ def group_advantages(
     reward (a failed verifier) takes no part in its group's statistics and gets 0.
 
     Args:
-        rewards: [B] of any real dtype.
+        rewards: [B] of any real dtype. Statistics are float32, or float64 for float64 rewards.
         group_size: G, sequences per group, where each group's rows are contiguous; or give
             `group_ids`.
         group_ids: [B] integers; rows in any order, groups of any size.
@@ -76,7 +82,7 @@ def group_advantages(
             follows.
         certainty: lambda(p): `quadratic`, `linear`, `entropy`, `step`, or a number in [0, 1].
         success: [B] bool, where success is known apart from the reward.
-        success_threshold: otherwise a reward at or above it is a success.
+        success_threshold: otherwise a reward at or above it is a success, in its own dtype.
         std_correction: 1 or 0, subtracted from G in the standard deviation.
         eps: added to both denominators.
         apd: `bounded` or `paper`, the denominator D.
@@ -91,8 +97,8 @@ def group_advantages(
             learn the number of groups; nothing else here does.
 
     Returns:
-        [B] float32 (float64 for float64 rewards on the eager backend), without gradient; with
-        `return_stats` a pair of that and `GroupStats` of [Q] tensors, of the groups of all ranks.
+        [B] float32 (float64 for float64 rewards), without gradient; with `return_stats` a pair of
+        that and `GroupStats` of [Q] tensors, of the groups of all ranks.
 
     Raises:
         ValueError: a shape, a value or a combination that makes no sense; or ranks that were called
@@ -112,6 +118,7 @@ def group_advantages(
     checks.check_process_group(process_group, None)
     is_part = process_group is not None
     groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
+    groups = groups._replace(wide=rewards.dtype == torch.float64)
     own = slice(None)
     if process_group is not None:
         call = parallel.Call("group_advantages", None, spec)
@@ -122,6 +129,12 @@ def group_advantages(
         return advantages
     if group_ids is not None:
         table = table[:, : int((table[4] + table[5] > 0).sum())]
+    if group_ids is not None or rewards.device.type == "cpu":
+        # The device has been waited for, or there is none.
+        metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
+        never = None if is_compiling() else never_successful(spec, success, metrics)
+        if never is not None and never:
+            warn_of_threshold(spec)
     return advantages, GroupStats(*table[:6].unbind(0))
 
 
@@ -134,41 +147,48 @@ def gather_inputs(
     source: dict[str, Any],
     layout: dict[str, Any],
     token_tensors: dict[str, Any],
+    dtype: torch.dtype,
 ) -> tuple[TokenInputs, LossSpec, KnownMetrics]:
     """Validated inputs from the arguments of a loss call, or from the plan that stands for them.
 
     `source` is where advantages come from, `name` and `tokens` the argument that says which shape
-    token tensors have.
+    token tensors have, `dtype` that of what the loss is differentiated by.
     """
+    checks.check_specs(spec, advantage_spec)
     process_group = source["process_group"]
+    is_double = dtype == torch.float64
     known = KnownMetrics({})
     if plan is not None:
-        spec = _check_plan(plan, spec, {**source, **layout})
-        advantages, layout = plan.advantages, {key: getattr(plan, key) for key in layout}
-        groups: GroupInputs | None = None
-        known = KnownMetrics(plan.metrics, plan.across_ranks)
+        spec = _check_plan(plan, spec, advantage_spec, {**source, **layout})
+        layout = {key: getattr(plan, key) for key in layout}
+        signal, per_token = plan.signal(is_double), plan.per_token
+        advantages, groups = signal.advantages, None
+        known = KnownMetrics(signal.metrics, plan.ranks)
     else:
         rewards, advantages = source["rewards"], source["advantages"]
         grouping = {key: source[key] for key in ("group_size", "group_ids", "success")}
-        checks.check_source(rewards, advantages)
+        checks.check_source(rewards, advantages, grouping)
         checks.check_process_group(process_group, layout["normalizer"])
         is_part = process_group is not None
         groups = (
             None if rewards is None else checks.check_groups(rewards, **grouping, is_part=is_part)
         )
-        if rewards is None and any([x is not None for x in grouping.values()]):
-            raise ValueError(
-                "group_size, group_ids, success: expected None with advantages, got a value"
-            )
-    inputs = TokenInputs(advantages=advantages, groups=groups, **layout, **token_tensors)
+        per_token = checks.is_per_token(advantages, tokens, layout["cu_seqlens"])
+    inputs = TokenInputs(
+        advantages=advantages, groups=groups, per_token=per_token, **layout, **token_tensors
+    )
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, inputs, spec, is_part)
-    if not isinstance(advantage_spec, AdvantageSpec):
-        raise TypeError(
-            f"advantage_spec: expected an AdvantageSpec, got {describe(advantage_spec)}"
-        )
+    checks.check_denominator(
+        inputs.normalizer, inputs.mask, torch.float64 if is_double else torch.float32
+    )
+    if inputs.groups is not None:
+        wide = is_double and inputs.groups.rewards.dtype == torch.float64
+        inputs = replaced(inputs, groups=replaced(inputs.groups, wide=wide))
     if process_group is not None:
         inputs, known = _share(tokens, inputs, spec, advantage_spec, process_group)
+    elif inputs.groups is not None:
+        inputs = replaced(inputs, groups=decide_rewards(inputs.groups, advantage_spec))
     return inputs, spec, known
 
 
@@ -186,44 +206,34 @@ def _share(
     part = parallel.Part(inputs.n_sequences(tokens), n_tokens, inputs.groups)
     call = parallel.Call.of_loss(spec, advantage_spec, inputs.normalizer)
     shared = parallel.share(part, call, process_group, tokens.device)
-    if inputs.groups is not None:
-        inputs = replaced(inputs, groups=None, advantages=shared.advantages)
+    known = KnownMetrics({})
+    if shared.signal is not None:
+        inputs = replaced(inputs, groups=None, advantages=shared.signal.advantages)
+        known = KnownMetrics(shared.signal.metrics, group_ranks(process_group))
     if shared.normalizer is not None:
         inputs = replaced(inputs, normalizer=shared.normalizer)
-    return inputs, shared.metrics
+    return inputs, known
 
 
-def gather_rows(
-    token_ids: torch.Tensor,
-    temperature: torch.Tensor | float,
-    inputs: TokenInputs,
-    vocab: int,
-    split: Split | None = None,
-) -> RowInputs:
-    """Validated token ids and temperatures, one of these per token where the batch is packed.
-
-    `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
-    """
-    checks.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
-    share = None if split is None else split.agree(token_ids, inputs.mask)
-    checks.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
-    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
-        temperature = TokenLayout(token_ids, inputs).spread(temperature)
-    return RowInputs(token_ids, temperature, share)
-
-
-def _check_plan(plan: Plan, spec: LossSpec, given: dict[str, Any]) -> LossSpec:
+def _check_plan(
+    plan: Plan, spec: LossSpec, advantage_spec: AdvantageSpec, given: dict[str, Any]
+) -> LossSpec:
     """The plan's spec, after making sure that nothing contradicts the plan."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan from make_plan, got {describe(plan)}")
+    require_plan(plan)
     twice = [name for name, value in given.items() if value is not None]
     if twice:
         raise ValueError(f"{', '.join(twice)}: expected None with a plan, which has them already")
     if spec not in (DEFAULT_SPEC, plan.spec):
         raise ValueError(f"spec: expected the plan's spec {plan.spec}, got {spec}")
+    if advantage_spec not in (DEFAULT_ADVANTAGE_SPEC, plan.advantage_spec):
+        raise ValueError(
+            f"advantage_spec: expected the plan's advantage_spec {plan.advantage_spec}, got "
+            f"{advantage_spec}"
+        )
     return plan.spec
 
 
+@names_checked
 def mapo_loss(
     logprobs: torch.Tensor,
     *,
@@ -251,9 +261,9 @@ def mapo_loss(
 
     Args:
         logprobs: log-probs of the sampled tokens under the current policy, float32, bfloat16,
-            float16, or float64 (eager backend). Rows may be strided; tokens that are not adjacent
-            in memory are copied.
-        rewards: [B] any real dtype, whole groups; or give `advantages`.
+            float16, or float64 (eager backend). Rows may be strided; they are copied then.
+        rewards: [B] any real dtype, whole groups; or give `advantages`. Their statistics are
+            float32, unless rewards and log-probs (logits, hidden states) are float64.
         advantages: [B] or per token, floating-point; [B] where a packed batch allows both readings.
         group_size: sequences per group, groups contiguous; or give `group_ids`.
         group_ids: [B] integers, rows in any order, ragged groups.
@@ -266,9 +276,10 @@ def mapo_loss(
         token_weights: factor of the policy term (importance, off-policy or entropy masks).
         normalizer: denominator over the batch, a positive number or a 0-d tensor, in place of the
             tokens (`token-mean`) or sequences (other modes) counted here; so micro-batches and
-            ranks add up. `global` counts those of all ranks of `process_group` and divides by the
-            number of ranks, so that the mean over ranks of losses and gradients (DDP, FSDP) is that
-            of the whole batch; a trainer that adds them up divides the loss by that number. If
+            ranks add up. A tensor that is not positive makes the loss NaN, unless all is masked.
+            `global` counts those of all ranks of `process_group` and divides by the number of
+            ranks, so that the mean over ranks of losses and gradients (DDP, FSDP) is that of the
+            whole batch; a trainer that adds them up divides the loss by that number. If
             micro-batches follow, have the batch counted once: by `make_plan`.
         process_group: ranks that each hold a part of the batch, all of which call this: groups may
             lie across them, as in `group_advantages`, and `normalizer` may be `global`. One
@@ -280,7 +291,8 @@ def mapo_loss(
 
     Returns:
         `LossOutput`. Metrics are means over the scored tokens (`scored_tokens` of `active_tokens`;
-        a token whose advantage is 0 is not scored unless KL or `score_all` needs it):
+        a token whose advantage is 0 is not scored unless KL or `score_all` needs it), NaN if there
+        is none:
         `clip_fraction_low`, `clip_fraction_high`, `ratio_mean`, `ratio_max` (their largest),
         `approx_kl` (k3 of new against old), `ref_kl` with a reference; from rewards also
         `success_ratio_mean`, `lambda_mean` (over the `active_groups`, those with a finite reward),
@@ -312,6 +324,7 @@ def mapo_loss(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        getattr(logprobs, "dtype", torch.float32),
     )
     checks.check_no_bonus(spec)
     if not torch.is_grad_enabled():
@@ -336,7 +349,7 @@ def name_metrics(
         for name in GROUP_METRICS:
             del values[name]
     values.update(known.values)
-    return as_metrics(values, known.across_ranks)
+    return as_metrics(values, known.ranks)
 
 
 def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:
@@ -344,6 +357,7 @@ def used_advantages(computed: torch.Tensor, inputs: TokenInputs) -> torch.Tensor
     return (computed if inputs.advantages is None else inputs.advantages).detach()
 
 
+@settings_checked
 class MapoLoss(torch.nn.Module):
     """`mapo_loss` with its specs fixed, as a module.
 

@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, linear
+from mapo_kernels import checks, checks_head, checks_rows, linear
 from mapo_kernels.api import (
     DEFAULT_ADVANTAGE_SPEC,
     DEFAULT_SPEC,
     LossOutput,
     gather_inputs,
-    gather_rows,
     name_metrics,
     used_advantages,
 )
+from mapo_kernels.api_logits import gather_rows
 from mapo_kernels.autograd import MapoLinearLossFunction
-from mapo_kernels.inputs import HeadInputs, RowInputs
-from mapo_kernels.plan import Plan
+from mapo_kernels.backend import resolve_backend
+from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
+from mapo_kernels.keywords import names_checked, require_names
+from mapo_kernels.plan import Plan, bounds_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 from mapo_kernels.vocab_parallel import Split, local_head
 
@@ -35,6 +37,7 @@ def _as_linear_would(
 
 
 @torch.compiler.disable
+@names_checked
 def mapo_loss_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -71,7 +74,8 @@ def mapo_loss_from_hidden(
     (two with a frozen weight, one without gradients; one more for sequence-level importance).
 
     With a plan of `make_plan` nothing here waits for the device; without one, finding the live
-    tokens does, once. Inside `torch.compile` the call is a graph break.
+    tokens does, once, and with a `vocab_group` so does making sure that its ranks were called
+    alike. Inside `torch.compile` the call is a graph break.
 
     Args:
         hidden: [B, T, H], or [total, H] with `cu_seqlens`: float32, bfloat16, float16, or float64
@@ -108,8 +112,9 @@ def mapo_loss_from_hidden(
         vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
             then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
             other share, and the rest of the arguments is the same on every rank (token ids too, in
-            [0, V)). A chunk takes one collective of 16 bytes a row and rank; the gradient by
-            `hidden` is summed over ranks once, in float32, that by the weight stays here.
+            [0, V)): ranks first exchange 216 bytes that say how each was called, for which the host
+            waits. A chunk takes one collective of 16 bytes a row and rank; the gradient by `hidden`
+            is summed over ranks once, in float32, that by the weight stays here.
 
     Returns:
         `LossOutput` as of `mapo_loss_from_logits`. Gradients reach `hidden`, `lm_head_weight`
@@ -117,12 +122,12 @@ def mapo_loss_from_hidden(
 
     Raises:
         ValueError: a shape, a value, a device, a placement or a combination that makes no sense; or
-            ranks of `vocab_group` that disagree, which each finds out in its first call with it.
+            ranks of `vocab_group` that were called differently: all of them are told.
         TypeError: an argument of the wrong type, such as a quantised weight.
     """
-    bounds = cu_seqlens if plan is None else plan.cu_seqlens
-    checks.check_head_options(softcap, logit_scale, chunk_rows)
-    hidden, weight, bias, split = _checked_head(
+    bounds = bounds_of(plan, cu_seqlens)
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
     )
     inputs, spec, known = gather_inputs(
@@ -146,9 +151,18 @@ def mapo_loss_from_hidden(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        hidden.dtype,
     )
     if split is not None:
-        split = split._replace(chunk_rows=chunk_rows or 0, spec=spec)
+        split = split._replace(
+            function="mapo_loss_from_hidden",
+            chunk_rows=chunk_rows or 0,
+            head=_description(softcap, logit_scale, bias),
+            spec=spec,
+            advantage_spec=advantage_spec,
+            wanted=tuple(_needs_grad(x) for x in (hidden, weight, bias)),
+            planned=plan is not None,
+        )
     rows = gather_rows(token_ids, temperature, inputs, weight.shape[0], split)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
@@ -168,11 +182,11 @@ def _checked_head(
     token_ids: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     vocab_group: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Split | None]:
-    """Hidden states, what of weight and bias is here, and how they are split over ranks."""
-    checks.check_rows("hidden", hidden, token_ids, cu_seqlens)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, Split | None]:
+    """Hidden states, what of weight and bias is here, token ids, how rows are split over ranks."""
+    token_ids = checks_rows.check_rows("hidden", hidden, token_ids, cu_seqlens)
     weight, bias, group, vocab = local_head(weight, bias, vocab_group)
-    checks.check_weight(hidden, weight, bias)
+    checks_head.check_weight(hidden, weight, bias)
     hidden, weight, bias = _as_linear_would(hidden, weight, bias)
     if weight.dtype != hidden.dtype:
         raise TypeError(
@@ -181,11 +195,24 @@ def _checked_head(
         )
     split = None
     if group is not None:
-        split = Split(group, weight.shape[0], weight.shape[1], vocab, weight.element_size())
-    return hidden, weight, bias, split
+        dtype = hidden.dtype
+        backend = resolve_backend(hidden.device.type, dtype == torch.float64)
+        split = Split(group, weight.shape[0], "", dtype, backend, weight.shape[1], vocab)
+    return hidden, weight, bias, token_ids, split
+
+
+def _description(softcap: float | None, logit_scale: float, bias: object) -> tuple[object, ...]:
+    """What ranks have to have the same of the head's options; equal numbers have one form."""
+    return None if softcap is None else float(softcap), float(logit_scale), bias is not None
+
+
+def _needs_grad(x: torch.Tensor | None) -> bool:
+    """Whether the gradient by `x` will be asked for."""
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
 
 
 @torch.compiler.disable
+@names_checked
 def token_logprobs_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -227,18 +254,24 @@ def token_logprobs_from_hidden(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_head_options(softcap, logit_scale, chunk_rows)
-    hidden, weight, bias, split = _checked_head(
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = _checked_head(
         hidden, lm_head_weight, bias, token_ids, None, vocab_group
     )
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
+    per = "one per token" if token_ids.dim() == 1 else "one per sequence"
+    checks_rows.check_temperature(temperature, token_ids.shape[0], token_ids.device, per)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
     share = None
     if split is not None:
-        share = split._replace(chunk_rows=chunk_rows or 0).agree(token_ids, mask)
-    checks.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
+        split = split._replace(
+            function=f"token_logprobs_from_hidden{', with entropies' if return_entropy else ''}",
+            chunk_rows=chunk_rows or 0,
+            head=_description(softcap, logit_scale, bias),
+        )
+        share = split.agree(token_ids, TokenInputs(mask=mask), temperature)
+    checks_rows.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows)
         rows = RowInputs(token_ids, temperature, share)
@@ -263,8 +296,9 @@ class MapoLinearLoss(torch.nn.Module):
             vocab_group.
 
     Raises:
-        TypeError: `lm_head` is no plain linear layer. One with an adapter of its own has a weight
-            that is not `lm_head.weight`; merge it, or leave lm_head out of the adapted modules.
+        TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of
+            its own has a weight that is not `lm_head.weight`; merge it, or leave lm_head out of the
+            adapted modules.
     """
 
     def __init__(
@@ -276,6 +310,7 @@ class MapoLinearLoss(torch.nn.Module):
     ) -> None:
         """Keep the head, the specs and the options."""
         super().__init__()
+        require_names(type(self).__name__, options, mapo_loss_from_hidden)
         if not isinstance(lm_head, torch.nn.Linear) or hasattr(lm_head, "base_layer"):
             raise TypeError(
                 f"lm_head: expected a torch.nn.Linear without adapters, got "
@@ -291,7 +326,7 @@ class MapoLinearLoss(torch.nn.Module):
     ) -> LossOutput:
         """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
         if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
-            checks.check_not_rounded(arguments)
+            checks_head.check_not_rounded(arguments)
         specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
         return mapo_loss_from_hidden(
             hidden,

@@ -6,22 +6,45 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, ops_logits, vocab_parallel
+from mapo_kernels import checks, checks_rows, ops_logits, vocab_parallel
 from mapo_kernels.api import (
     DEFAULT_ADVANTAGE_SPEC,
     DEFAULT_SPEC,
     LossOutput,
     gather_inputs,
-    gather_rows,
     name_metrics,
     used_advantages,
 )
 from mapo_kernels.autograd import MapoLogitsLossFunction
-from mapo_kernels.inputs import RowInputs
-from mapo_kernels.plan import Plan
+from mapo_kernels.backend import resolve_backend
+from mapo_kernels.inputs import RowInputs, TokenInputs
+from mapo_kernels.keywords import names_checked
+from mapo_kernels.plan import Plan, bounds_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
+from mapo_kernels.tokens_eager import TokenLayout
+from mapo_kernels.vocab_parallel import Split
 
 
+def gather_rows(
+    token_ids: torch.Tensor,
+    temperature: torch.Tensor | float,
+    inputs: TokenInputs,
+    vocab: int,
+    split: Split | None = None,
+) -> RowInputs:
+    """Validated token ids and temperatures, one of these per token where the batch is packed.
+
+    `vocab` is the number of columns here, which are all of them unless rows are split over ranks.
+    """
+    checks_rows.check_temperature(temperature, inputs.n_sequences(token_ids), token_ids.device)
+    share = None if split is None else split.agree(token_ids, inputs, temperature)
+    checks_rows.check_token_ids(token_ids, inputs.mask, vocab if share is None else share.vocab)
+    if isinstance(temperature, torch.Tensor) and inputs.cu_seqlens is not None:
+        temperature = TokenLayout(token_ids, inputs).spread(temperature)
+    return RowInputs(token_ids, temperature, share)
+
+
+@names_checked
 def mapo_loss_from_logits(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -83,7 +106,8 @@ def mapo_loss_from_logits(
             Nobody may use the logits afterwards; autograd raises an error if it saved them.
         vocab_group: a `torch.distributed` process group over whose ranks each row is split: then
             `logits` are this rank's adjacent columns, [B, T, V / ranks] or any other share, and the
-            rest of the arguments is the same on every rank (token ids too, in [0, V)). One
+            rest of the arguments is the same on every rank (token ids too, in [0, V)): ranks first
+            exchange 216 bytes that say how each was called, for which the host waits. One
             collective gathers 16 bytes a row and rank; loss and metrics are those of the whole
             rows, the gradient is that of the columns here.
 
@@ -93,11 +117,11 @@ def mapo_loss_from_logits(
 
     Raises:
         ValueError: a shape, a value, a device or a combination that makes no sense; or ranks of
-            `vocab_group` that disagree, which each finds out in its first call with that group.
+            `vocab_group` that were called differently: all of them are told.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows("logits", logits, token_ids, cu_seqlens if plan is None else plan.cu_seqlens)
-    checks.check_inplace(logits, inplace)
+    token_ids = checks_rows.check_rows("logits", logits, token_ids, bounds_of(plan, cu_seqlens))
+    checks_rows.check_inplace(logits, inplace)
     inputs, spec, known = gather_inputs(
         "token_ids",
         token_ids,
@@ -119,8 +143,16 @@ def mapo_loss_from_logits(
             "rollout_logprobs": rollout_logprobs,
             "token_weights": token_weights,
         },
+        logits.dtype,
     )
-    split = _split_of(logits, vocab_group, spec)
+    split = _split_of(logits, vocab_group, "mapo_loss_from_logits")
+    if split is not None:
+        split = split._replace(
+            spec=spec,
+            advantage_spec=advantage_spec,
+            wanted=(torch.is_grad_enabled() and logits.requires_grad,),
+            planned=plan is not None,
+        )
     rows = gather_rows(token_ids, temperature, inputs, logits.shape[-1], split)
     if not torch.is_grad_enabled():
         logits = logits.detach()
@@ -131,18 +163,17 @@ def mapo_loss_from_logits(
     return LossOutput(loss, name_metrics(results, inputs, known), used_advantages(computed, inputs))
 
 
-def _split_of(
-    logits: torch.Tensor, vocab_group: Any, spec: LossSpec | None
-) -> vocab_parallel.Split | None:
+def _split_of(logits: torch.Tensor, vocab_group: Any, function: str) -> vocab_parallel.Split | None:
     """How rows of these logits are split over ranks, or None if they are whole."""
     if vocab_group is None:
         return None
     vocab_parallel.check_vocab_group(vocab_group)
-    return vocab_parallel.Split(
-        vocab_group, logits.shape[-1], 0, 0, logits.element_size(), spec=spec
-    )
+    dtype = logits.dtype
+    backend = resolve_backend(logits.device.type, dtype == torch.float64)
+    return vocab_parallel.Split(vocab_group, logits.shape[-1], function, dtype, backend)
 
 
+@names_checked
 def token_logprobs(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
@@ -173,14 +204,18 @@ def token_logprobs(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks.check_rows("logits", logits, token_ids, None)
-    checks.check_temperature(temperature, token_ids.shape[0], token_ids.device)
+    token_ids = checks_rows.check_rows("logits", logits, token_ids, None)
+    per = "one per token" if token_ids.dim() == 1 else "one per sequence"
+    checks_rows.check_temperature(temperature, token_ids.shape[0], token_ids.device, per)
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
-    split = _split_of(logits, vocab_group, None)
-    share = None if split is None else split.agree(token_ids, mask)
-    checks.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
+    function = "token_logprobs, with entropies" if return_entropy else "token_logprobs"
+    split = _split_of(logits, vocab_group, function)
+    share = None
+    if split is not None:
+        share = split.agree(token_ids, TokenInputs(mask=mask), temperature)
+    checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
     with torch.no_grad():
         rows = RowInputs(token_ids, temperature, share)
         table = ops_logits.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)

@@ -55,8 +55,9 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     `inputs` a `TokenInputs`; nothing is validated: `mapo_loss_from_logits` does that.
 
     Forward computes the gradient, backward hands over that very tensor: a second backward through
-    the same loss raises RuntimeError. With `inplace` the gradient takes the place of the logits,
-    and whoever else saved them for a backward is told so by an error.
+    the same loss raises RuntimeError, whatever `retain_graph` was. With `inplace` the gradient
+    takes the place of the logits, and whoever else saved them for a backward is told so by an
+    error.
     """
 
     @staticmethod
@@ -87,11 +88,27 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         """Hand over what forward kept, times the upstream gradient where that is not 1."""
         if upstream is None:
             return (None,) * 6
+        _once(ctx)
         (grad,) = ctx.saved_tensors
         grad = grad.detach()
         ops_logits.rescale(grad, upstream)
         _note_write(grad)
         return grad, None, None, None, None, None
+
+
+def _once(ctx: Any) -> None:
+    """Raise if this node's backward has run: its gradient belongs to someone else by now."""
+    # A compiled graph cannot keep a note, and lets torch say it in its own words.
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "handed_over", False):
+        raise RuntimeError(
+            "backward: expected one backward through a loss from logits or hidden states, got a "
+            "second. The first handed over the very gradient that forward had computed, which may "
+            "have been modified by an inplace operation since, so retain_graph=True cannot keep "
+            "it: call the loss again, or add up what depends on it and differentiate that once."
+        )
+    ctx.handed_over = True
 
 
 def _note_write(x: torch.Tensor) -> None:
@@ -109,7 +126,8 @@ class MapoLinearLossFunction(torch.autograd.Function):
     and `bias` [V] (or None), each only if it requires grad. `head` is a `HeadInputs` whose weight
     and bias are ignored; nothing is validated: `mapo_loss_from_hidden` does that.
 
-    Forward computes the gradients, backward hands over those very tensors, once.
+    Forward computes the gradients, backward hands over those very tensors, once: a second backward
+    raises RuntimeError, whatever `retain_graph` was.
     """
 
     @staticmethod
@@ -143,6 +161,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
         """Hand over what forward kept, times the upstream gradient where that is not 1."""
         grads: list[torch.Tensor | None] = [None] * 3
         if upstream is not None:
+            _once(ctx)
             for i, kept in enumerate(ctx.saved_tensors):
                 if kept is not None:
                     ops_logits.rescale(kept if kept.dim() > 1 else kept[None], upstream)

@@ -106,26 +106,35 @@ def log1p(x):
 
 
 @jit
-def row_summary(others, weighted, gap):
+def certain_elsewhere(others, gap):
+    """Whether one column other than the target is nearly certain, as `row_summary` takes sums."""
+    return (others < 1.125) & (gap < -1.0)
+
+
+@jit
+def row_summary(others, tail, weighted, gap):
     """Log-prob of a row's target and entropy of its distribution, from sums over the other columns.
 
     With z the tempered logits, y the target and m about their maximum: others is the sum of
     e^(z_j - m) over j != y, weighted that of e^(z_j - m) (z_j - m), gap is z_y - m. The target is
     kept apart because most tokens are certain: 1 - p and log p of p = 1 - 1e-13 come out right.
-    Returns (log p_y, 1 - p_y, the sum over all columns, entropy in nats).
+    So does the entropy of a row that is certain of another column: tail is others without the
+    largest, which has to be right where `certain_elsewhere`; then m is that maximum exactly.
+    Returns (log p_y, 1 - p_y, the sum over all columns, entropy in nats); NaN for a row of -inf.
     """
     target = exp(gap)
     total = others + target
     rest = others / total
     near = gap > -1.0
-    log_total = tl.log(total)
+    log_total = tl.log(tl.where(total > 0, total, float("nan")))
     logp = tl.where(near, -log1p(others * exp(tl.where(near, -gap, 0.0))), gap - log_total)
     # A target of -inf has p log p = 0.
     bounded = tl.where(gap < -1e30, -1e30, gap)
     entropy = tl.where(
         near,
         bounded * rest - logp - weighted / total,
-        log_total - (weighted + target * bounded) / total,
+        tl.where(certain_elsewhere(others, gap), log1p(tail + target), log_total)
+        - (weighted + target * bounded) / total,
     )
     return logp, rest, total, entropy
 
@@ -134,6 +143,22 @@ def row_summary(others, weighted, gap):
 def clamp(x, low, high):
     """`x` within [low, high]; NaN stays NaN."""
     return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def loss_denominator(denominator, active):
+    """What the batch's loss is divided by: NaN where it is not positive.
+
+    But for a batch of no active token, whose loss is 0. A NaN stays: ranks that disagree are told
+    by it.
+    """
+    return tl.where(denominator <= 0, tl.where(active > 0, float("nan"), 1.0), denominator)
+
+
+@jit
+def signal_behind_weight(advantage, weight):
+    """The advantage of a token, 0 for one that is not finite where the weight is 0."""
+    return tl.where((weight != 0) | (tl.abs(advantage) < float("inf")), advantage, 0.0)
 
 
 @jit
@@ -265,14 +290,32 @@ def certainty_weight(p, fixed, GROUP: tl.constexpr):
 
 
 @jit
+def reward_unit(lowest, highest, large, unit):
+    """What a group's rewards are multiplied by before their deviations are squared.
+
+    1, or the power of 2 `unit` where a reward is beyond `large`, whose square could overflow.
+    """
+    largest = tl.where(-lowest > highest, -lowest, highest)
+    return tl.where(largest > large, 0.0 * largest + unit, 0.0 * largest + 1.0)
+
+
+@jit
+def row_advantage(deviation, finite, factor, limit):
+    """Advantage of one row of a group, within [-limit, limit]; 0 where its reward is not finite."""
+    # A factor of 0 means exactly 0: a NaN or an overflow times 0 would not be.
+    return tl.where(finite & (factor != 0), clamp(deviation * factor, -limit, limit), 0.0)
+
+
+@jit
 def group_advantage(
-    count, lowest, highest, mean, square_deviations, successes, numbers, GROUP: tl.constexpr
+    count, lowest, highest, mean, square_deviations, successes, unit, numbers, GROUP: tl.constexpr
 ):
     """A group's statistics and the one factor that turns (r - mu) into its advantages.
 
     Both the z-score and the percent deviation are multiples of (r - mu), hence so is their mixture.
     The factor is 0 where there is nothing to learn from: all rewards equal (tested on the rewards,
-    not on a small sigma), or fewer than two of them. Returns (factor, sigma, p, lambda).
+    not on a small sigma), or fewer than two of them. Rewards come in times `unit`, sigma goes out
+    without it. Returns (factor, sigma, p, lambda).
     """
     others = tl.where(count > 1, count - 1.0, 1.0)
     divisor = count - numbers.std_correction
@@ -284,10 +327,11 @@ def group_advantage(
         farthest = tl.where(highest - mean > mean - lowest, highest - mean, mean - lowest) / others
         scale = tl.where(tl.abs(mean) > farthest, tl.abs(mean), farthest)
     if GROUP.estimator == "mean":
-        factor = 0.0 * mean + 1.0
+        factor = 1.0 / unit
     elif GROUP.estimator == "rloo":
-        factor = count / others
+        factor = count / others / unit
     else:
-        factor = (1.0 - certainty) / (std + numbers.eps) + certainty / (scale + numbers.eps)
+        eps = numbers.eps * unit
+        factor = (1.0 - certainty) / (std + eps) + certainty / (scale + eps)
     has_signal = (highest > lowest) & (count > 1)
-    return tl.where(has_signal, factor, 0.0 * mean), std, success_ratio, certainty
+    return tl.where(has_signal, factor, 0.0 * mean), std / unit, success_ratio, certainty

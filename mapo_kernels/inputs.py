@@ -20,12 +20,14 @@ class GroupInputs(NamedTuple):
         group_size: members per group where groups are contiguous, else 0.
         group_ids: [B] integers in any order, or None where `group_size` says it.
         success: [B] bool, or None to compare rewards with the threshold.
+        wide: whether statistics are float64: every input of the call is. Else they are float32.
     """
 
     rewards: torch.Tensor
     group_size: int = 0
     group_ids: torch.Tensor | None = None
     success: torch.Tensor | None = None
+    wide: bool = False
 
 
 class TokenInputs(NamedTuple):
@@ -48,6 +50,7 @@ class TokenInputs(NamedTuple):
         cu_seqlens: [B + 1] boundaries of the packed sequences, or None if padded.
         normalizer: the denominator over the batch: a 0-d tensor, a number, or None to count it
             here.
+        per_token: whether the advantages are the tokens' own, and not their sequences'.
     """
 
     old_logprobs: torch.Tensor | None = None
@@ -61,6 +64,7 @@ class TokenInputs(NamedTuple):
     groups: GroupInputs | None = None
     cu_seqlens: torch.Tensor | None = None
     normalizer: torch.Tensor | float | None = None
+    per_token: bool = False
 
     def token_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields with one value per token, in order; the mask is the last of them."""
@@ -80,15 +84,6 @@ class TokenInputs(NamedTuple):
         tensors = zip(names, self.token_tensors(), strict=True)
         some: dict[str, Any] = {k: None if x is None else x[rows] for k, x in tensors}
         return self._replace(**some)
-
-    def per_token(self, advantages: torch.Tensor, tokens: torch.Tensor) -> bool:
-        """Whether these advantages are the tokens' own, and not their sequences'.
-
-        A packed batch may have as many tokens as sequences; then they are the sequences'.
-        """
-        return advantages.shape == tokens.shape and (
-            self.cu_seqlens is None or advantages.shape[0] != self.cu_seqlens.shape[0] - 1
-        )
 
     def n_sequences(self, logprobs: torch.Tensor) -> int:
         """Number B of sequences in a batch with these log-probs."""
@@ -140,11 +135,11 @@ class KnownMetrics(NamedTuple):
 
     Attributes:
         values: some of `GROUP_METRICS`, 0-d each.
-        across_ranks: whether they speak of the groups of all ranks of a process group.
+        ranks: the ranks of the process group of whose groups they speak; None for this rank's own.
     """
 
     values: dict[str, torch.Tensor]
-    across_ranks: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 def empty_results(logprobs: torch.Tensor, inputs: TokenInputs, need_grad: bool) -> TokenResults:

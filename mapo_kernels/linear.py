@@ -164,16 +164,26 @@ class _Chunks:
     """Live rows of a batch, chunk by chunk."""
 
     def __init__(
-        self, hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, live_rows: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        head: HeadInputs,
+        rows: RowInputs,
+        live_rows: torch.Tensor,
+        scored: torch.Tensor | None = None,
     ) -> None:
+        """Rows that are not `scored` [N], if that is given, count as hidden states of 0."""
         self._hidden = hidden
+        self._scored = scored
         self._live = live_rows
         self._share = rows.share
         self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0], rows.share)
         self._ids = rows.token_ids.reshape(-1)
         temperature = rows.temperature
-        if isinstance(temperature, torch.Tensor) and rows.token_ids.dim() == 2:
-            temperature = temperature[:, None].expand(rows.token_ids.shape).reshape(-1)
+        if isinstance(temperature, torch.Tensor):
+            # A narrow dtype is widened before anything is divided by it.
+            temperature = temperature.to(result_dtype(hidden))
+            if rows.token_ids.dim() == 2:
+                temperature = temperature[:, None].expand(rows.token_ids.shape).reshape(-1)
         # Without a softcap between them, the product's scale and the temperature are one factor.
         self._temperature = (
             temperature if head.softcap is not None else temperature / head.logit_scale
@@ -194,9 +204,14 @@ class _Chunks:
     def _take(self, chosen: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, H] of some rows; a strided batch is not copied as a whole."""
         if self._hidden.dim() == 2:
-            return self._hidden.index_select(0, chosen)
-        length = self._hidden.shape[1]
-        return self._hidden[chosen // length, chosen % length]
+            taken = self._hidden.index_select(0, chosen)
+        else:
+            length = self._hidden.shape[1]
+            taken = self._hidden[chosen // length, chosen % length]
+        if self._scored is None:
+            return taken
+        # A plan knows no token weights: where one is 0 there may be anything, NaN too.
+        return taken.masked_fill_(~self._scored[chosen][:, None], 0.0)
 
 
 def linear_loss(
@@ -215,13 +230,15 @@ def linear_loss(
     layout = TokenLayout(rows.token_ids, inputs)
     advantage = inputs.advantages
     assert advantage is not None
-    if not inputs.per_token(advantage, layout.live):
+    if not inputs.per_token:
         advantage = layout.spread(advantage).expand(layout.live.shape)
-    live_rows = head.live_rows
-    if live_rows is None:
+    live_rows, scored = head.live_rows, None
+    if live_rows is None or inputs.token_weights is not None:
         weight = layout.live if inputs.token_weights is None else inputs.token_weights
-        scored = scored_tokens(layout, advantage, weight, spec)
-        live_rows = scored.reshape(-1).nonzero().squeeze(1)
+        scored = scored_tokens(layout, advantage, weight, spec).reshape(-1)
+    if live_rows is None:
+        assert scored is not None
+        live_rows, scored = scored.nonzero().squeeze(1), None
     dtype = result_dtype(hidden)
     d_hidden = None
     if wanted.hidden and rows.share is None:
@@ -236,7 +253,7 @@ def linear_loss(
         head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None,
         head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if wanted.bias else None,
     )
-    chunks = _Chunks(hidden, head, rows, live_rows)
+    chunks = _Chunks(hidden, head, rows, live_rows, scored)
     if any(wanted) and spec.importance_level == "token":
         out = _token_level(chunks, _Head(head), inputs, spec, layout, advantage, out)
     else:
@@ -287,16 +304,21 @@ def _token_level(
         del logits, place, result
     table = torch.stack(found) if found else out.results.new_zeros((0, SLOTS + 1))
     results = _combine(table[:, 1:], active, denominator)
-    return out._replace(loss=table[:, 0].sum(), results=results)
+    # Without a chunk, too, a denominator that is none has to show.
+    loss = table[:, 0].sum().where(denominator == denominator, torch.nan)
+    return out._replace(loss=loss, results=results)
 
 
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Results of a batch [16] from those of its chunks [chunks, 16]: see `inputs.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
     scored = table[:, names["scored_tokens"]]
-    results = (table * scored[:, None]).sum(0) / scored.sum().clamp(min=1.0)
+    has_scored = scored[:, None] > 0
+    # What a chunk, or the batch, has no scored token for is NaN.
+    results = (table * scored[:, None]).where(has_scored, 0.0).sum(0) / scored.sum()
     if table.shape[0]:
-        results[names["ratio_max"]] = table[:, names["ratio_max"]].amax()
+        largest = table.where(has_scored, -torch.inf)[:, names["ratio_max"]].amax()
+        results[names["ratio_max"]] = largest.where(scored.sum() > 0, torch.nan)
     results[names["gradient_scale"]] = 1.0 / denominator
     results[names["active_tokens"]] = active
     results[names["scored_tokens"]] = scored.sum()

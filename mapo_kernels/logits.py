@@ -221,7 +221,7 @@ def launch_logits_loss(
     normalizer, denominator = denominator_of(inputs, spec, n_sequences)
     if normalizer is denominator is None and inputs.mask is None and inputs.cu_seqlens is None:
         denominator = float(n)
-    tokens, advantages = tokens_of(inputs, rows.token_ids)
+    tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     tile = tile_of(logits)
     results = empty_results(rows.token_ids, inputs, False)
@@ -248,7 +248,7 @@ def launch_logits_loss(
             n_sequences,
             length,
             group_size,
-            float(spec.max_tokens or length),
+            spec.fixed_length(length),
             logits.shape[-1],
             exponent,
             spec.numbers,

@@ -9,6 +9,7 @@ import torch
 from mapo_kernels import twin
 from mapo_kernels.advantages import result_dtype
 from mapo_kernels.inputs import RowInputs
+from mapo_kernels.sums import row_sum
 
 # Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
 _CHUNK_LOGITS = 1 << 20
@@ -116,28 +117,44 @@ def _tabulate(
 
 
 def _sums(x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, with_entropy: bool) -> _Sums:
-    """As of `rows_kernel.row_sums`: reference, others, gap, weighted of x [n, V], overwritten.
+    """As `formula.row_summary` takes them: reference, others, gap, weighted, tail of x [n, V].
 
-    Where the target is not `known`, it is none of the columns.
+    `x` is overwritten. Where the target is not `known`, it is none of the columns.
     """
     column = x.gather(1, token).squeeze(1)
     target = column.where(known, -torch.inf)
     # The target is kept apart from the sums: see `formula.row_summary`.
     x.scatter_(1, token, column.masked_fill(known, -torch.inf)[:, None])
-    top = torch.maximum(x.amax(1), target).clamp(min=-1e30)
+    # The lowest number stands for a row of -inf, from which -inf cannot be taken.
+    top = torch.maximum(x.amax(1), target).clamp(min=torch.finfo(x.dtype).min)
+    gap = target - top
     x.sub_(top[:, None])
     if not with_entropy:
-        others = x.exp_().sum(1)
-        return top, others, target - top, torch.zeros_like(others)
+        others = row_sum(x.exp_())
+        return top, others, gap, torch.zeros_like(others), others
     # e^-inf times -inf is meant to be 0.
     powers = x.clamp_(min=-1e30).exp()
-    return top, powers.sum(1), target - top, powers.mul_(x).sum(1)
+    others = row_sum(powers)
+    tail = _tail(powers, others, gap)
+    return top, others, gap, row_sum(powers.mul_(x)), tail
+
+
+def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """The others without the largest, whose power is 1: right in rows that are certain of it."""
+    if torch.compiler.is_compiling():
+        return powers.masked_fill(powers == 1.0, 0.0).sum(1)
+    tail = others - 1.0
+    rare = twin.certain_elsewhere(others, gap).nonzero().squeeze(1)
+    if rare.shape[0]:
+        rows = powers[rare]
+        tail[rare] = row_sum(rows.masked_fill_(rows == 1.0, 0.0))
+    return tail
 
 
 def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Log-prob, entropy, reference, sum over all columns, probability of the others."""
-    top, others, gap, weighted = sums
-    logp, rest, total, entropy = twin.row_summary(others, weighted, gap)
+    top, others, gap, weighted, tail = sums
+    logp, rest, total, entropy = twin.row_summary(others, tail, weighted, gap)
     return logp.where(known, torch.nan), entropy, top, total, rest
 
 
@@ -180,7 +197,7 @@ def _gradient(
     g: torch.Tensor,
     bonus: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient [n, V] as `rows_kernel.write_gradient` has it; `x` is overwritten."""
+    """Gradient [n, V] as `rows_device.write_gradient` has it; `x` is overwritten."""
     logp, entropy, top, total, rest = table.unbind(0)
     at_target = g * rest
     x.sub_(top[:, None])

@@ -7,13 +7,9 @@ from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.advantages_kernel import GroupSums, advantage_of_sequence
-from mapo_kernels.rows_kernel import (
-    load_exponent,
-    load_target,
-    row_statistics,
-    write_gradient,
-    write_zeros,
-)
+from mapo_kernels.formula import loss_denominator
+from mapo_kernels.rows_device import row_statistics, write_gradient, write_zeros
+from mapo_kernels.rows_kernel import load_exponent, load_target
 from mapo_kernels.tokens_device import (
     arrive,
     live_tokens,
@@ -76,7 +72,8 @@ def batch_divisor(batch, Mask, n_sequences, n_rows, BLOCK_T: tl.constexpr):
             first = tl.maximum(tl.load(batch.cu_seqlens).to(tl.int32), 0)
             last = tl.minimum(tl.load(batch.cu_seqlens + n_sequences).to(tl.int32), n_rows)
         divisor = count_live(Mask, first, last, BLOCK_T)
-    return tl.where(divisor <= 0, 1.0, divisor)
+    # A row asks, so that there is an active token.
+    return loss_denominator(divisor, 1.0)
 
 
 @jit(do_not_specialize=["n_sequences", "length", "group_size"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
+from mapo_kernels.agreement import all_gather, digest, group_ranks, meeting_place
 from mapo_kernels.inputs import GROUP_METRICS, RESULTS
-from mapo_kernels.parallel import all_gather, meeting_place
 
 _NAMES = RESULTS[1:]
 _GROUP_MEANS = ("success_ratio_mean", "lambda_mean")
@@ -24,32 +26,86 @@ _IS_TRACEABLE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 1
 class Metrics(dict[str, torch.Tensor]):
     """Names and values (0-d tensors, [] each) of the metrics of a loss, as `mapo_loss` lists them.
 
-    A loss compiled by torch.compile before torch 2.11 returns a plain dict: `Metrics(values)` has
-    it reduced, too (after setting `across_ranks`, if the loss was given a process group or a plan
-    with one).
+    Copies (`copy`, `Metrics(metrics)`, pickles) and unions (`|`, `update`) are `Metrics` that know
+    what these know: of metrics that speak of different ranks there is no union. A loss compiled by
+    torch.compile before torch 2.11 returns a plain dict: `Metrics(values)` has it reduced, too
+    (after setting `across_ranks`, and `ranks` to those of the plan, if the loss was given a process
+    group or a plan with one).
 
     Attributes:
-        across_ranks: whether the metrics about groups speak of the groups of all ranks already.
+        across_ranks: whether the metrics about groups speak of the groups of several ranks already.
+        ranks: those ranks, ascending; None where `across_ranks` is False, or where nobody said.
+        reduced: whether `reduce` returned these metrics.
     """
 
     across_ranks = False
+    ranks: tuple[int, ...] | None = None
+    reduced = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As of a dict; of `Metrics`, what they know besides, too."""
+        super().__init__(*args, **kwargs)
+        if args and isinstance(args[0], Metrics):
+            self._know_what(args[0])
+
+    def _know_what(self, other: Metrics) -> None:
+        self.across_ranks, self.ranks = other.across_ranks, other.ranks
+        self.reduced = other.reduced
+
+    def copy(self) -> Metrics:
+        """The same names and values, of the same ranks."""
+        return Metrics(self)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As of a dict.
+
+        Raises:
+            ValueError: metrics of other ranks than these.
+        """
+        if args and isinstance(args[0], Metrics) and args[0]:
+            other = args[0]
+            if self and _knowledge(self) != _knowledge(other):
+                raise ValueError(
+                    f"metrics: expected those of the same ranks, got {_knowledge(self)} and "
+                    f"{_knowledge(other)}"
+                )
+            self._know_what(other)
+        super().update(*args, **kwargs)
+
+    def __or__(self, other: Any) -> Any:
+        """A union, as `update` has it."""
+        return _union(self, other)
+
+    def __ror__(self, other: Any) -> Any:
+        """A union, as `update` has it."""
+        return _union(other, self)
+
+    def __ior__(self, other: Any) -> Metrics:  # type: ignore[misc, override]
+        """See `update`."""
+        self.update(other)
+        return self
 
     def reduce(self, process_group: dist.ProcessGroup | None = None) -> Metrics:
         """Metrics of the batch of all ranks, the same on each of them.
 
         One collective, of 120 bytes per rank; nothing waits for the device. Every rank of the group
         has to call it: one that computed no loss, because it holds no sequence, calls
-        `Metrics().reduce(process_group)` and gets every name, 0 where no rank has it.
+        `Metrics().reduce(process_group)`, which does wait, and gets every name, 0 where no rank has
+        it.
 
         Args:
-            process_group: the ranks that hold the batch; None means all.
+            process_group: the ranks that hold the batch; None means all. Where the loss had a
+                process group, or a plan with one, this has to have the same ranks.
 
         Returns:
             A new `Metrics`: means weighted by the tokens (or groups) that they speak of, sums of
-            counts, the largest of `ratio_max`.
+            counts, the largest of `ratio_max`. Metrics about groups are NaN on a rank that has its
+            own groups alone, if other ranks' metrics speak of those of another process group.
 
         Raises:
-            ValueError: a name that is none of a loss.
+            ValueError: a name that is none of a loss; or, on every rank that has such metrics or
+                none at all, metrics about the groups of other ranks than those of `process_group`;
+                or metrics that are reduced already.
         """
         if not self.keys() <= set(_NAMES):
             raise ValueError(
@@ -61,38 +117,105 @@ class Metrics(dict[str, torch.Tensor]):
         for i, name in enumerate(_NAMES):
             if name in self:
                 values[i].copy_(self[name])
-        values[-1].fill_(self.across_ranks)
-        reduced = _reduce_table(all_gather(values, process_group))
+        values[-1].fill_(_code_of(self))
+        table = all_gather(values, process_group)
+        # Only now: a rank that raised before would leave those waiting that know nothing of it.
+        ranks = group_ranks(process_group)
+        self._check_span(ranks, table[:, -1])
+        reduced = _reduce_table(table, _code(ranks))
         wanted = self.keys() or _NAMES
         out = Metrics({k: reduced[k].to(some.device, some.dtype) for k in _NAMES if k in wanted})
-        out.across_ranks = True
+        out.across_ranks, out.ranks, out.reduced = True, ranks, True
         return out
 
+    def _check_span(self, ranks: tuple[int, ...], codes: torch.Tensor) -> None:
+        """Raise unless metrics about groups speak of own ones, or of those of `ranks`."""
+        if self.reduced:
+            raise ValueError("metrics: expected those of a loss, got some that reduce returned")
+        if self:
+            foreign, theirs = self.ranks not in (None, ranks), f"{list(self.ranks or ())}"
+        else:
+            # This rank has computed nothing that a reading would wait for.
+            foreign = any(code not in (_OWN, _UNKNOWN, _code(ranks)) for code in codes.tolist())
+            theirs = "which are others"
+        if foreign:
+            raise ValueError(
+                f"metrics: expected a process_group of the ranks whose groups they speak of, "
+                f"{theirs} (those of the plan), got {list(ranks)}"
+            )
 
-def _reduce_table(table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Metrics of all ranks from the values of each, and whether its groups are those of all."""
+
+# What a rank's message says about the ranks whose groups its metrics speak of: its own, some that
+# nobody named, or a number that stands for them.
+_OWN, _UNKNOWN = 0, 1
+
+
+def _code(ranks: tuple[int, ...]) -> int:
+    """A number from 2 to 2^53, which float64 holds exactly, that stands for these ranks."""
+    return 2 + (digest(str(ranks)) >> 12)
+
+
+def _code_of(metrics: Metrics) -> int:
+    if not metrics.across_ranks:
+        return _OWN
+    return _UNKNOWN if metrics.ranks is None else _code(metrics.ranks)
+
+
+def _knowledge(metrics: Metrics) -> dict[str, object]:
+    return {name: getattr(metrics, name) for name in ("across_ranks", "ranks", "reduced")}
+
+
+def _union(one: Any, other: Any) -> Any:
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return NotImplemented
+    out = Metrics(one)
+    out.update(other)
+    return out
+
+
+def _reduce_table(table: torch.Tensor, code: int) -> dict[str, torch.Tensor]:
+    """Metrics of all ranks from the values of each and whose groups these speak of.
+
+    `code` stands for the ranks that reduce.
+    """
     by_name = dict(zip(_NAMES, table[:, :-1].unbind(1), strict=True))
-    across_ranks = table[:, -1].amax() > 0
+    codes = table[:, -1]
+    across_ranks = codes.amax() > _OWN
+    meaningless = ((codes > _UNKNOWN) & (codes != code)).any()
     reduced = {}
     for name, values in by_name.items():
         if name in _SUMS:
             value = values.sum()
-        elif name == "ratio_max":
-            value = values.amax()
         else:
+            # A rank that speaks of nothing has a NaN; so have all if none of them does.
             weights = by_name["active_groups" if name in _GROUP_MEANS else "scored_tokens"]
-            value = (values * weights).sum() / weights.sum().clamp(min=1.0)
+            if name == "ratio_max":
+                value = values.where(weights > 0, -torch.inf).amax()
+                value = value.where(weights.sum() > 0, torch.nan)
+            else:
+                value = sum_behind(values, weights).sum() / weights.sum()
         if name in GROUP_METRICS:
             # Where the groups are those of all ranks, every rank that has metrics has this value.
             value = values.amax().where(across_ranks, value)
+            value = value.masked_fill(meaningless, float("nan"))
         reduced[name] = value
     return reduced
 
 
-def as_metrics(values: dict[str, torch.Tensor], across_ranks: bool) -> dict[str, torch.Tensor]:
-    """`values` as `Metrics`, but for a compiled graph that cannot make them."""
+def sum_behind(mean: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The sum that a mean over `count` things was taken of: 0 where it is over nothing, and NaN."""
+    return (mean * count).where(count > 0, 0.0)
+
+
+def as_metrics(
+    values: dict[str, torch.Tensor], ranks: tuple[int, ...] | None
+) -> dict[str, torch.Tensor]:
+    """`values` as `Metrics`, but for a compiled graph that cannot make them.
+
+    `ranks` are those whose groups they speak of, or None if that is this one alone.
+    """
     if torch.compiler.is_compiling() and not _IS_TRACEABLE:
         return values
     metrics = Metrics(values)
-    metrics.across_ranks = across_ranks
+    metrics.across_ranks, metrics.ranks = ranks is not None, ranks
     return metrics

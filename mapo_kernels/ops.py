@@ -43,6 +43,7 @@ def pack(
     return (
         *inputs.token_tensors(),
         inputs.advantages,
+        inputs.per_token,
         inputs.cu_seqlens,
         normalizer if is_tensor else None,
         0.0 if is_tensor or normalizer is None else float(normalizer),
@@ -59,10 +60,10 @@ def pack(
 def unpack(*packed: Any) -> tuple[TokenInputs, bool, LossSpec, AdvantageSpec]:
     """What `pack` packed."""
     old, ref, rollout, weights, entropy, loss_weights, mask = packed[:7]
-    given, cu_seqlens, normalizer, number = packed[7:11]
-    rewards, group_size, group_ids, success, need_grad = packed[11:16]
+    given, per_token, cu_seqlens, normalizer, number = packed[7:12]
+    rewards, group_size, group_ids, success, need_grad = packed[12:17]
     groups = None if rewards is None else GroupInputs(rewards, group_size, group_ids, success)
-    if normalizer is None and number > 0:
+    if normalizer is None and number != 0:
         normalizer = number
     inputs = TokenInputs(
         old,
@@ -76,15 +77,17 @@ def unpack(*packed: Any) -> tuple[TokenInputs, bool, LossSpec, AdvantageSpec]:
         groups,
         cu_seqlens,
         normalizer,
+        per_token,
     )
-    specs = packed[16:]
+    specs = packed[17:]
     return inputs, need_grad, LossSpec.unpack(*specs[:2]), AdvantageSpec.unpack(*specs[2:])
 
 
 LOSS_SCHEMA = (
     "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
     "Tensor? token_weights, Tensor? entropy, Tensor? loss_weights, Tensor? mask, "
-    "Tensor? advantages, Tensor? cu_seqlens, Tensor? normalizer, float normalizer_value, "
+    "Tensor? advantages, bool per_token, Tensor? cu_seqlens, Tensor? normalizer, "
+    "float normalizer_value, "
     "Tensor? rewards, int group_size, Tensor? group_ids, Tensor? success, bool need_grad, "
     "float[] spec_numbers, str spec_kinds, float[] advantage_numbers, str advantage_kinds) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
@@ -126,6 +129,16 @@ def token_loss(
     return TokenResults(*_token_loss(logprobs, *pack(inputs, need_grad, spec, advantage_spec)))
 
 
+def group_signals(
+    groups: GroupInputs, spec: AdvantageSpec
+) -> tuple[advantages.Signal, advantages.Signal | None]:
+    """What rewards come to; and, where that is float64, what they come to in float32."""
+    given, table = group_advantages(groups, spec, want_stats=True)
+    metrics = dict(zip(GROUP_METRICS, advantages.group_metrics(table), strict=True))
+    narrow = group_signals(replaced(groups, wide=False), spec)[0] if groups.wide else None
+    return advantages.Signal(given, metrics), narrow
+
+
 def with_advantages(
     inputs: TokenInputs, groups: GroupInputs, spec: AdvantageSpec
 ) -> tuple[TokenInputs, Callable[[Any], Any]]:
@@ -138,7 +151,7 @@ def with_advantages(
         results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])
         return replaced(out, results=results, advantages=given)
 
-    return replaced(inputs, groups=None, advantages=given), complete
+    return replaced(inputs, groups=None, advantages=given, per_token=False), complete
 
 
 @torch.library.custom_op(
@@ -187,6 +200,7 @@ def group_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
+    groups = advantages.decide_rewards(groups, spec)
     if is_eager(groups.rewards):
         return advantages.eager_advantages(groups, spec)
     if not torch.compiler.is_compiling():

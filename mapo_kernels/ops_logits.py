@@ -208,7 +208,7 @@ def _scored_then_differentiated(
     layout = TokenLayout(rows.token_ids, inputs)
     given = inputs.advantages
     assert given is not None
-    advantage = given if inputs.per_token(given, layout.live) else layout.spread(given)
+    advantage = given if inputs.per_token else layout.spread(given)
     weight = layout.live if inputs.token_weights is None else inputs.token_weights
     scored = scored_tokens(layout, advantage, weight, spec)
     table = score_rows(logits, rows, scored, 5 if need_grad else 2)

@@ -7,7 +7,6 @@ so that ranks that disagree meet in it and can say so, where a second collective
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import fields
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,15 +15,19 @@ import torch
 import torch.distributed as dist
 
 from mapo_kernels import checks, ops
-from mapo_kernels.advantages import group_metrics
+from mapo_kernels.advantages import Signal
+from mapo_kernels.agreement import all_gather, digest, meeting_place
 from mapo_kernels.checks import GLOBAL
-from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics
+from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
 _COUNTS = ("sequences", "tokens", "rewards", "dtype", "success")
 _ROW = 3  # the bits of the reward as float64, the group's id, success
 _FIRST_CAPACITY = 64
+# Settings that a rank remembers per group: those of a trainer's losses, and not one more for each
+# step of a coefficient that is annealed.
+_REMEMBERED = 16
 # Every real dtype that float64 holds exactly (int64 up to 2^53); 0 in a message means no rewards.
 _DTYPES = (
     None,
@@ -93,37 +96,23 @@ class _Memory:
 
     Attributes:
         capacity: rewards that a message has room for.
-        calls: digests of settings by settings and device, once the ranks were seen to agree.
+        calls: digests of the last settings by settings and device, once the ranks were seen to
+            agree. What is forgotten is read again, which waits for the device and is no collective.
     """
 
     def __init__(self) -> None:
         self.capacity = _FIRST_CAPACITY
         self.calls: dict[tuple[tuple[str, ...], torch.device], torch.Tensor] = {}
 
+    def keep(self, key: tuple[tuple[str, ...], torch.device], digests: torch.Tensor) -> None:
+        """Remember settings that were used just now, and forget those that were not for longest."""
+        self.calls.pop(key, None)
+        self.calls[key] = digests
+        while len(self.calls) > _REMEMBERED:
+            del self.calls[next(iter(self.calls))]
+
 
 _memories: WeakKeyDictionary[dist.ProcessGroup, _Memory] = WeakKeyDictionary()
-
-
-def _digest(text: str) -> int:
-    """63 bits that stand for a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def meeting_place(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Where tensors for this group's collectives lie: NCCL takes none from the CPU."""
-    if device.type == "cpu" and dist.get_backend(process_group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def all_gather(x: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Every rank's `x` [n], as a table [ranks, n]."""
-    n_ranks = dist.get_world_size(process_group)
-    out = x.new_empty(n_ranks * x.numel())
-    # The newer name of the same collective, where there is one.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x, group=process_group)
-    return out.view(n_ranks, -1)
 
 
 def _sent_dtype(rewards: torch.Tensor) -> torch.dtype:
@@ -191,7 +180,8 @@ def _exchange(
     """Every rank's message, and on the host its header where that had to be read.
 
     It has to be for rewards, whose number differs from rank to rank, and for settings that this
-    group has not agreed on before: only then is the device waited for.
+    group has not agreed on before: only then is the device waited for. Otherwise the denominator
+    says it where ranks differ, so a call that gets none from here reads every time.
     """
     memory = _memories.setdefault(process_group, _Memory())
     settings = call.settings(part.groups)
@@ -200,15 +190,16 @@ def _exchange(
     digests = memory.calls.get(key)
     agreed = digests is not None
     if digests is None:
-        digests = torch.tensor([_digest(x) for x in settings.values()], device=place)
+        digests = torch.tensor([digest(x) for x in settings.values()], device=place)
     n_header = len(_COUNTS) + len(settings)
     while True:
         table = all_gather(_write_message(part, digests, memory.capacity), process_group)
-        if agreed and part.groups is None:
+        if agreed and part.groups is None and call.normalizer == GLOBAL:
+            memory.keep(key, digests)
             return table, None
         headers = table[:, :n_header].tolist()
         _check_agreement(headers, settings)
-        memory.calls[key] = digests
+        memory.keep(key, digests)
         most = max(header[2] for header in headers)
         if most <= memory.capacity:
             return table, headers
@@ -270,13 +261,13 @@ class Shared(NamedTuple):
     """What a rank knows about the batch once all ranks have met.
 
     Attributes:
-        advantages: of this rank's sequences, from the groups of all ranks; None without rewards.
-        metrics: about the groups of all ranks.
+        signal: of this rank's sequences, from the groups of all ranks; None without rewards.
+        narrow: the same with float32 statistics, where those of `signal` are float64.
         normalizer: [] float32 if one of all ranks was asked for, else None.
     """
 
-    advantages: torch.Tensor | None
-    metrics: KnownMetrics
+    signal: Signal | None
+    narrow: Signal | None
     normalizer: torch.Tensor | None
 
 
@@ -287,10 +278,9 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     if call.normalizer == GLOBAL:
         normalizer = _denominator(table, call).to(device)
     if part.groups is None:
-        return Shared(None, KnownMetrics({}), normalizer)
+        return Shared(None, None, normalizer)
     assert headers is not None
     whole = _whole_groups(table, headers, part.groups)
-    advantages, stats = ops.group_advantages(whole, call.advantage_spec, want_stats=True)
-    values = [x.to(device) for x in group_metrics(stats)]
-    metrics = KnownMetrics(dict(zip(GROUP_METRICS, values, strict=True)), across_ranks=True)
-    return Shared(advantages[_own_rows(headers, process_group)].to(device), metrics, normalizer)
+    signal, narrow = ops.group_signals(whole, call.advantage_spec)
+    own = _own_rows(headers, process_group)
+    return Shared(signal.of_rows(own, device), narrow and narrow.of_rows(own, device), normalizer)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mapo_kernels import checks, ops, parallel
-from mapo_kernels.advantages import group_metrics
-from mapo_kernels.inputs import GROUP_METRICS, GroupInputs, KnownMetrics, TokenInputs
-from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.advantages import Signal, never_successful, result_dtype, warn_of_threshold
+from mapo_kernels.agreement import group_ranks
+from mapo_kernels.inputs import GroupInputs, TokenInputs
+from mapo_kernels.keywords import names_checked
+from mapo_kernels.selection import select
+from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
 
 
@@ -20,18 +26,24 @@ class Plan:
 
     Attributes:
         spec: the loss it was made for.
-        advantages: [B], or the shape of the tokens.
+        advantages: [B], or the shape of the tokens. From float64 rewards they are float64, and
+            `narrow` is what a float32 loss takes.
         mask: [B, T] or [total], nonzero where a token counts; None if all of a packed batch do.
         cu_seqlens: [B + 1] if packed, else None.
-        normalizer: [] float32, the batch's denominator: its tokens for `token-mean`, else its
-            sequences. Micro-batches share it, so their losses add up to the loss of the batch. Of
-            all ranks and per rank with `normalizer="global"`: then the mean over ranks of what adds
-            up on each is the loss of the whole batch.
+        normalizer: [] in the dtype of the advantages' statistics, the batch's denominator: its
+            tokens for `token-mean`, else its sequences. Micro-batches share it, so their losses add
+            up to the loss of the batch. Of all ranks and per rank with `normalizer="global"`: then
+            the mean over ranks of what adds up on each is the loss of the whole batch.
         metrics: 0-d tensors about the groups (empty if advantages were given).
         live_counts: live tokens of each sequence, on the host. Finding them is the one time that
             `make_plan` waits for the device; nothing that a plan is used for waits again.
         bounds: `cu_seqlens` on the host, or None if padded.
-        across_ranks: whether `metrics` speak of the groups of all ranks of a process group.
+        ranks: the ranks of the process group of whose groups `metrics` speak; None for this rank's
+            own.
+        per_token: whether `advantages` are the tokens' own, and not their sequences'.
+        narrow: advantages and metrics with float32 statistics, which a loss takes that is not
+            float64; None where those above are float32 already.
+        advantage_spec: how its rewards became advantages.
     """
 
     spec: LossSpec
@@ -42,7 +54,21 @@ class Plan:
     metrics: dict[str, torch.Tensor]
     live_counts: tuple[int, ...] = ()
     bounds: tuple[int, ...] | None = None
-    across_ranks: bool = False
+    ranks: tuple[int, ...] | None = None
+    per_token: bool = False
+    narrow: Signal | None = None
+    advantage_spec: AdvantageSpec = AdvantageSpec()
+
+    def signal(self, is_double: bool) -> Signal:
+        """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
+        if self.narrow is None or is_double:
+            return Signal(self.advantages, self.metrics)
+        return self.narrow
+
+    @property
+    def across_ranks(self) -> bool:
+        """Whether `metrics` speak of the groups of all ranks of a process group."""
+        return self.ranks is not None
 
     @property
     def n_sequences(self) -> int:
@@ -58,7 +84,8 @@ class Plan:
         A token with advantage 0 cannot, unless the KL term or an entropy bonus still acts on it.
         """
         total = self.bounds[-1] if self.bounds is not None else 0
-        return _live_tokens(self.advantages, self.mask, self.cu_seqlens, self.spec, total)
+        source = Source(self.advantages, self.narrow, self.per_token)
+        return _live_tokens(source, self.mask, self.cu_seqlens, self.spec, total)
 
     @cached_property
     def live_rows(self) -> torch.Tensor:
@@ -67,47 +94,71 @@ class Plan:
         dead = (~self.live).reshape(-1).to(torch.uint8)
         return torch.argsort(dead, stable=True)[: sum(self.live_counts)]
 
-    def micro_batch(self, sequences: slice | torch.Tensor) -> Plan:
+    def micro_batch(
+        self, sequences: slice | range | Sequence[int] | np.ndarray | torch.Tensor
+    ) -> Plan:
         """The plan of some of the sequences, with the denominator (and metrics) of the whole batch.
 
         Args:
-            sequences: a slice, or [b] indices of sequences (padded batches only).
+            sequences: a slice; or [b] indices (negative ones count from the end), as a range, list,
+                tuple, array or tensor of integers; or one bool per sequence [B]. There may be none.
+                Of a packed batch, whose tokens are adjacent: a slice, or what says the same on the
+                host, such as range(2, 4) or [2, 3].
 
         Returns:
-            A plan for log-probs of just these sequences, in this order. Indices that lie on the
-            device are waited for.
+            A plan for log-probs of just these sequences, in this order. A tensor that lies on the
+            device is waited for.
 
         Raises:
-            ValueError: indices, or a slice with a step, for a packed batch.
+            ValueError: an index out of range; a mask or tensor of another shape; or for a packed
+                batch a tensor, or sequences that are not adjacent.
+            TypeError: no selection of sequences, such as one index.
         """
+        chosen = select(sequences, self.n_sequences)
         if self.cu_seqlens is None:
-            mask = None if self.mask is None else self.mask[sequences]
-            if isinstance(sequences, slice):
-                which = list(range(self.n_sequences))[sequences]
-            else:
-                which = torch.arange(self.n_sequences)[sequences.cpu()].tolist()
-            counts = tuple(self.live_counts[i] for i in which)
-            return replace(
-                self, advantages=self.advantages[sequences], mask=mask, live_counts=counts
+            mask = None if self.mask is None else self.mask[chosen.rows]
+            counts = tuple(self.live_counts[i] for i in chosen.which)
+            return replace(self, mask=mask, live_counts=counts, **self._advantages_of(chosen.rows))
+        rows = chosen.as_slice()
+        if rows is None or isinstance(sequences, torch.Tensor):
+            raise ValueError(
+                f"sequences: expected a plain slice (or a range or list that says the same) for "
+                f"packed input, got {describe(sequences)}"
             )
-        if not isinstance(sequences, slice) or sequences.step not in (None, 1):
-            raise ValueError(f"sequences: expected a plain slice for packed input, got {sequences}")
-        start, stop, _ = sequences.indices(self.n_sequences)
+        start, stop = rows.start, rows.stop
         cu_seqlens = self.cu_seqlens[start : stop + 1]
         assert self.bounds is not None
         first, last = self.bounds[start], self.bounds[stop]
-        per_token = self.advantages.shape[0] != self.n_sequences
-        tokens, rows = slice(first, last), slice(start, stop)
+        tokens = slice(first, last)
         return replace(
             self,
-            advantages=self.advantages[tokens if per_token else rows],
+            **self._advantages_of(tokens if self.per_token else rows),
             mask=None if self.mask is None else self.mask[tokens],
             cu_seqlens=cu_seqlens - cu_seqlens[0],
             live_counts=self.live_counts[rows],
             bounds=tuple(bound - first for bound in self.bounds[start : stop + 1]),
         )
 
+    def _advantages_of(self, rows: Any) -> dict[str, Any]:
+        narrow = self.narrow and self.narrow.of_rows(rows)
+        return {"advantages": self.advantages[rows], "narrow": narrow}
 
+
+class Source(NamedTuple):
+    """Where a plan's tokens get their advantages: as of the fields of `Plan`."""
+
+    advantages: torch.Tensor
+    narrow: Signal | None
+    per_token: bool
+
+    def strength(self) -> torch.Tensor:
+        """Not 0 where an advantage is not, be it of a float32 or of a float64 loss."""
+        if self.narrow is None:
+            return self.advantages
+        return ((self.advantages != 0) | (self.narrow.advantages != 0)).to(torch.float32)
+
+
+@names_checked
 def make_plan(
     *,
     rewards: torch.Tensor | None = None,
@@ -141,17 +192,21 @@ def make_plan(
         advantage_spec: how rewards become advantages.
 
     Returns:
-        A `Plan`. Nothing here waits for the device.
+        A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
+        live; with `process_group` a second time where the collective has to be waited for, which is
+        whenever there are rewards.
 
     Raises:
-        ValueError: arguments that contradict each other or whose shapes do not fit.
+        ValueError: arguments that contradict each other, or whose shapes or devices do not fit.
         TypeError: an argument of the wrong type.
     """
-    checks.check_source(rewards, advantages)
+    checks.check_specs(spec, advantage_spec)
+    grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
+    checks.check_source(rewards, advantages, grouping)
     checks.check_process_group(process_group, normalizer)
     is_part = process_group is not None
     if mask is not None:
-        checks.check_tensor("mask", mask)
+        checks.check_mask(mask, mask, "mask")
         n_sequences = checks.check_layout("mask", mask, cu_seqlens, is_part)
         device = mask.device
     elif cu_seqlens is not None:
@@ -159,81 +214,125 @@ def make_plan(
         device = cu_seqlens.device
     else:
         raise ValueError("mask, cu_seqlens: expected at least one of them, got neither")
+    if normalizer is not None and not checks.is_global(normalizer):
+        checks.check_normalizer(normalizer, device)
+        checks.check_denominator(normalizer, mask)
     groups: GroupInputs | None = None
+    per_token = False
     if rewards is not None:
-        groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
+        groups = checks.check_groups(rewards, group_size, group_ids, success, is_part, device)
         checks.check_shape("rewards", rewards, (n_sequences,), "one reward per sequence")
+        groups = groups._replace(wide=rewards.dtype == torch.float64)
     elif advantages is not None:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
-        checks.check_advantages(advantages, n_sequences, advantages if mask is None else mask)
-    known = KnownMetrics({})
+        shape = None if mask is None else mask.shape
+        checks.check_advantages(advantages, n_sequences, shape, device)
+        tokens = advantages if mask is None else mask
+        per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
+    signal, narrow = None, None
     if process_group is not None:
         part = parallel.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
         call = parallel.Call.of_loss(spec, advantage_spec, normalizer)
         shared = parallel.share(part, call, process_group, device)
-        known = shared.metrics
-        advantages = advantages if groups is None else shared.advantages
+        signal, narrow = shared.signal, shared.narrow
         normalizer = normalizer if shared.normalizer is None else shared.normalizer
     elif groups is not None:
-        advantages, table = ops.group_advantages(groups, advantage_spec, want_stats=True)
-        known = KnownMetrics(dict(zip(GROUP_METRICS, group_metrics(table), strict=True)))
-    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
-    assert advantages is not None
-    counts, bounds = _count_live(advantages, mask, cu_seqlens, spec)
+        signal, narrow = ops.group_signals(groups, advantage_spec)
+    if signal is None:
+        assert advantages is not None
+        signal = Signal(advantages)
+    dtype = result_dtype(signal.advantages)
+    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, dtype, device)
+    source = Source(signal.advantages, narrow, per_token)
+    never = never_successful(advantage_spec, success, signal.metrics)
+    counts, bounds, has_no_success = _count_live(source, mask, cu_seqlens, spec, never)
+    if has_no_success:
+        warn_of_threshold(advantage_spec)
     return Plan(
-        spec, advantages, mask, cu_seqlens, count, known.values, counts, bounds, known.across_ranks
+        spec,
+        signal.advantages,
+        mask,
+        cu_seqlens,
+        count,
+        signal.metrics,
+        counts,
+        bounds,
+        None if process_group is None or groups is None else group_ranks(process_group),
+        per_token,
+        narrow,
+        advantage_spec,
     )
+
+
+def require_plan(plan: object) -> None:
+    """Raise unless `plan` is one."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan from make_plan, got {describe(plan)}")
+
+
+def bounds_of(plan: Plan | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    """Boundaries of a packed batch, those of the plan if there is one; None if it is padded."""
+    if plan is None:
+        return cu_seqlens
+    require_plan(plan)
+    return plan.cu_seqlens
 
 
 def count_tokens(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Tokens of the batch that count, [] on the device."""
     if mask is not None:
-        return (mask != 0).sum()
+        return TokenLayout(mask, TokenInputs(mask=mask, cu_seqlens=cu_seqlens)).live.sum()
     assert cu_seqlens is not None
     return cu_seqlens[-1] - cu_seqlens[0]
 
 
 def _live_tokens(
-    advantages: torch.Tensor,
+    source: Source,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     spec: LossSpec,
     total: int,
 ) -> torch.Tensor:
     """Which tokens of the batch (`total` of them, if packed without a mask) are live."""
-    tokens = mask
+    tokens, advantages = mask, source.strength()
     if tokens is None:
         tokens = torch.ones(total, dtype=torch.bool, device=advantages.device)
-    inputs = TokenInputs(mask=mask, cu_seqlens=cu_seqlens)
-    layout = TokenLayout(tokens, inputs)
-    if not inputs.per_token(advantages, tokens):
+    layout = TokenLayout(tokens, TokenInputs(mask=mask, cu_seqlens=cu_seqlens))
+    if not source.per_token:
         advantages = layout.spread(advantages)
     return scored_tokens(layout, advantages, layout.live, spec)
 
 
 def _count_live(
-    advantages: torch.Tensor,
+    source: Source,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     spec: LossSpec,
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Live tokens of each sequence, and the boundaries, on the host: waits for the device once."""
+    flag: torch.Tensor | None,
+) -> tuple[tuple[int, ...], tuple[int, ...] | None, bool]:
+    """Live tokens of each sequence, the boundaries, a flag: on the host, which waits once."""
+    advantages = source.strength()
+    if flag is None:
+        flag = advantages.new_zeros(())
+    flag = flag.to(advantages.device, torch.int64).reshape(1)
     if cu_seqlens is None:
-        counts = _live_tokens(advantages, mask, None, spec, 0).sum(1)
-        return tuple(counts.tolist()), None
+        counts = _live_tokens(source, mask, None, spec, 0).sum(1)
+        *found, told = torch.cat([counts.to(torch.int64), flag]).tolist()
+        return tuple(found), None, bool(told)
     n_sequences = cu_seqlens.shape[0] - 1
-    if mask is None and advantages.shape[0] == n_sequences:
+    if mask is None and not source.per_token:
         # How many tokens there are is not known yet, and not needed.
         matters = torch.ones_like(advantages, dtype=torch.bool)
         if not spec.needs_every_token:
             matters = advantages != 0
         counts = cu_seqlens.diff() * matters
     else:
-        live = _live_tokens(advantages, mask, cu_seqlens, spec, advantages.shape[0])
+        live = _live_tokens(source, mask, cu_seqlens, spec, advantages.shape[0])
         sequences = TokenLayout(live, TokenInputs(cu_seqlens=cu_seqlens))
         counts = sequences.sum(live.to(torch.float32))
-    found = torch.cat([counts.to(torch.int64), cu_seqlens.to(torch.int64)]).tolist()
-    return tuple(found[:n_sequences]), tuple(found[n_sequences:])
+    found = [counts.to(torch.int64), cu_seqlens.to(torch.int64), flag]
+    *numbers, told = torch.cat(found).tolist()
+    return tuple(numbers[:n_sequences]), tuple(numbers[n_sequences:]), bool(told)
 
 
 def _denominator(
@@ -242,12 +341,12 @@ def _denominator(
     cu_seqlens: torch.Tensor | None,
     n_sequences: int,
     spec: LossSpec,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """The batch's denominator, [] float32: as given, or its tokens, or its sequences."""
+    """The batch's denominator []: as given, or its tokens, or its sequences."""
     if normalizer is not None:
-        checks.check_normalizer(normalizer, device)
-        return torch.as_tensor(normalizer, dtype=torch.float32, device=device)
+        return torch.as_tensor(normalizer, dtype=dtype, device=device)
     if spec.aggregation != "token-mean":
-        return torch.full((), float(n_sequences), device=device)
-    return count_tokens(mask, cu_seqlens).float()
+        return torch.full((), float(n_sequences), dtype=dtype, device=device)
+    return count_tokens(mask, cu_seqlens).to(dtype)

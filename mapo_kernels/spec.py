@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
+from mapo_kernels.keywords import settings_checked
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -45,12 +46,14 @@ def require_number(
     open_high: bool = False,
 ) -> None:
     """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
+    # No infinity is inside, so an infinite end is open too.
+    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     inside = (value > low if open_low else value >= low) and (
         value < high if open_high else value <= high
     )
-    if not inside or abs(value) == math.inf:
+    if not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
@@ -68,12 +71,33 @@ def describe(value: object) -> str:
 
 
 class _Packable:
-    """Lets a spec travel through a compiled graph, which may hold its numbers as symbols."""
+    """Lets a spec travel through a compiled graph, and, as a text, from rank to rank."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    _INTEGERS: ClassVar[tuple[str, ...]] = ()
+
+    def _make_canonical(self) -> None:
+        """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
+
+        Ranks compare these texts. Numbers become floats, but those of `_INTEGERS`.
+        """
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if value is None or isinstance(value, bool) or type(value) is str:
+                continue
+            if isinstance(value, str):
+                value = str.__str__(value)  # of an enum or of NumPy
+            elif name in self._INTEGERS:
+                value = int(value)
+            else:
+                value = float(value) + 0.0
+            object.__setattr__(self, name, value)
 
     def pack(self) -> tuple[list[float], str]:
-        """The fields in order: numbers (0 for other fields), and their kinds or other values."""
+        """The fields in order: numbers (0 for other fields), and their kinds or other values.
+
+        A graph may hold the numbers as symbols.
+        """
         values = [getattr(self, name) for name in self.__dataclass_fields__]
         numbers = [
             0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
@@ -121,6 +145,7 @@ class LossKind:
 LENGTH_WEIGHTS = {"seq-mean-token-mean": "mean", "seq-mean-token-sum-norm": "fixed"}
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSpec(_Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
@@ -132,8 +157,9 @@ class AdvantageSpec(_Packable):
         certainty: lambda(p), the weight of the percent deviation in `mapo`: `quadratic` is the
             paper's 1 - 4p(1-p); `linear` |2p - 1|, `entropy` 1 - H2(p) in bits and `step` (0 for
             0.25 <= p <= 0.75, else 1) are ablations; a number in [0, 1] fixes it.
-        success_threshold: a reward at or above it is a success. Ignored where an explicit `success`
-            tensor is given.
+        success_threshold: a reward at or above it is a success, compared in the reward's own dtype
+            (the threshold rounded to it) before anything is rounded. Ignored where an explicit
+            `success` tensor is given.
         std_correction: the standard deviation divides by G - std_correction. 1 is what the authors'
             code, TRL and verl do; 0 reproduces the paper's worked figures.
         eps: added to both denominators; positive.
@@ -155,6 +181,8 @@ class AdvantageSpec(_Packable):
     apd: str = "bounded"
     max_abs: float | None = None
 
+    _INTEGERS = ("std_correction",)
+
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
         require_choice("estimator", self.estimator, ESTIMATORS)
@@ -169,6 +197,7 @@ class AdvantageSpec(_Packable):
         require_choice("apd", self.apd, APD_DENOMINATORS)
         if self.max_abs is not None:
             require_number("max_abs", self.max_abs, 0.0, open_low=True)
+        self._make_canonical()
 
     @property
     def kind(self) -> AdvantageKind:
@@ -202,6 +231,7 @@ class AdvantageSpec(_Packable):
         return 0.0
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class LossSpec(_Packable):
     """Which token loss, and how it is aggregated.
@@ -250,6 +280,8 @@ class LossSpec(_Packable):
     max_tokens: int | None = None
     score_all: bool = False
 
+    _INTEGERS = ("max_tokens",)
+
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
         require_choice("objective", self.objective, OBJECTIVES)
@@ -266,6 +298,7 @@ class LossSpec(_Packable):
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
         self._check_combinations()
+        self._make_canonical()
 
     def _check_combinations(self) -> None:
         if self.dual_clip is not None:
@@ -312,6 +345,10 @@ class LossSpec(_Packable):
             None if self.entropy_coef == 0 else float(self.entropy_coef),
             None if self.rollout_cap is None else float(self.rollout_cap),
         )
+
+    def fixed_length(self, length: int) -> float:
+        """What `seq-mean-token-sum-norm` divides by, for sequences padded to `length` tokens."""
+        return float(self.max_tokens or max(length, 1))
 
     @property
     def needs_every_token(self) -> bool:

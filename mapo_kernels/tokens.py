@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 import torch
 
-from mapo_kernels._triton import on_device_of, registers, triton, warp_size
+from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
 from mapo_kernels.advantages_kernel import Rewards
 from mapo_kernels.inputs import SLOTS, GroupInputs, TokenInputs, TokenResults, empty_results
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -23,6 +25,9 @@ class _Counters:
         self._counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def get(self, device: torch.device) -> torch.Tensor:
+        if interprets():
+            # A kernel that raised an error in the middle of its grid has left a count behind.
+            return torch.zeros(1, dtype=torch.int32, device=device)
         stream = 0
         if device.type == "cuda":
             # A graph owns what is allocated while it is captured: such a counter serves it alone.
@@ -53,7 +58,8 @@ def denominator_of(
     if isinstance(inputs.normalizer, torch.Tensor):
         return inputs.normalizer, None
     if inputs.normalizer is not None:
-        return None, float(inputs.normalizer)
+        # As the kernel sees it: the interpreter would keep it in float64.
+        return None, c_float(inputs.normalizer).value
     return None, None if spec.aggregation == "token-mean" else float(n_sequences)
 
 
@@ -72,11 +78,11 @@ def rewards_of(groups: GroupInputs | None) -> tuple[Rewards, int, int]:
     return rewards, groups.group_size, triton.next_power_of_2(groups.group_size)
 
 
-def tokens_of(inputs: TokenInputs, like: torch.Tensor) -> tuple[Tokens, torch.Tensor | None]:
+def tokens_of(inputs: TokenInputs) -> tuple[Tokens, torch.Tensor | None]:
     """Token tensors of a kernel, and the sequences' advantages where those are given."""
     tokens = Tokens(*[contiguous(x) for x in inputs.token_tensors()])
     given = contiguous(inputs.advantages)
-    if given is not None and inputs.per_token(given, like):
+    if given is not None and inputs.per_token:
         return tokens._replace(advantage=given), None
     return tokens, given
 
@@ -93,7 +99,7 @@ def launch_token_loss(
     block_t = 1024 if logprobs.numel() > 256 * n_sequences else 256
     n_splits = _splits(n_sequences, logprobs.numel(), block_t, spec.importance_level == "sequence")
     n_programs = n_sequences * n_splits
-    tokens, advantages = tokens_of(inputs, logprobs)
+    tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     out = empty_results(logprobs, inputs, need_grad)
     with on_device_of(logprobs):
@@ -116,7 +122,7 @@ def launch_token_loss(
             length,
             n_splits,
             group_size,
-            float(spec.max_tokens or length),
+            spec.fixed_length(length),
             spec.numbers,
             advantage_spec.numbers,
             LOSS=spec.kind,

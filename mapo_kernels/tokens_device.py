@@ -4,7 +4,13 @@ from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.advantages_kernel import GroupSums
-from mapo_kernels.formula import approx_kl, rollout_weight, token_loss
+from mapo_kernels.formula import (
+    approx_kl,
+    loss_denominator,
+    rollout_weight,
+    signal_behind_weight,
+    token_loss,
+)
 
 
 class Tokens(NamedTuple):
@@ -126,7 +132,7 @@ def live_tokens(Mask, row, offs, begin, end, limit):
 def sequence_statistics(
     Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """Live tokens of a sequence, the mean of logp - old over them, and their largest |A w|."""
+    """Live tokens of a sequence, the mean of logp - old over them, and whether any has A w != 0."""
     count = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     signal = tl.zeros([BLOCK_T], tl.float32)
@@ -141,10 +147,13 @@ def sequence_statistics(
                 old = load_row(tokens.old, row, offs, inside, live)
             total = total + (logp - old)
             strength = live.to(tl.float32)
+            # Whether both differ from 0; their product may underflow, or be NaN.
             if tokens.advantage is not None:
-                strength = strength * tl.abs(load_row(tokens.advantage, row, offs, inside, live))
+                advantage = load_row(tokens.advantage, row, offs, inside, live)
+                strength = tl.where(advantage != 0, strength, 0.0)
             if tokens.weight is not None:
-                strength = strength * tl.abs(load_row(tokens.weight, row, offs, inside, live))
+                weight = load_row(tokens.weight, row, offs, inside, live)
+                strength = tl.where(weight != 0, strength, 0.0)
             signal = tl.maximum(signal, strength)
     n_live = tl.maximum(tl.sum(count, 0), 1.0)
     return n_live, tl.sum(total, 0) / n_live, tl.max(signal, 0)
@@ -180,14 +189,15 @@ def finish(batch, n_programs, BLOCK_P: tl.constexpr):
         denominator = tl.load(batch.normalizer).to(tl.float32)
     elif batch.denominator is not None:
         denominator = batch.denominator
-    # A NaN stays: ranks that disagree are told by it.
-    denominator = tl.where(denominator <= 0, 1.0, denominator)
+    denominator = loss_denominator(denominator, active)
     is_token_mean = (slots > SCORED) & (slots < RATIO_MAX)
     is_group_mean = (slots > RATIO_MAX) & (slots <= LAMBDA_MEAN)
     scored, n_groups = slot(totals, slots, SCORED), slot(totals, slots, GROUPS)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
-    results = totals / tl.maximum(divisor, 1.0)
-    results = tl.where(slots == RATIO_MAX, tl.max(maxima, 1), results)
+    # What is said of no scored token, or of no group, is NaN.
+    results = tl.where(divisor > 0, totals / tl.maximum(divisor, 1.0), float("nan"))
+    highest = tl.where(scored > 0, tl.max(maxima, 1), float("nan"))
+    results = tl.where(slots == RATIO_MAX, highest, results)
     results = tl.where(slots == 0, 1.0 / denominator, results)
     tl.store(batch.results + slots, results)
     tl.store(batch.loss, slot(totals, slots, 0) / denominator)
@@ -237,9 +247,11 @@ def token_signal(tokens, row, offs, inside, candidates, sequence_advantage, LOSS
     weight = candidates.to(tl.float32)
     if tokens.weight is not None:
         weight = load_row(tokens.weight, row, offs, inside, candidates)
+        advantage = signal_behind_weight(advantage, weight)
     scored = candidates
     if not LOSS.score_all and not LOSS.sequence_level:
         scored = candidates & (advantage != 0) & (weight != 0)
+        advantage = tl.where(scored, advantage, 0.0)
     return advantage, weight, scored
 
 

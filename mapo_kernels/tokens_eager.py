@@ -15,6 +15,7 @@ from mapo_kernels.advantages import (
 )
 from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.sums import row_sum
 
 # Some hundred elementwise operations touch every token: chunks that stay in the cache are more than
 # twice as fast on a CPU as 4M tokens at once.
@@ -40,7 +41,7 @@ class TokenLayout:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of a token tensor over each sequence, [B]."""
         if self._sequence is None:
-            return x.sum(1)
+            return row_sum(x)
         wide = x.to(accumulator_dtype(x.device))
         return wide.new_zeros(self.n_sequences).index_add(0, self._sequence, wide).to(x.dtype)
 
@@ -67,7 +68,7 @@ def length_weight(layout: TokenLayout, spec: LossSpec, length: int) -> torch.Ten
     if spec.aggregation == "seq-mean-token-mean":
         return n_live.clamp(min=1.0)
     if spec.aggregation == "seq-mean-token-sum-norm":
-        return torch.full_like(n_live, float(spec.max_tokens or max(length, 1)))
+        return torch.full_like(n_live, spec.fixed_length(length))
     return torch.ones_like(n_live)
 
 
@@ -89,7 +90,7 @@ def entropy_weights(
 def denominator_of(
     inputs: TokenInputs, spec: LossSpec, n_sequences: int, active: torch.Tensor
 ) -> torch.Tensor:
-    """The batch's denominator [], which is never 0; `active` [] is its number of live tokens."""
+    """The batch's denominator []; `active` [] is its number of live tokens."""
     if isinstance(inputs.normalizer, torch.Tensor):
         denominator = inputs.normalizer.to(active.dtype).reshape(())
     elif inputs.normalizer is not None:
@@ -98,7 +99,7 @@ def denominator_of(
         denominator = active
     else:
         denominator = torch.full_like(active, float(n_sequences))
-    return denominator.where(~(denominator <= 0), 1.0)  # a NaN stays
+    return twin.loss_denominator(denominator, active)
 
 
 def scored_tokens(
@@ -130,11 +131,10 @@ def _score_chunk(
         # Whatever lies at a token that is not scored, NaN included, stays out of every sum.
         return default if x is None else x.to(dtype).where(where, 0.0)
 
-    per_token = inputs.per_token(advantages, logprobs)
-    advantage = advantages if per_token else layout.spread(advantages)
+    advantage = advantages if inputs.per_token else layout.spread(advantages)
     weight = clean(inputs.token_weights, layout.live, layout.live.to(dtype))
     scored = scored_tokens(layout, advantage, weight, spec)
-    advantage = advantage.to(dtype).where(scored, 0.0)
+    advantage = twin.signal_behind_weight(advantage.to(dtype).where(scored, 0.0), weight)
     logp = clean(logprobs, scored, advantage)
     old = clean(inputs.old_logprobs, scored, logp)
     ref = clean(inputs.ref_logprobs, scored, logp)
@@ -211,8 +211,8 @@ def eager_token_loss(
     computed = logprobs.new_empty(0, dtype=dtype)
     group_values = [logprobs.new_zeros((), dtype=dtype)] * len(GROUP_METRICS)
     if inputs.groups is not None:
-        computed, table = eager_advantages(inputs.groups, advantage_spec, dtype)
-        group_values = group_metrics(table)
+        computed, table = eager_advantages(inputs.groups, advantage_spec)
+        group_values = [x.to(dtype) for x in group_metrics(table)]
     given = computed if inputs.advantages is None else inputs.advantages
     pieces = _chunks(logprobs, inputs)
     if len(pieces) == 1:
@@ -224,8 +224,9 @@ def eager_token_loss(
         ]
     total, active, scored, *sums = torch.stack([part.sums for part in parts]).sum(0)
     denominator = denominator_of(inputs, spec, inputs.n_sequences(logprobs), active)
-    means = [x / scored.clamp(min=1.0) for x in sums]
-    ratio_max = torch.stack([part.ratio_max for part in parts]).amax()
+    # What is said of no scored token is NaN.
+    means = [x / scored for x in sums]
+    ratio_max = torch.stack([part.ratio_max for part in parts]).amax().where(scored > 0, torch.nan)
     values = [1.0 / denominator, active, scored, *means, ratio_max, *group_values]
     results = torch.stack(values + [torch.zeros_like(active)] * (SLOTS - len(values)))
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])

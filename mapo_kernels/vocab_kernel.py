@@ -1,7 +1,8 @@
 """The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.rows_kernel import load_exponent, load_target, row_sums
+from mapo_kernels.rows_device import loses_digits, row_sums
+from mapo_kernels.rows_kernel import load_exponent, load_target
 
 
 @jit(do_not_specialize=["n", "length", "per_temperature"])
@@ -39,9 +40,11 @@ def share_kernel(
         target = load_target(TokenIds + row, columns)
         c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
         # A target on another rank is as far below every column here as can be.
-        reference, others, weighted, distance = row_sums(
+        reference, others, weighted, distance, own = row_sums(
             Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
         )
+        # Of coarse exponents the ranks' sums do not fit together: the row is NaN.
+        others = tl.where(loses_digits(reference), float("nan"), others)
     tl.store(Table + row, reference)
     tl.store(Table + n + row, others)
     tl.store(Table + 2 * n + row, distance)

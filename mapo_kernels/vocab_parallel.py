@@ -3,20 +3,28 @@
 A rank sums over its own columns; what the ranks found is gathered, four numbers a row, and every
 rank merges it in the same order into the same statistics. From there on each knows the whole loss,
 and the gradient by its own columns.
+
+What a rank sends depends on what it was called with: on the number of rows, on which of them matter
+and on how they are cut into chunks. Messages of different sizes end processes or leave them waiting
+(gloo aborts, NCCL hangs), and equal sizes of different calls give a finite loss that is wrong. So
+every call begins with one message of fixed size, a header of digests (`Split.agree`), and nobody
+sends anything else before it has seen that all are alike. The host waits for it: sizes that another
+rank may not share cannot be sent on trust, and trust in what was agreed on once does not tell
+whether all ranks use it at the same time.
 """
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from mapo_kernels import twin
-from mapo_kernels.inputs import RowInputs, VocabShare
-from mapo_kernels.spec import LossSpec, describe
+from mapo_kernels.agreement import all_gather, digest, digest_of, meeting_place
+from mapo_kernels.inputs import RowInputs, TokenInputs, VocabShare
+from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
+from mapo_kernels.sums import row_sum
 
 _LN2 = 0.6931471805599453
 
@@ -31,10 +39,9 @@ def local_rows(rows: RowInputs) -> RowInputs:
 def gather(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
     """What every rank has in place of `x` [k, n]: [ranks, k, n], in one collective."""
     ranks = len(share.sizes)
-    out = x.new_empty((ranks * x.shape[0], x.shape[1]))
-    if x.numel():
-        dist.all_gather_into_tensor(out, x.contiguous(), group=share.group)
-    return out.view(ranks, *x.shape)
+    if x.numel() == 0:
+        return x.new_empty((ranks, *x.shape))
+    return all_gather(x, share.group).view(ranks, *x.shape)
 
 
 def merge_shares(
@@ -54,15 +61,17 @@ def merge_shares(
     assert rows.share is not None
     references, others, gaps = shares[:, 0], shares[:, 1], shares[:, 2]
     reference = references.amax(0)
-    distance = references - reference
+    # A rank without a column in the sums has the lowest number for a reference.
+    distance = (references - reference).clamp(min=-1e30)
     fade = torch.exp2(distance) if powers_of_2 else torch.exp(distance)
     distance = distance * _LN2 if powers_of_2 else distance
     weighted = torch.zeros_like(reference)
     if shares.shape[1] > 3:
-        weighted = ((shares[:, 3] + others * distance) * fade).sum(0)
+        weighted = row_sum(((shares[:, 3] + others * distance) * fade).t())
     # Only the rank that has the target knows how far below its reference that is.
     gap = (gaps + distance).amax(0)
-    logp, rest, total, entropy = twin.row_summary((others * fade).sum(0), weighted, gap)
+    others = row_sum((others * fade).t())
+    logp, rest, total, entropy = twin.row_summary(others, others - 1.0, weighted, gap)
     ids = rows.token_ids.reshape(-1)
     logp = logp.where((ids >= 0) & (ids < rows.share.vocab), torch.nan)
     table = torch.stack([logp, entropy, reference, total, rest][:columns])
@@ -76,79 +85,158 @@ def sum_over_ranks(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
     return x
 
 
-# What every rank of a group must have the same of, in the order in which it is exchanged.
-_SAME = (
-    "kind of input (0 logits, else the width H of hidden)",
-    "number of rows",
-    "size V of the DTensor's vocabulary (0 if not a DTensor)",
-    "bytes per logit or weight",
-    "chunk_rows",
-    "LossSpec",
-    "token ids where the mask is not 0",
-)
-# Sizes of the shares that the ranks of a group agreed on, by what this rank came with.
-_agreed: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[int, ...]]] = WeakKeyDictionary()
-
-
 class Split(NamedTuple):
     """What a rank comes with to rows that are split over `group`.
 
     Attributes:
         group: the process group.
         columns: this rank's columns of a row.
+        function: the name of the public function, and whether entropies are asked for.
+        dtype: of the logits, or of hidden states and weight.
+        backend: what computes the rows: their references have units of its own.
         width: H of hidden states, or 0 for logits.
         vocab: V where it is known without asking the other ranks, else 0.
-        itemsize: bytes per logit, or per element of the weight.
         chunk_rows: rows per chunk, or 0 where that is left open.
+        head: softcap, logit_scale, and whether there is a bias.
         spec: of the loss; None where log-probs are scored.
+        advantage_spec: of the loss's advantages; None where log-probs are scored.
+        wanted: which gradients are asked for.
+        planned: whether a plan says which rows matter.
     """
 
     group: Any
     columns: int
-    width: int
-    vocab: int
-    itemsize: int
+    function: str
+    dtype: torch.dtype
+    backend: str
+    width: int = 0
+    vocab: int = 0
     chunk_rows: int = 0
+    head: tuple[object, ...] = ()
     spec: LossSpec | None = None
+    advantage_spec: AdvantageSpec | None = None
+    wanted: tuple[bool, ...] = ()
+    planned: bool = False
 
-    def agree(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> VocabShare:
-        """This rank's share, after making sure once that the ranks agree on everything else.
+    @torch.compiler.disable
+    def agree(
+        self,
+        token_ids: torch.Tensor,
+        inputs: TokenInputs,
+        temperature: torch.Tensor | float,
+    ) -> VocabShare:
+        """This rank's share, after making sure that all ranks were called alike.
 
-        The first call with a group, and with each new shape, takes one small collective, on which
-        the host waits.
+        One collective of the same size for every call, on which the host waits.
 
         Raises:
             ValueError: the ranks disagree; on every rank alike.
         """
-        ranks = dist.get_world_size(self.group)
-        known = _agreed.setdefault(self.group, {})
-        if self[1:] not in known:
-            facts = torch.empty((ranks, 1 + len(_SAME)), dtype=torch.int64, device=token_ids.device)
-            mine = self._facts(token_ids, mask)
-            dist.all_gather_into_tensor(facts, mine[None], group=self.group)
-            known[self[1:]] = _checked_sizes(facts.tolist(), self.vocab)
-        return VocabShare(self.group, dist.get_rank(self.group), known[self[1:]])
+        settings = self._settings(token_ids, inputs, temperature)
+        tensors = _tensors(token_ids, inputs, temperature)
+        place = meeting_place(self.group, token_ids.device)
+        known = [x if isinstance(x, int) else digest(str(x)) for x in settings.values()]
+        numbers = torch.tensor([self.columns, *known]).to(place, non_blocking=True)
+        nothing = numbers.new_zeros(())
+        found = [nothing if x is None else digest_of(x).to(place) for x in tensors.values()]
+        headers = all_gather(torch.cat([numbers, torch.stack(found)]), self.group).tolist()
+        sizes = _checked_sizes(headers, settings, list(tensors), self.vocab)
+        return VocabShare(self.group, dist.get_rank(self.group), sizes)
 
-    def _facts(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """This rank's columns and what `_SAME` names, [8] int64."""
-        ids = token_ids.reshape(-1).long() + 1
-        if mask is not None:
-            ids = ids.where(mask.reshape(-1) != 0, 0)
-        places = torch.arange(1, ids.shape[0] + 1, device=ids.device)
-        spec = zlib.crc32(repr(self.spec).encode())
-        shape = (self.columns, self.width, ids.shape[0], self.vocab, self.itemsize)
-        facts = torch.tensor((*shape, self.chunk_rows, spec), device=ids.device)
-        return torch.cat([facts, (ids * (places % 8191)).sum().reshape(1)])
+    def _settings(
+        self, token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+    ) -> dict[str, object]:
+        """What every rank has to be called with alike, but for tensors; the host knows it."""
+        # A mask of ones equals none.
+        given = [
+            name
+            for name, x in inputs._asdict().items()
+            if isinstance(x, torch.Tensor) and name not in ("mask", "normalizer")
+        ]
+        given += ["advantages per token"] if inputs.per_token else []
+        return {
+            "function": self.function,
+            "kind of input (0 logits, else the width H of hidden)": self.width,
+            "number of rows": token_ids.numel(),
+            "shape of the token ids": tuple(token_ids.shape),
+            "size V of the DTensor's vocabulary (0 if not a DTensor)": self.vocab,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "chunk_rows": self.chunk_rows,
+            "softcap, logit_scale and presence of a bias": self.head,
+            "LossSpec": self.spec,
+            "AdvantageSpec": self.advantage_spec,
+            "gradients (requires_grad)": self.wanted,
+            "plan or none": self.planned,
+            "arguments that are given": given,
+            "group_size": None if inputs.groups is None else str(inputs.groups.group_size),
+            "temperature": _number(temperature),
+            "normalizer": _number(inputs.normalizer),
+        }
 
 
-def _checked_sizes(facts: list[list[int]], vocab: int) -> tuple[int, ...]:
+def _number(x: torch.Tensor | float | None) -> str | None:
+    """A number as a text, the same for equal numbers; a tensor's values are compared elsewhere."""
+    if x is None or isinstance(x, torch.Tensor):
+        return None if x is None else "a tensor"
+    return str(float(x))
+
+
+def _tensors(
+    token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+) -> dict[str, torch.Tensor | None]:
+    """What every rank has to be called with alike, and the host does not know.
+
+    Hidden states and per-token log-probs and weights are left out: it matters to no message whether
+    they differ in a last bit.
+    """
+    # Twice the id and 1, so that no id is what a masked token has.
+    ids = token_ids.long() * 2 + 1
+    if inputs.mask is not None:
+        ids = ids.where(inputs.mask != 0, 0)
+    groups, weights, normalizer = inputs.groups, inputs.token_weights, inputs.normalizer
+    return {
+        "token ids where the mask is not 0": ids,
+        "cu_seqlens": inputs.cu_seqlens,
+        "temperature of each sequence": _if_tensor(temperature),
+        "advantages": inputs.advantages,
+        "rewards": None if groups is None else groups.rewards,
+        "group_ids": None if groups is None else groups.group_ids,
+        "success": None if groups is None else groups.success,
+        "token_weights that are 0": None if weights is None else weights == 0,
+        "value of normalizer": _if_tensor(normalizer),
+    }
+
+
+def _if_tensor(x: object) -> torch.Tensor | None:
+    return x if isinstance(x, torch.Tensor) else None
+
+
+def _checked_sizes(
+    headers: list[list[int]], settings: dict[str, object], tensors: list[str], vocab: int
+) -> tuple[int, ...]:
     """The ranks' columns, from what each came with; raises where that does not fit together."""
-    columns, *others = zip(*facts, strict=True)
-    for name, values in zip(_SAME, others, strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"vocab_group: expected the same {name} on every rank, got {list(values)}"
-            )
+    columns, *facts = zip(*headers, strict=True)
+    names = (*settings, *tensors)
+    apart = {
+        name: values for name, values in zip(names, facts, strict=True) if len(set(values)) > 1
+    }
+    # Where settings differ tensors may well do so for that.
+    apart = {k: v for k, v in apart.items() if k in settings} or apart
+    came = []
+    for name, values in apart.items():
+        others = [rank for rank, value in enumerate(values) if value != values[0]]
+        if name not in settings:
+            came.append(f"others on ranks {others} than on rank 0")
+        elif isinstance(settings[name], int):
+            came.append(str(list(values)))
+        else:
+            came.append(f"{settings[name]} here, where ranks {others} differ from rank 0")
+    if apart:
+        raise ValueError(
+            f"vocab_group: expected the same {', '.join(apart)} on every rank, got "
+            f"{'; '.join(came)}"
+        )
     if vocab and sum(columns) != vocab:
         raise ValueError(
             f"vocab_group: expected shares of {vocab} columns (V of the DTensor) in all, got "

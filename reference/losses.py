@@ -170,9 +170,9 @@ def aggregation_weight(s: LossSettings, count: float, live_tokens: int, T: int) 
 
 
 def mean(values: list[Tensor]) -> Tensor:
-    """Mean of 0-d tensors of any dtype, 0-d float64 without gradient; 0 if there are none."""
+    """Mean of 0-d tensors of any dtype, 0-d float64 without gradient; NaN if there are none."""
     if not values:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.tensor(math.nan, dtype=torch.float64)
     return torch.stack([constant(v) for v in values]).mean()
 
 
@@ -226,6 +226,8 @@ def batch_loss(
     active = sum(len(live_i) for live_i in live)
     if normalizer is None:
         normalizer = active if s.aggregation == "token-mean" else B
+    if active and not normalizer > 0:
+        normalizer = math.nan  # what is not positive is no number of tokens or sequences
 
     loss = batch.logp[:0].sum()  # an empty sum: 0 whatever logp holds, yet part of the graph
     tokens = []

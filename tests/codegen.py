@@ -58,6 +58,7 @@ def logits(
     temperature=1.0,
     reference=False,
     signal=None,
+    id_dtype=torch.int64,
     **settings,
 ):
     """One step from logits; `view` drops the last position, as a trainer does."""
@@ -65,7 +66,7 @@ def logits(
 
     n_sequences, length, vocab = shape
     x = torch.zeros((n_sequences, length + view, vocab), dtype=dtype)[:, :length].requires_grad_()
-    ids = torch.zeros((n_sequences, length), dtype=torch.int64)
+    ids = torch.zeros((n_sequences, length), dtype=id_dtype)
     mask = torch.ones((n_sequences, length), dtype=torch.bool)
     old = torch.zeros(ids.shape)
     if scoring:
@@ -128,6 +129,7 @@ CASES = {
     "hidden chunk": hidden_chunk,
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
     "logits": lambda: logits((8, 2, V), scoring=True),
+    "logits, ids of a byte": lambda: logits((8, 2, V), scoring=True, id_dtype=torch.uint8),
     "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
     "logits, given advantages": lambda: logits((8, 2, V), signal={"advantages": torch.ones(8)}),
     "float32 logits": lambda: logits((8, 2, V), dtype=torch.float32),

@@ -8,19 +8,25 @@ torch.set_num_threads(1)
 
 @pytest.fixture(params=["eager", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
-    """Each backend that can run here, eager, interpreted or on a GPU; where its tensors go."""
+    """Each backend that can run here, eager, interpreted or on a GPU; where its tensors go.
+
+    `backends.with_two_threads_too` adds the eager backend with two threads.
+    """
     import mapo_kernels
 
     if request.param == "gpu" and not HAS_GPU:
         pytest.skip("needs a GPU")
     if request.param == "interpreter" and not INTERPRETS:
         pytest.skip("Triton compiles here (the gpu variant runs instead) or is not installed")
-    mapo_kernels.set_backend("eager" if request.param == "eager" else "triton")
+    mapo_kernels.set_backend("eager" if request.param.startswith("eager") else "triton")
+    torch.set_num_threads(2 if request.param == "eager-2-threads" else 1)
     yield torch.device("cuda" if request.param == "gpu" else "cpu")
+    torch.set_num_threads(1)
     mapo_kernels.set_backend(None)
 
 
 if INTERPRETS:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     def fused_multiply_add(builder, x, y, z):
@@ -29,8 +35,35 @@ if INTERPRETS:
         return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = fused_multiply_add
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(builder, x, dtype):
+        """To the nearest bfloat16, as on every GPU: the interpreter's own version cuts bits off."""
+        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(builder, x, dtype)
+        bits = torch.from_numpy(np.array(x.data)).to(torch.bfloat16).view(torch.int16)
+        return interpreter.TensorHandle(bits.numpy().view(np.uint16), dtype.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_computes(monkeypatch):
+    """Fails a test in which anything is launched, on either backend: errors come before."""
+    from mapo_kernels import linear, ops, ops_logits
+
+    def launched(*_, **__):
+        raise AssertionError("something was launched")
+
+    for module, names in (
+        (ops, ("token_loss", "group_advantages")),
+        (ops_logits, ("logits_loss", "score_rows")),
+        (linear, ("linear_loss", "linear_scores")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, launched)

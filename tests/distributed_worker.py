@@ -254,7 +254,7 @@ def check_documentation(backend, device):
     """The example of docs/distributed.md, on ranks of which one may hold nothing."""
     mk.set_backend(backend)
     text = (Path(__file__).parents[1] / "docs/distributed.md").read_text()
-    names = {"torch": torch}
+    names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
     batch, source = make_whole(device)
     batch |= {"rewards": source["rewards"], "prompt_ids": source["group_ids"]}

@@ -29,11 +29,18 @@ def assert_accurate(actual, exact, plain, floor=1e-6):
 
 
 def assert_close(actual, exact, tolerance):
-    """Equal within `tolerance` of the largest value."""
+    """Equal within `tolerance` of the largest value; NaN exactly where that is exact."""
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
     assert actual.shape == exact.shape
-    bound = tolerance * max(1.0, float(exact.abs().max()) if exact.numel() else 1.0)
-    torch.testing.assert_close(actual, exact, rtol=0, atol=bound)
+    bound = tolerance * max(1.0, float(exact.nan_to_num().abs().max()) if exact.numel() else 1.0)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=bound, equal_nan=True)
+
+
+def assert_same_metrics(actual, expected):
+    """Equal bit for bit, NaN where both have nothing to say."""
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def make_batch(n_sequences=5, length=7, dtype=torch.float64, mask="random", spread=0.4):

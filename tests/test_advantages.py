@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import with_two_threads_too
 from support import NAN, assert_close
 
 import mapo_kernels as mk
@@ -107,6 +108,7 @@ def test_group_sizes(group_size, device):
         assert (actual == 0).all()
 
 
+@with_two_threads_too
 def test_order_of_rows_does_not_matter(device):
     rewards, ids = ragged()
     order = torch.randperm(len(rewards))
@@ -255,6 +257,7 @@ def test_worked_figure(device):
     assert abs(actual[0].item() + 1.732) < 1e-3
 
 
+@with_two_threads_too
 def test_two_runs_are_bitwise_equal(device):
     rewards, ids = ragged(300, 7)
     for grouping in ({"group_ids": ids}, {"group_size": 30}):

@@ -177,6 +177,8 @@ def test_a_loss_from_logits_is_one_launch_and_the_rescaling():
     for case in ("logits view", "entropy bonus", "odd vocabulary"):
         launches = compile_case("sm_90", case)["launches"]
         assert launches == ["logits_loss_kernel", "rescale_kernel"]
+    launches = compile_case("sm_90", "logits, ids of a byte")["launches"]
+    assert launches == ["score_kernel", "logits_loss_kernel", "rescale_kernel"]
     launches = compile_case("sm_90", "logits, sequence level")["launches"]
     assert launches[-4:] == [
         "score_kernel",

@@ -97,7 +97,7 @@ def test_operators_are_sound(device):
     logp, old, mask, _, _, ref = arguments(device)
     torch.library.opcheck(
         torch.ops.mapo_kernels.token_loss.default,
-        (logp.detach(), old, ref, None, None, None, None, mask, None, None, None, 0.0)
+        (logp.detach(), old, ref, None, None, None, None, mask, None, False, None, None, 0.0)
         + (rewards, 4, None, None, True, *SPEC.pack(), *packed),
     )
     results = torch.rand(16, device=device)
@@ -243,7 +243,7 @@ def test_operators_on_logits_are_sound(device):
     spec = mk.LossSpec(entropy_coef=0.1)
     torch.library.opcheck(
         operators.logits_loss.default,
-        (*given, old, None, None, None, None, None, mask, None, None, None, 0.0)
+        (*given, old, None, None, None, None, None, mask, None, False, None, None, 0.0)
         + (rewards, 2, None, None, True, *spec.pack(), *mk.AdvantageSpec().pack()),
     )
     torch.library.opcheck(

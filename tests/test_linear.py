@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import with_two_threads_too
 from support import (
     NAN,
     assert_accurate,
@@ -190,6 +191,7 @@ def test_the_size_of_chunks():
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@with_two_threads_too
 def test_chunks_change_only_rounding_and_runs_are_bitwise_equal(level, device):
     batch = make_hidden(4, 4)
     spec = mk.LossSpec(importance_level=level)
@@ -258,6 +260,7 @@ def test_dead_rows_spread_nothing_and_all_dead_gives_zero(dtype, level, device):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@with_two_threads_too
 def test_a_plan_is_equal_and_its_parts_add_up(level, device):
     batch = make_hidden(6, 4)
     spec = mk.LossSpec(importance_level=level, aggregation="seq-mean-token-mean")

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from backends import with_two_threads_too
 from support import assert_close, make_batch, pack
 
 import mapo_kernels as mk
@@ -16,6 +17,7 @@ def batch_of(device, **kwargs):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@with_two_threads_too
 def test_micro_batches_of_a_plan_add_up_to_the_batch(aggregation, device):
     batch = batch_of(device)
     rewards = REWARDS.to(device)
@@ -49,6 +51,7 @@ def test_micro_batches_of_a_plan_add_up_to_the_batch(aggregation, device):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@with_two_threads_too
 def test_packed_plans(masked, device):
     lengths = [3, 9, 0, 4, 5, 1, 2, 9, 9, 6, 7, 8]
     packed, cu_seqlens, _ = pack(make_batch(12, 9, torch.float32, "none"), lengths)

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from backends import with_two_threads_too
 from support import assert_accurate, assert_close, make_batch, oracle, pack, plain, run, tensors_of
 
 import mapo_kernels as mk
@@ -257,6 +258,7 @@ def test_expanded_mask_and_integer_masks(device):
         assert torch.equal(grad, expected[1])
 
 
+@with_two_threads_too
 def test_micro_batches_with_a_normalizer_add_up(device):
     for aggregation in AGGREGATIONS:
         batch = make_batch(n_sequences=6, dtype=torch.float32, mask="row")
@@ -314,6 +316,7 @@ def test_a_nan_at_a_live_token_is_not_hidden(device):
             assert loss.isnan()
 
 
+@with_two_threads_too
 def test_on_policy_ratio_is_exactly_one(device):
     batch = make_batch(mask="none", dtype=torch.float32)
     batch["advantages"] = torch.ones(5)
@@ -325,6 +328,7 @@ def test_on_policy_ratio_is_exactly_one(device):
         assert_close(grad, torch.full((5, 7), -1 / 35), 1e-7)
 
 
+@with_two_threads_too
 def test_two_runs_are_bitwise_equal(device):
     batch = make_batch(n_sequences=7, length=5000, dtype=torch.float32)
     for level in ("token", "sequence"):

@@ -120,7 +120,8 @@ def _reinforce_step(run: Run) -> Record:
         part = slice(first, first + rows)
         minibatch = Rollouts(*(tensor[part] for tensor in rollouts))
         measured.append(_minibatch_update(run, minibatch, rewards[part]))
-    means = torch.stack(measured).mean(dim=0).tolist()
+    # A minibatch without a scored token says NaN; so does a step of such minibatches.
+    means = torch.stack(measured).nanmean(dim=0).tolist()
     return {
         **group_summary(scores, settings.group_size),
         **dict(zip(("loss", *LOGGED_METRICS), means, strict=True)),

@@ -16,9 +16,11 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
+from mapo_kernels.advantages import warn_of_threshold
 from mapo_kernels.api import group_advantages, mapo_loss
 from mapo_kernels.integrations import trl_options as options
 from mapo_kernels.integrations.fused_forward import FusedOutput, LossCall, patch_forward
+from mapo_kernels.metrics import sum_behind
 
 __all__ = ["MAPOConfig", "MAPOTrainer"]
 
@@ -188,6 +190,9 @@ class MAPOTrainer(GRPOTrainer):
         logged.extend(advantages[advantages.shape[0] - replaced :].tolist())
         metrics = self._metrics[mode]
         metrics["mapo/success_ratio"].append(stats.success_ratio.mean().item())
+        # With a success_reward the threshold is that of one function, which may be met by nobody.
+        if success is None and metrics["mapo/success_ratio"][-1] == 0 and advantages.any():
+            warn_of_threshold(self._advantage_spec)
         metrics["mapo/lambda"].append(stats.certainty.mean().item())
         metrics["mapo/zero_signal"].append((advantages == 0).float().mean().item())
         return batch
@@ -328,7 +333,7 @@ class MAPOTrainer(GRPOTrainer):
         counts = torch.tensor([kept, n_sequences], device=scored.device)
         # TRL's own head has computed the entropy of every token.
         every = {"entropy"} if self.args.fused == "logprobs" else set()
-        sums = [metrics[name] * (active if name in every else scored) for name in names]
+        sums = [sum_behind(metrics[name], active if name in every else scored) for name in names]
         table = torch.cat([torch.stack([*sums, scored, active]), counts.to(scored)])
         totals = self.accelerator.reduce(table, reduction="sum").tolist()
         *values, n_scored, n_active, n_kept, n_all = totals

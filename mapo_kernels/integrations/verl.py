@@ -204,6 +204,8 @@ def _metrics(
     """
     import torch
 
+    from mapo_kernels.metrics import sum_behind
+
     active = values["active_tokens"].clamp(min=1)
     clipped = values["clip_fraction_low"] + values["clip_fraction_high"]
     with torch.no_grad():
@@ -212,7 +214,7 @@ def _metrics(
         capped = (log_ratio.exp() > cap) & (advantages < 0) & live
         found = torch.stack(
             [
-                clipped * values["scored_tokens"] / active,
+                sum_behind(clipped, values["scored_tokens"]) / active,
                 -log_ratio.sum() / active,
                 capped.sum() / active,
             ]

@@ -1,0 +1,244 @@
+"""Plants one fault at a time in a copy of the package and runs tests against it.
+
+    python tests/mutants.py [--jobs N] [--only TEXT] [--whole]
+
+A fault that no test notices is a missing test. Each is run against the tests of its layer first
+(with `--whole`, what survives them is run against the whole quick suite). Prints a line per fault;
+the exit code is the number of survivors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+_COPIED = ("mapo_kernels", "reference", "benchmarks", "tests", "docs", "pyproject.toml")
+_COPIED += ("README.md", "constraints.txt")
+
+
+class Mutant(NamedTuple):
+    """A fault: in which module, which text becomes which, and which tests should notice."""
+
+    module: str
+    old: str
+    new: str
+    tests: str
+
+
+ADVANTAGES = "tests/test_advantages.py tests/test_extreme_inputs.py tests/test_formula.py"
+TOKENS = "tests/test_formula.py tests/test_tokens.py tests/test_extreme_inputs.py"
+LOGITS = "tests/test_logits.py tests/test_extreme_inputs.py tests/test_linear.py"
+PLANS = "tests/test_plan.py tests/test_same_numbers_everywhere.py tests/test_linear.py"
+RANKS = "tests/test_distributed.py"
+VOCABULARY = "tests/test_vocab_parallel.py"
+CHECKS = "tests/test_checks.py tests/test_same_numbers_everywhere.py tests/test_extreme_inputs.py"
+
+MUTANTS = (
+    # formula: advantages
+    Mutant("formula", "1.0 - 4.0 * p * (1.0 - p)", "1.0 - 3.0 * p * (1.0 - p)", ADVANTAGES),
+    Mutant("formula", "(p >= 0.25) & (p <= 0.75)", "(p > 0.25) & (p <= 0.75)", ADVANTAGES),
+    Mutant("formula", "divisor = count - numbers.std_correction", "divisor = count", ADVANTAGES),
+    Mutant("formula", "(highest > lowest) & (count > 1)", "(count > 1)", ADVANTAGES),
+    Mutant("formula", "eps = numbers.eps * unit", "eps = numbers.eps", ADVANTAGES),
+    Mutant("formula", "std / unit, success_ratio", "std, success_ratio", ADVANTAGES),
+    Mutant("formula", "factor = count / others / unit", "factor = 1.0 / unit", ADVANTAGES),
+    Mutant(
+        "formula",
+        "tl.where(tl.abs(mean) > farthest, tl.abs(mean), farthest)",
+        "tl.where(mean > farthest, mean, farthest)",
+        ADVANTAGES,
+    ),
+    # formula: tokens
+    Mutant("formula", "tl.where(tl.abs(log_ratio) > 20.0, 0.0, ratio)", "ratio", TOKENS),
+    Mutant(
+        "formula",
+        "(ratio < 1.0 - numbers.eps_low) & (advantage < 0)",
+        "(ratio < 1.0 - numbers.eps_low)",
+        TOKENS,
+    ),
+    Mutant("formula", "ratio > numbers.eps_high_cispo", "ratio >= 1.0", TOKENS),
+    Mutant("formula", "d_logp = -(kl + d)", "d_logp = -kl", TOKENS),
+    Mutant("formula", "numbers.beta * (ratio_slope * kl)", "0.0 * kl", TOKENS),
+    Mutant("formula", "d_logp = weight * d_logp", "d_logp = d_logp", TOKENS),
+    Mutant("formula", "loss - numbers.entropy_coef * entropy", "loss", TOKENS + " " + LOGITS),
+    Mutant("formula", "tl.where(active > 0, float", "tl.where(active > 1, float", TOKENS),
+    Mutant("formula", "log1p(tail + target)", "log1p(tail)", LOGITS),
+    Mutant("formula", "rest = others / total", "rest = 1.0 - target / total", LOGITS),
+    # kernels
+    Mutant(
+        "advantages_kernel",
+        "success = finite & (reward >= threshold)",
+        "success = finite & (reward > threshold)",
+        ADVANTAGES,
+    ),
+    Mutant(
+        "advantages_kernel",
+        "member = member & (ids == span.own_id[:, None])",
+        "member = member",
+        ADVANTAGES,
+    ),
+    Mutant(
+        "advantages_kernel",
+        "speaks * (m.members - m.count)",
+        "speaks * m.members",
+        ADVANTAGES + " tests/test_tokens.py",
+    ),
+    Mutant(
+        "tokens_device",
+        "advantage = tl.where(scored, advantage, 0.0)",
+        "advantage = advantage",
+        TOKENS,
+    ),
+    Mutant(
+        "tokens_device",
+        "live = inside & (offs >= begin) & (offs < end)",
+        "live = inside & (offs < end)",
+        TOKENS,
+    ),
+    Mutant(
+        "tokens_device",
+        "limit = tl.where(sequence == n_sequences - 1, length, end)",
+        "limit = end",
+        TOKENS,
+    ),
+    Mutant("tokens_device", "tl.maximum(s.ratio_max, x.ratio_max)", "x.ratio_max", TOKENS),
+    Mutant("tokens_kernel", "scale = 1.0 / n_live", "scale = 1.0", TOKENS),
+    Mutant(
+        "tokens_kernel",
+        "tl.sum(slope_sum, 0) / n_live * scale",
+        "tl.sum(slope_sum, 0) * scale",
+        TOKENS,
+    ),
+    Mutant(
+        "rows_device",
+        "tl.fma(total, fade, tl.sum(e0 + e1, 1))",
+        "tl.fma(total, 1.0, tl.sum(e0 + e1, 1))",
+        LOGITS,
+    ),
+    Mutant("rows_device", "at_target = slope * rest", "at_target = slope", LOGITS),
+    Mutant(
+        "rows_device",
+        "start = (i + tl.where(i >= own, 1, 0)) * BLOCK",
+        "start = (i + tl.where(i > own, 1, 0)) * BLOCK",
+        LOGITS,
+    ),
+    Mutant(
+        "logits_kernel",
+        "return tl.minimum(tl.sum(ended, 0), n_sequences - 1)",
+        "return tl.minimum(tl.sum(ended, 0) + 1, n_sequences - 1)",
+        LOGITS,
+    ),
+    # eager
+    Mutant(
+        "advantages",
+        "finite & (given >= spec.success_threshold)",
+        "given >= spec.success_threshold",
+        ADVANTAGES,
+    ),
+    Mutant("advantages", "ids[1:] != ids[:-1]", "ids[1:] > ids[:-1] + 1", ADVANTAGES),
+    Mutant(
+        "tokens_eager",
+        "(positions >= bounds[0]) & (positions < bounds[-1])",
+        "positions < bounds[-1]",
+        TOKENS,
+    ),
+    Mutant(
+        "tokens_eager", "live & (advantage != 0) & (weight != 0)", "live & (advantage != 0)", TOKENS
+    ),
+    Mutant("logits_eager", "(ids >= 0) & (ids < self._vocab)", "ids < self._vocab", LOGITS),
+    Mutant(
+        "logits_eager",
+        "flat = (bonus * (entropy - total.log()) - g) / total",
+        "flat = (bonus * entropy - g) / total",
+        LOGITS,
+    ),
+    Mutant(
+        "linear",
+        "temperature if head.softcap is not None else temperature / head.logit_scale",
+        "temperature",
+        LOGITS,
+    ),
+    Mutant("linear", "square_().neg_().add_(1.0)", "neg_().add_(1.0)", LOGITS),
+    # plan, ranks, checks
+    Mutant("plan", "cu_seqlens=cu_seqlens - cu_seqlens[0]", "cu_seqlens=cu_seqlens", PLANS),
+    Mutant("plan", "tokens if self.per_token else rows", "rows", PLANS),
+    Mutant("parallel", "start = sum(header[2] for header in headers[:rank])", "start = 0", RANKS),
+    Mutant("parallel", "counts.sum().double() / table.shape[0]", "counts.sum().double()", RANKS),
+    Mutant("inputs", "return sum(self.sizes[: self.rank])", "return 0", VOCABULARY),
+    Mutant("vocab_parallel", "(gaps + distance).amax(0)", "gaps.amax(0)", VOCABULARY),
+    Mutant("metrics", "value = values.sum()", "value = values.amax()", RANKS),
+    Mutant("checks", "0 < normalizer < float", "0 <= normalizer < float", CHECKS),
+    Mutant("checks", "advantages.shape[0] != cu_seqlens.shape[0] - 1", "True", PLANS),
+    Mutant("checks", "n_rows % group_size", "n_rows % (group_size + 1)", CHECKS),
+)
+
+
+def copy_package(folder: Path) -> None:
+    """What the tests need, without what git ignores."""
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+
+
+def notices(folder: Path, tests: str) -> bool:
+    """Whether a test of the copy in `folder` fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )
+    # 1: tests failed. Anything else is a fault of this script, or no test at all.
+    if done.returncode not in (0, 1, 2):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode != 0
+
+
+def survives(mutant: Mutant, whole: bool) -> bool:
+    """Plant a fault in a fresh copy, run its tests, and the whole suite if it survived them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_package(folder)
+        path = folder / "mapo_kernels" / f"{mutant.module}.py"
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        return not notices(folder, mutant.tests) and not (whole and notices(folder, "tests"))
+
+
+def occurrences(mutant: Mutant) -> int:
+    """How often the text that a fault replaces stands in its module."""
+    return (ROOT / "mapo_kernels" / f"{mutant.module}.py").read_text().count(mutant.old)
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="faults whose module or text contains this")
+    parser.add_argument("--whole", action="store_true")
+    given = parser.parse_args()
+    chosen = [m for m in MUTANTS if given.only in f"{m.module}: {m.old}"]
+    survivors = 0
+    with ThreadPoolExecutor(given.jobs) as pool:
+        found = pool.map(lambda m: survives(m, given.whole), chosen)
+        for mutant, alive in zip(chosen, found, strict=True):
+            survivors += alive
+            word = "SURVIVED" if alive else "noticed "
+            print(f"{word} {mutant.module}: {mutant.old!r} -> {mutant.new!r}", flush=True)
+    print(f"{survivors} of {len(chosen)} survived")
+    return survivors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
