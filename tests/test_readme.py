@@ -1,69 +1,47 @@
-"""The README's code runs, and its numbers are those of the committed result files."""
+"""The README's code runs, alone and on ranks; its numbers are those of the result files."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+import readme_ranks
 import torch
+from readme_ranks import BLOCKS, README, TinyModel, batch_for, scope_of
+from spawn import run_ranks
 
 from benchmarks import report, results
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-class TinyModel(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(11, 11)
-
-    def forward(self, input_ids):
-        from types import SimpleNamespace
-
-        return SimpleNamespace(logits=self.table(input_ids))
-
-
-def batch_for(length=5, n_sequences=16):
-    ids = torch.randint(0, 11, (n_sequences, 3 + length))
-    logp = -torch.rand(n_sequences, length)
-    return {
-        "input_ids": ids,
-        "completion_ids": ids[:, -length:],
-        "mask": torch.rand(n_sequences, length) < 0.8,
-        "rewards": (torch.rand(n_sequences) < 0.5).float(),
-        "old_logprobs": logp,
-        "ref_logprobs": logp - 0.1,
-    }
+def tiny_transformer(family, vocab=61):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": None}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
 def test_the_trainer_example_trains():
-    scope = {}
-    exec(BLOCKS[0], scope)
-    model = TinyModel()
-    scored = scope["score"](model, batch_for())
+    scope = scope_of(0)
+    model, batch = TinyModel(), batch_for()
+    scored = scope["score"](model, batch)
     assert scored.shape == (16, 5) and not scored.requires_grad
-    metrics = scope["training_step"](model, batch_for())
+    metrics = scope["training_step"](model, batch)
     assert model.table.weight.grad.abs().sum() > 0
     assert metrics["ref_kl"] > 0
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_the_hugging_face_example_trains(family):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    scope = {}
-    exec(BLOCKS[1], scope)
-    ids = torch.randint(0, 61, (16, 9))
-    mask = torch.arange(8).expand(16, 8) >= torch.randint(2, 5, (16, 1))
-    rewards = (torch.rand(16) < 0.5).float()
-    old = scope["score_from_hidden"](model, ids, mask)
-    metrics = scope["step_from_hidden"](model, ids, mask, rewards, old)
-    assert metrics["ratio_max"] == 1 and metrics["active_tokens"] == mask.sum()
+    model = tiny_transformer(family)
+    scope = scope_of(1)
+    batch = readme_ranks.for_all_positions(batch_for())
+    batch["old_logprobs"] = scope["score_from_hidden"](model, batch)
+    metrics = scope["step_from_hidden"](scope["Policy"](model), batch)
+    assert metrics["ratio_max"] == 1 and metrics["active_tokens"] == batch["mask"].sum()
     grads = [p.grad.clone() for p in model.parameters()]
     assert sum(float(grad.abs().sum()) for grad in grads) > 0
     # The same from full logits.
@@ -71,40 +49,65 @@ def test_the_hugging_face_example_trains(family):
 
     model.zero_grad()
     mk.mapo_loss_from_logits(
-        model(input_ids=ids).logits[:, :-1],
-        ids[:, 1:],
-        rewards=rewards,
+        model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1],
+        batch["input_ids"][:, 1:],
+        rewards=batch["rewards"],
         group_size=8,
-        mask=mask,
-        old_logprobs=old,
+        mask=batch["mask"],
+        old_logprobs=batch["old_logprobs"],
         spec=scope["spec"],
     ).loss.backward()
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_padded_prompts_score_as_each_alone(family):
+    model = tiny_transformer(family)
+    with torch.no_grad():  # far from uniform, so that what is attended to matters
+        for parameter in model.parameters():
+            parameter.mul_(6)
+    batch = batch_for(prompt=9)
+    assert not batch["attention_mask"].all()
+    length = batch["mask"].shape[1]
+    for block, name in ((0, "score"), (1, "score_from_hidden")):
+        scope = scope_of(block)
+        whole = batch if block == 0 else readme_ranks.for_all_positions(batch)
+        together = scope[name](model, whole)[:, -length:]
+        for row in range(len(together)):
+            alone = readme_ranks.without_padding(batch, row)
+            alone = alone if block == 0 else readme_ranks.for_all_positions(alone)
+            expected = scope[name](model, alone)[0, -length:]
+            torch.testing.assert_close(together[row], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("check", ["check_logits", "check_hidden_states"])
+def test_gradients_on_ranks_are_those_of_one_process(check):
+    run_ranks(2, getattr(readme_ranks, check))
+
+
 def test_a_plain_loop_with_the_hugging_face_example_learns():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = transformers.LlamaConfig(**sizes, bos_token_id=0, eos_token_id=None)
-    model = transformers.LlamaForCausalLM(config)
-    scope = {}
-    exec(BLOCKS[1], scope)
+    model = tiny_transformer("Llama", vocab=13)
+    scope = scope_of(1)
+    policy = scope["Policy"](model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     history = []
     for _ in range(30):
         prompts = torch.randint(1, 13, (8, 3)).repeat_interleave(8, 0)
         with torch.no_grad():
             ids = model.generate(prompts, do_sample=True, max_new_tokens=4, pad_token_id=0)
-        rewards = (ids[:, 3] <= 2).float()
-        mask = (torch.arange(ids.shape[1] - 1) >= 2).expand(len(ids), -1)
-        old = scope["score_from_hidden"](model, ids, mask)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "rewards": (ids[:, 3] <= 2).float(),
+            "mask": (torch.arange(ids.shape[1] - 1) >= 2).expand(len(ids), -1),
+        }
+        batch["old_logprobs"] = scope["score_from_hidden"](model, batch)
         for _ in range(2):
             optimizer.zero_grad()
-            scope["step_from_hidden"](model, ids, mask, rewards, old)
+            scope["step_from_hidden"](policy, batch)
             optimizer.step()
-        history.append(float(rewards.mean()))
+        history.append(float(batch["rewards"].mean()))
     assert max(history[:3]) < 0.4 and min(history[-3:]) > 0.8, history
 
 
