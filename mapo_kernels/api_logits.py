@@ -79,7 +79,8 @@ def mapo_loss_from_logits(
         logits: [B, T, V], or [total, V] with `cu_seqlens`: float32, bfloat16, float16, or float64
             (eager backend), row t predicting `token_ids[t]`. Rows may be strided, as in
             `logits[:, :-1]`; autograd then copies the gradient into a tensor of the full size, and
-            passing the whole `logits` with a last token that is masked saves that.
+            passing the whole `logits` with a last token that is masked saves that. Columns that are
+            not adjacent in memory are copied by Triton's backend, from 64 MiB on with a warning.
         token_ids: [B, T] or [total], integers in [0, V) where live; anything elsewhere.
         rewards: this and what follows as in `mapo_loss`; token tensors have the shape of
             `token_ids`.

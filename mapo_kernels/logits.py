@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ COUNT_LIMIT = 1 << 14
 # Above it, finding a row's group among all ids takes more than one step.
 MATCH_LIMIT = 1024
 _BLOCK_T = 1024
+# Bytes of logits from which on a copy is worth a warning.
+_LARGE_COPY = 1 << 26
 
 
 def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
@@ -70,7 +73,16 @@ def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
 
 def columns_together(logits: torch.Tensor) -> torch.Tensor:
     """`logits` with the columns of a row adjacent in memory: copied only where they are not."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
+        return logits
+    size = logits.numel() * logits.element_size()
+    if size >= _LARGE_COPY:
+        warnings.warn(
+            f"logits: expected adjacent columns (stride 1), which take no copy, got stride "
+            f"{logits.stride(-1)}: every launch copies {size} bytes",
+            stacklevel=2,
+        )
+    return logits.contiguous()
 
 
 def _temperature(rows: RowInputs) -> tuple[torch.Tensor | None, float]:

@@ -206,6 +206,7 @@ def make_plan(
     checks.check_process_group(process_group, normalizer)
     is_part = process_group is not None
     if mask is not None:
+        checks.check_tensor("mask", mask)
         checks.check_mask(mask, mask, "mask")
         n_sequences = checks.check_layout("mask", mask, cu_seqlens, is_part)
         device = mask.device
