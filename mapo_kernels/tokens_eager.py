@@ -94,7 +94,7 @@ def denominator_of(
     if isinstance(inputs.normalizer, torch.Tensor):
         denominator = inputs.normalizer.to(active.dtype).reshape(())
     elif inputs.normalizer is not None:
-        denominator = torch.full_like(active, float(inputs.normalizer))
+        denominator = torch.ones_like(active) * inputs.normalizer
     elif spec.aggregation == "token-mean":
         denominator = active
     else:
@@ -192,11 +192,13 @@ def _score_chunk(
 
 
 def _chunks(logprobs: torch.Tensor, inputs: TokenInputs) -> list[slice]:
-    """Rows of a padded batch that fit the cache together; everything else is one chunk."""
-    n_rows = logprobs.shape[0]
-    whole = inputs.cu_seqlens is not None or torch.compiler.is_compiling() or logprobs.is_cuda
-    rows = max(n_rows, 1) if whole else max(1, _CHUNK_TOKENS // max(logprobs.shape[1], 1))
-    return [slice(first, first + rows) for first in range(0, max(n_rows, 1), rows)]
+    """Rows of a padded batch that fit the cache together; none where the batch is one chunk."""
+    # Tracing must not count chunks: a graph would hold for one number of rows.
+    if torch.compiler.is_compiling() or inputs.cu_seqlens is not None or logprobs.is_cuda:
+        return []
+    n_rows, length = logprobs.shape
+    rows = max(1, _CHUNK_TOKENS // max(length, 1))
+    return [slice(first, first + rows) for first in range(0, n_rows, rows)]
 
 
 def eager_token_loss(
@@ -215,7 +217,7 @@ def eager_token_loss(
         group_values = [x.to(dtype) for x in group_metrics(table)]
     given = computed if inputs.advantages is None else inputs.advantages
     pieces = _chunks(logprobs, inputs)
-    if len(pieces) == 1:
+    if len(pieces) <= 1:
         parts = [_score_chunk(logprobs, inputs, given, spec, dtype, need_grad)]
     else:
         parts = [
