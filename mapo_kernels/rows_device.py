@@ -61,8 +61,7 @@ def fold_block(
     x0 = load_tile(Row, offs, vocab, target, MASKED)
     x1 = load_tile(Row, offs + R * A, vocab, target, MASKED)
     new_top = tl.maximum(top, tl.maximum(tl.max(x0, 1), tl.max(x1, 1)) * c)
-    step = tl.maximum(top - new_top, -1e30)
-    fade = tl.exp2(step)
+    fade = tl.exp2(top - new_top)
     d0 = tl.fma(x0, c, -new_top[:, None])
     d1 = tl.fma(x1, c, -new_top[:, None])
     e0 = tl.exp2(d0)
@@ -70,7 +69,7 @@ def fold_block(
     if HAS_ENTROPY:
         # 2^-inf times -inf is meant to be 0.
         products = tl.fma(e0, tl.maximum(d0, -1e30), e1 * tl.maximum(d1, -1e30))
-        weighted = tl.fma(total, step, weighted) * fade + tl.sum(products, 1)
+        weighted = tl.fma(total, top - new_top, weighted) * fade + tl.sum(products, 1)
     total = tl.fma(total, fade, tl.sum(e0 + e1, 1))
     return new_top, total, weighted
 
@@ -93,8 +92,9 @@ def row_sums(
     and the target's logit.
     """
     BLOCK: tl.constexpr = 2 * R * A
-    # The lowest number stands for no column: -inf would make NaN of the first difference.
-    top = tl.full([R], -3.4028234663852886e38, tl.float32)
+    # Not -inf, which would make NaN of the first difference; and not so low that the exponents of a
+    # thread's own columns lose their digits, and overflow. A row that lies lower `loses_digits`.
+    top = tl.full([R], -134217728.0, tl.float32)
     total = tl.zeros([R], tl.float32)
     weighted = tl.zeros([R], tl.float32)
     n_full = vocab // BLOCK
@@ -115,10 +115,9 @@ def row_sums(
     x = tl.load(Row + index, mask=index >= 0, other=absent).to(tl.float32)
     x = tl.sum(x, 0)
     reference = tl.maximum(tl.max(top, 0), x * c)
-    step = tl.maximum(top - reference, -1e30)
-    fade = tl.exp2(step)
+    fade = tl.exp2(top - reference)
     others = tl.sum(total * fade, 0)
-    weighted = tl.sum(tl.fma(total, step, weighted) * fade, 0)
+    weighted = tl.sum(tl.fma(total, top - reference, weighted) * fade, 0)
     gap = tl.fma(x, c, -reference)
     return reference, others, weighted * 0.6931471805599453, gap * 0.6931471805599453, x
 

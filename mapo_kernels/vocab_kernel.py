@@ -1,7 +1,7 @@
 """The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.rows_device import loses_digits, row_sums
+from mapo_kernels.rows_device import row_sums
 from mapo_kernels.rows_kernel import load_exponent, load_target
 
 
@@ -43,10 +43,6 @@ def share_kernel(
         reference, others, weighted, distance, own = row_sums(
             Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
         )
-        # Of coarse exponents the ranks' sums do not fit together: the row is NaN. The lowest number
-        # is no exponent: all columns here are -inf, and add nothing to those of the other ranks.
-        is_coarse = loses_digits(reference) & (reference != -3.4028234663852886e38)
-        others = tl.where(is_coarse, float("nan"), others)
     tl.store(Table + row, reference)
     tl.store(Table + n + row, others)
     tl.store(Table + 2 * n + row, distance)

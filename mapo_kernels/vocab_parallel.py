@@ -72,6 +72,9 @@ def merge_shares(
     gap = (gaps + distance).amax(0)
     others = row_sum((others * fade).t())
     logp, rest, total, entropy = twin.row_summary(others, others - 1.0, weighted, gap)
+    if powers_of_2:
+        # Beyond, exponents are too coarse to be merged: see `rows_device.loses_digits`.
+        logp = logp.where(reference.abs() <= 2.0**26, torch.nan)
     ids = rows.token_ids.reshape(-1)
     logp = logp.where((ids >= 0) & (ids < rows.share.vocab), torch.nan)
     table = torch.stack([logp, entropy, reference, total, rest][:columns])

@@ -138,6 +138,23 @@ def test_rows_that_lie_wholly_far_below_0(low, device):
     assert_close(equal.grad, flat.grad, 1e-6)
 
 
+@pytest.mark.parametrize("low", [-1e8, -1e10, -1e20, -1e30, -1e35, -LARGEST, -math.inf])
+def test_columns_far_below_the_others(low, device):
+    """As masks of a vocabulary write them: some threads of a kernel see nothing else."""
+    logits = torch.full((1, 2, 40), low)
+    logits[..., :3] = torch.tensor([1.0, 2.0, 3.0])
+    ids = torch.tensor([[0, 2]])
+    logp, entropy = mk.token_logprobs(logits.to(device), ids.to(device), return_entropy=True)
+    exact, exact_entropy = reference.token_logprobs(logits[..., :3].double(), ids)
+    assert_close(logp, exact, 1e-6)
+    assert_close(entropy, exact_entropy, 1e-6)
+    leaf = logits.to(device).requires_grad_()
+    mk.mapo_loss_from_logits(
+        leaf, ids.to(device), advantages=torch.ones(1).to(device)
+    ).loss.backward()
+    assert (leaf.grad[..., 3:] == 0).all() and leaf.grad.isfinite().all()
+
+
 def test_a_row_of_minus_infinity_has_no_log_prob(device):
     logits = torch.full((1, 2, 9), -math.inf, device=device)
     logits[0, 1, 3] = 0.0
