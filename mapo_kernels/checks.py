@@ -205,13 +205,12 @@ def check_advantages(
     """Validate advantages [B] or per token; `tokens` is None for as many as the device knows of."""
     check_constant("advantages", advantages, device)
     if tokens is None:
-        fits, per_token = advantages.dim() == 1, "[total]"
+        fits = advantages.dim() == 1
     else:
-        fits, per_token = (
-            tuple(advantages.shape) in ((n_sequences,), tuple(tokens)),
-            dims(tokens),
-        )
+        fits = tuple(advantages.shape) in ((n_sequences,), tuple(tokens))
     if not fits:
+        # Not before: sizes that torch.compile traces cannot be written down.
+        per_token = "[total]" if tokens is None else dims(tokens)
         raise ValueError(
             f"advantages: expected shape [{n_sequences}] (per sequence) or {per_token} (per "
             f"token), got {dims(advantages.shape)}"

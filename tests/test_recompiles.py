@@ -1,7 +1,8 @@
 """torch.compile makes two graphs of the eager backend: a static one, then one for every size.
 
-The static one is of the sizes that came first. Only a dimension of 1 has graphs of its own, which
-is torch's rule for every program, and so sizes here start at 2.
+The static one is of the sizes that came first. Torch gives sizes of 1 graphs of their own, in every
+program: here also a batch of one group, two sequences with `group_ids`, and a packed batch of as
+many tokens as sequences. Sizes below avoid them.
 """
 
 import pytest
@@ -12,18 +13,16 @@ import mapo_kernels as mk
 
 GROUP = 2
 VOCAB = 11
-SIZES = [(n, t) for n, t in zip(range(4, 44, 2), range(23, 3, -1), strict=True)]
+SIZES = list(zip(range(4, 44, 2), range(23, 3, -1), strict=True))
 # What varies from call to call: sequences, tokens of a sequence, or both.
 VARIED = {
     "sequences": [(n, 9) for n, _ in SIZES],
     "tokens": [(6, t) for _, t in SIZES],
     "both": SIZES,
 }
-SPECS = {
-    "token": mk.LossSpec(aggregation="seq-mean-token-mean"),
-    "norm": mk.LossSpec(aggregation="seq-mean-token-sum-norm", max_tokens=100),
-    "sequence": mk.LossSpec(importance_level="sequence", beta=0.1),
-}
+TOKEN = mk.LossSpec(aggregation="seq-mean-token-mean")
+NORM = mk.LossSpec(aggregation="seq-mean-token-sum-norm")
+SEQUENCE = mk.LossSpec(importance_level="sequence")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,7 @@ def check_two_graphs(function, calls):
 
 
 def tokens(n, length, packed):
-    """Boundaries (None if padded) and log-probs, old log-probs, reference and mask."""
+    """Boundaries (None if padded) and log-probs, old log-probs and mask."""
     bounds = None
     shape = (n, length)
     if packed:
@@ -66,79 +65,86 @@ def tokens(n, length, packed):
         bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         shape = (int(bounds[-1]),)
     logp = (-torch.rand(shape)).requires_grad_()
-    return bounds, logp, -torch.rand(shape), -torch.rand(shape), torch.rand(shape) < 0.8
+    return bounds, logp, -torch.rand(shape), torch.rand(shape) < 0.8
 
 
-def source(name, n):
-    """Where advantages come from."""
+def source(name, n, tokens=()):
+    """Where advantages of `n` sequences come from; `tokens` is the shape of theirs."""
     rewards = torch.rand(n)
     return {
         "advantages": {"advantages": torch.randn(n)},
+        "per_token": {"advantages": torch.randn(tokens), "normalizer": n + 0.5},
         "group_size": {"rewards": rewards, "group_size": GROUP},
         "group_ids": {"rewards": rewards, "group_ids": torch.randint(0, 3, (n,))},
         "success": {"rewards": rewards, "group_size": GROUP, "success": rewards > 0.5},
     }[name]
 
 
-@pytest.mark.parametrize("varied", VARIED)
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("where", ["advantages", "group_size", "group_ids", "success", "plan"])
-@pytest.mark.parametrize("spec", SPECS)
-def test_mapo_loss(spec, where, packed, varied):
-    def step(logp, old, ref, mask, bounds, given):
-        if where != "plan":
-            given = dict(given, mask=mask, cu_seqlens=bounds)
-        out = mk.mapo_loss(
-            logp * 1.5, old_logprobs=old, ref_logprobs=ref, spec=SPECS[spec], **given
-        )
+@pytest.mark.parametrize(
+    ("where", "layout", "varied", "spec"),
+    [
+        ("advantages", "padded", "sequences", TOKEN),
+        ("group_size", "padded", "tokens", NORM),
+        ("plan", "padded", "both", SEQUENCE),
+        ("plan", "packed", "both", SEQUENCE),
+        ("per_token", "packed", "both", mk.LossSpec()),
+    ],
+)
+def test_mapo_loss(where, layout, varied, spec):
+    def step(logp, old, given):
+        out = mk.mapo_loss(logp * 1.5, old_logprobs=old, spec=spec, **given)
         return out.loss, dict(out.metrics), out.advantages
 
     def calls():
         for n, length in VARIED[varied]:
-            bounds, logp, old, ref, mask = tokens(n, length, packed)
+            bounds, logp, old, mask = tokens(n, length, layout == "packed")
+            given = {"mask": mask, "cu_seqlens": bounds}
+            given |= source("success" if where == "plan" else where, n, logp.shape)
             if where == "plan":
-                given = source("group_size", n)
-                plan = mk.make_plan(mask=mask, cu_seqlens=bounds, spec=SPECS[spec], **given)
-                given = {"plan": plan}
-            else:
-                given = source(where, n)
-            yield logp, old, ref, mask, bounds, given
+                given = {"plan": mk.make_plan(spec=spec, **given)}
+            yield logp, old, given
 
     check_two_graphs(step, calls())
 
 
-@pytest.mark.parametrize("where", ["group_size", "group_ids", "success"])
+@pytest.mark.parametrize("where", ["success", "group_ids"])
 def test_group_advantages(where):
     def step(given):
         return (mk.group_advantages(**given),)
 
-    check_two_graphs(step, ((source(where, n),) for n in range(4, 44, 2)))
+    check_two_graphs(step, ((source(where, n),) for n, _ in SIZES))
 
 
-@pytest.mark.parametrize("varied", VARIED)
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("where", ["advantages", "group_size", "group_ids"])
-@pytest.mark.parametrize("spec", SPECS)
-def test_from_logits(spec, where, packed, varied):
-    def step(logits, ids, old, ref, mask, bounds, given):
-        scored = mk.token_logprobs(logits, ids, mask=mask, temperature=0.7)
-        out = mk.mapo_loss_from_logits(
-            logits * 1.5,
-            ids,
-            old_logprobs=old,
-            ref_logprobs=ref,
-            mask=mask,
-            cu_seqlens=bounds,
-            spec=SPECS[spec],
-            **given,
-        )
-        return out.loss, dict(out.metrics), out.advantages, scored
+def rows(n, length, packed):
+    """What `tokens` makes, and logits and token ids."""
+    bounds, logp, old, mask = tokens(n, length, packed)
+    logits = torch.randn(*logp.shape, VOCAB, requires_grad=True)
+    return logits, torch.randint(0, VOCAB, logp.shape), old, mask, bounds
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_from_logits(layout):
+    def step(logits, ids, old, given):
+        out = mk.mapo_loss_from_logits(logits * 1.5, ids, old_logprobs=old, **given)
+        return out.loss, dict(out.metrics), out.advantages
 
     def calls():
-        for n, length in VARIED[varied]:
-            bounds, logp, old, ref, mask = tokens(n, length, packed)
-            logits = torch.randn(*logp.shape, VOCAB, requires_grad=True)
-            ids = torch.randint(0, VOCAB, logp.shape)
-            yield logits, ids, old, ref, mask, bounds, source(where, n)
+        for n, length in SIZES:
+            logits, ids, old, mask, bounds = rows(n, length, layout == "packed")
+            given = {"mask": mask, "cu_seqlens": bounds} | source("advantages", n)
+            yield logits, ids, old, given
+
+    check_two_graphs(step, calls())
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_token_logprobs(layout):
+    def step(logits, ids, mask):
+        return mk.token_logprobs(logits, ids, mask=mask, temperature=0.7, return_entropy=True)
+
+    def calls():
+        for n, length in SIZES:
+            logits, ids, _, mask, _ = rows(n, length, layout == "packed")
+            yield logits.detach(), ids, mask
 
     check_two_graphs(step, calls())
