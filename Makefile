@@ -31,7 +31,8 @@ demo: $(DEMO_VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto $(TEST_ARGS)
 
-# Random cases with fresh seeds for ten minutes of one core, where `make test` has the same few.
+# Random cases for ten minutes, where `make test` has the first few. With fresh seeds, by hand:
+#   MAPO_KERNELS_PROPERTY_MINUTES=30 make test-full
 test-full: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto tests/property $(TEST_ARGS)
 
