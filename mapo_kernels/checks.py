@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, require_dtype, signed
+from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, comparable, require_dtype, signed
 from mapo_kernels.inputs import GroupInputs, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
@@ -118,9 +118,7 @@ def check_groups(
         check_shape("success", success, rewards.shape, "one flag per reward")
         if success.dtype != torch.bool:
             raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
-    # A bool has no sign for the kernel to take; 0 and 1 are what is meant.
-    rewards = rewards.to(torch.uint8) if rewards.dtype == torch.bool else rewards
-    return GroupInputs(rewards, group_size or 0, group_ids, success)
+    return GroupInputs(comparable(rewards), group_size or 0, group_ids, success)
 
 
 def check_group_count(n_rows: int, group_size: int) -> None:

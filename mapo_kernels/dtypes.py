@@ -19,6 +19,14 @@ _KINDS = {
     NUMBER: FLOATS + INTEGERS,
     REAL: FLOATS + INTEGERS + (torch.bool,),
 }
+# A bool has no sign that a kernel could take, and torch compares no unsigned integers of more than
+# a byte. All but uint64 are exact.
+_COMPARABLE = {
+    torch.bool: torch.uint8,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.float32,
+}
 
 
 def require_dtype(name: str, x: torch.Tensor, kind: str) -> None:
@@ -26,6 +34,11 @@ def require_dtype(name: str, x: torch.Tensor, kind: str) -> None:
     if x.dtype not in _KINDS[kind]:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
         raise TypeError(f"{name}: expected {kind} ({accepted}), got {x.dtype}")
+
+
+def comparable(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards of a real dtype in one that kernels and torch compare with a threshold."""
+    return rewards.to(_COMPARABLE.get(rewards.dtype, rewards.dtype))
 
 
 def signed(ids: torch.Tensor) -> torch.Tensor:
