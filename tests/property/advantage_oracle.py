@@ -1,7 +1,7 @@
 """What group advantages should be, from `reference/` in float64, and how exactly they can."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from cases import Groups
@@ -11,6 +11,7 @@ import reference
 
 STATS = tuple(f.name for f in fields(reference.GroupStats))
 _LARGE = 1e100
+_SETTINGS = ("estimator", "certainty", "std_correction", "apd")
 
 
 @dataclass
@@ -51,28 +52,26 @@ def successes(groups: Groups) -> Tensor:
 def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     """Advantages and statistics of rewards that are first rounded to `dtype`."""
     spec, r = groups.spec, groups.rewards.to(dtype).double()
-    finite = r.isfinite()
-    # Squares of the largest float64 numbers are none: a power of 2 is taken out, of eps as well.
-    largest = float(r[finite].abs().max()) if finite.any() else 0.0
-    unit = 2.0 ** (math.frexp(largest)[1]) if largest > _LARGE else 1.0
-    settings = {k: getattr(spec, k) for k in spec.__dataclass_fields__ if k != "success_threshold"}
-    in_units = spec.estimator in ("mean", "rloo")
-    settings |= {"eps": spec.eps / unit, "max_abs": None}
-    A, by_id = reference.group_advantages(
-        r / unit, groups.ids, success=successes(groups), **settings
-    )
-    A = A * unit if in_units else A
+    succeeded, in_units = successes(groups), spec.estimator in ("mean", "rloo")
+    A, scale, table, sizes = torch.zeros_like(r), torch.zeros_like(r), [], []
+    for i in groups.ids.unique():
+        rows = groups.ids == i
+        finite = rows & r.isfinite()
+        sizes.append(float(r[finite].abs().max()) if finite.any() else 0.0)
+        # Squares of the largest float64 numbers are none: a power of 2 is taken out, of eps too.
+        unit = 2.0 ** (math.frexp(sizes[-1])[1] - 1) if sizes[-1] > _LARGE else 1.0
+        settings = {k: getattr(spec, k) for k in _SETTINGS} | {"eps": spec.eps / unit}
+        own, stats = reference.group_advantages(
+            r[rows] / unit, groups.ids[rows], success=succeeded[rows], **settings
+        )
+        A[rows] = own * unit if in_units else own
+        scale[finite] = _scale(r[finite] / unit, spec, unit, dtype) * (unit if in_units else 1.0)
+        (found,) = stats.values()
+        found = replace(found, mean=found.mean * unit, std=found.std * unit)
+        table.append([getattr(found, name) for name in STATS])
     A = A if spec.max_abs is None else A.clamp(-spec.max_abs, spec.max_abs)
-    table = [[getattr(by_id[i], name) for name in STATS] for i in sorted(by_id)]
     stats = dict(zip(STATS, torch.tensor(table, dtype=torch.float64).T, strict=True))
-    scale, size = torch.zeros_like(r), torch.zeros(len(by_id), dtype=torch.float64)
-    for k, i in enumerate(sorted(by_id)):
-        rows = (groups.ids == i) & finite
-        if rows.any():
-            scale[rows] = _scale(r[rows] / unit, spec, unit, dtype) * (unit if in_units else 1.0)
-            size[k] = r[rows].abs().max()
-    stats["mean"], stats["std"] = stats["mean"] * unit, stats["std"] * unit
-    ones = torch.ones_like(size)
+    size, ones = torch.tensor(sizes, dtype=torch.float64), torch.ones(len(sizes)).double()
     stats_scale = {"mean": size, "std": size, "success_ratio": ones, "certainty": 4 * ones}
     return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats))
 

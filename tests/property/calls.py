@@ -231,16 +231,20 @@ def exact_of(batch: Batch, advantages: Tensor | None) -> Exact:
     return exact_results(batch, batch.advantages if batch.groups is None else advantages)
 
 
+def representable(exact: Tensor, dtype) -> Tensor:
+    """Which of some exact numbers a dtype can hold."""
+    return exact.abs() < 0.999 * torch.finfo(dtype).max
+
+
 def check_advantages(groups: Groups, found: Tensor, dtype=None) -> ExactAdvantages:
     """Hold advantages [B] of a loss whose input has `dtype` (None: of none) against the oracle."""
     own = statistics_dtype(groups.rewards, dtype)
     exact = exact_advantages(groups, own)
     assert found.shape == exact.advantages.shape and not found.requires_grad
     assert found.dtype == own
-    fits = exact.advantages.abs() < 0.999 * torch.finfo(own).max
-    assert_within(
-        "advantages", found[fits], exact.advantages[fits], exact.scale[fits], TOLERANCES[own]
-    )
+    fits = representable(exact.advantages, own)
+    scale = exact.scale[fits]
+    assert_within("advantages", found[fits], exact.advantages[fits], scale, TOLERANCES[own])
     # No signal is exactly 0, not noise.
     assert (found[exact.scale == 0] == 0).all()
     return exact

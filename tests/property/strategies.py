@@ -36,7 +36,7 @@ def advantage_specs(draw):
         certainty=draw(st.sampled_from(CERTAINTIES) | one_of(0, 0.0, 0.3, 1.0)),
         success_threshold=draw(one_of(1.0, 1, 0.9, 0.5, 0.0, -1.0, 1e9 + 1)),
         std_correction=draw(one_of(1, 0)),
-        eps=draw(one_of(1e-6, 1e-4, 1e-12, 1.0)),
+        eps=draw(one_of(1e-6, 1e-4, 1e-30, 1.0)),
         apd=draw(one_of("bounded", "paper")),
         max_abs=draw(one_of(None, 0.5, 3)),
     )
@@ -89,7 +89,7 @@ def _reward_kinds(dtype, tame):
             one_of(0.0, 1e20, 1e30, -1e20, 1.9e19) if top > 1e30 else one_of(6e4, 0.0),
             one_of(top, 0.0, top / 2),
             one_of(-top, top, 1.0),
-            one_of(0.0, 1e-10, 2e-10, 1e-25) if top > 1e30 else one_of(0.0, 1e-7),
+            one_of(0.0, 1e-10, 2e-10, 1e-15) if top > 1e30 else one_of(0.0, 1e-7),
         ]
     return kinds
 
