@@ -16,7 +16,6 @@ import torch
 from mapo_kernels import twin
 from mapo_kernels._triton import on_device_of, registers, triton
 from mapo_kernels.advantages_kernel import Rewards, advantages_kernel
-from mapo_kernels.dtypes import signed
 from mapo_kernels.inputs import GroupInputs, replaced
 from mapo_kernels.spec import AdvantageSpec
 from mapo_kernels.sums import row_sum
@@ -123,8 +122,6 @@ def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
     rewards, success = groups.rewards, groups.success
     if groups.wide or rewards.dtype in _NARROW:
         return groups
-    # Torch does not compare unsigned integers of more than 8 bits.
-    rewards = signed(rewards)
     if success is None:
         threshold: float | int = spec.success_threshold
         if not rewards.dtype.is_floating_point:
