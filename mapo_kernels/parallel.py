@@ -245,7 +245,7 @@ def _own_rows(headers: list[list[int]], process_group: dist.ProcessGroup) -> sli
 
 
 def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
-    """Tokens or sequences of all ranks per rank, [] float32; NaN where a rank was called otherwise.
+    """Tokens or sequences of all ranks per rank, [] float64; NaN where a rank was called otherwise.
 
     Ranks that agreed once do not read each other's settings again: the loss says it, by being NaN.
     """
@@ -254,7 +254,7 @@ def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
     counts = table[:, _COUNTS.index(name)]
     first, last = len(_COUNTS), len(_COUNTS) + len(call.settings(None))
     agree = (table[:, first:last] == table[0, first:last]).all()
-    return (counts.sum().double() / table.shape[0]).float().where(agree, float("nan"))
+    return (counts.sum().double() / table.shape[0]).where(agree, float("nan"))
 
 
 class Shared(NamedTuple):
@@ -263,7 +263,7 @@ class Shared(NamedTuple):
     Attributes:
         signal: of this rank's sequences, from the groups of all ranks; None without rewards.
         narrow: the same with float32 statistics, where those of `signal` are float64.
-        normalizer: [] float32 if one of all ranks was asked for, else None.
+        normalizer: [] float64 if one of all ranks was asked for, else None.
     """
 
     signal: Signal | None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mapo_kernels import checks, ops, parallel
-from mapo_kernels.advantages import Signal, never_successful, result_dtype, warn_of_threshold
+from mapo_kernels.advantages import Signal, never_successful, warn_of_threshold
 from mapo_kernels.agreement import group_ranks
 from mapo_kernels.inputs import GroupInputs, TokenInputs
 from mapo_kernels.keywords import names_checked
@@ -30,7 +30,7 @@ class Plan:
             `narrow` is what a float32 loss takes.
         mask: [B, T] or [total], nonzero where a token counts; None if all of a packed batch do.
         cu_seqlens: [B + 1] if packed, else None.
-        normalizer: [] in the dtype of the advantages' statistics, the batch's denominator: its
+        normalizer: [] float64, as a loss of any dtype may take it, the batch's denominator: its
             tokens for `token-mean`, else its sequences. Micro-batches share it, so their losses add
             up to the loss of the batch. Of all ranks and per rank with `normalizer="global"`: then
             the mean over ranks of what adds up on each is the loss of the whole batch.
@@ -242,8 +242,7 @@ def make_plan(
     if signal is None:
         assert advantages is not None
         signal = Signal(advantages)
-    dtype = result_dtype(signal.advantages)
-    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, dtype, device)
+    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
     source = Source(signal.advantages, narrow, per_token)
     never = never_successful(advantage_spec, success, signal.metrics)
     counts, bounds, has_no_success = _count_live(source, mask, cu_seqlens, spec, never)
@@ -342,10 +341,10 @@ def _denominator(
     cu_seqlens: torch.Tensor | None,
     n_sequences: int,
     spec: LossSpec,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """The batch's denominator []: as given, or its tokens, or its sequences."""
+    """The batch's denominator [] float64: as given, or its tokens, or its sequences."""
+    dtype = torch.float64
     if normalizer is not None:
         return torch.as_tensor(normalizer, dtype=dtype, device=device)
     if spec.aggregation != "token-mean":

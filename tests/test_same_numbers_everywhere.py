@@ -173,6 +173,19 @@ def test_a_plan_counts_no_token_outside_every_sequence(device):
     assert mk.mapo_loss(logp, plan=plan).loss == loss
 
 
+def test_a_plan_has_the_denominator_of_a_float64_loss(device):
+    dtype = torch.float64 if mk.resolve_backend(device.type, True) == "eager" else torch.float32
+    logp = torch.zeros(1, 1, dtype=dtype, device=device)
+    given = {
+        "advantages": torch.ones(1, device=device),
+        "mask": torch.ones(1, 1, device=device),
+        "normalizer": 3.7,
+    }
+    loss = mk.mapo_loss(logp, **given).loss
+    assert mk.mapo_loss(logp, plan=mk.make_plan(**given)).loss == loss
+    assert loss == torch.tensor(-1.0, dtype=dtype) / 3.7
+
+
 def test_a_kernel_that_fails_leaves_the_next_loss_alone(monkeypatch):
     if not interprets():
         pytest.skip("only the interpreter stops in the middle of a grid and goes on living")

@@ -139,7 +139,7 @@ def _advantages(draw, batch, numbers, with_rewards):
 @st.composite
 def _frames(draw, device, with_entropy, with_rewards=True, packed=None):
     """A batch without its numbers, and where they come from."""
-    layout = draw(layouts(packed=packed))
+    layout = draw(layouts(device, packed=packed))
     batch = Batch(
         layout=layout,
         spec=draw(loss_specs(with_entropy, layout.packed)),

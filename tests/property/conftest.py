@@ -1,6 +1,7 @@
 import pytest
 from backends import HAS_GPU, INTERPRETS
 from search import Search, minutes
+from strategies import is_interpreted
 
 RUNS = {"eager": True, "interpreter": INTERPRETS, "gpu": HAS_GPU}
 
@@ -14,9 +15,6 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def search(request, device):
     """Looks for a counterexample of a property on `device`: see `search.Search`."""
-    import mapo_kernels
-
-    is_slow = device.type == "cpu" and mapo_kernels.resolve_backend("cpu") == "triton"
     total = minutes()
     seconds = None if total is None else 60 * total / request.config.n_searches
-    return Search(request.node.nodeid, seconds, is_slow)
+    return Search(request.node.nodeid, seconds, is_interpreted(device))

@@ -64,16 +64,20 @@ class Search:
     def __call__(self, check, strategy, examples=40):
         """Search for a draw from `strategy` that makes `check` fail."""
 
-        def property_of(drawn):
-            check(drawn)
+        def given():
+            # hypothesis takes one seed and one set of settings for each.
+            def property_of(drawn):
+                check(drawn)
 
-        given = hypothesis.given(strategy)(property_of)
+            return hypothesis.given(strategy)(property_of)
+
         if BLOB in os.environ:
             blob = os.environ[BLOB].encode()
-            hypothesis.reproduce_failure(hypothesis.__version__, blob)(settings(**_COMMON)(given))()
+            once = settings(**_COMMON)(given())
+            hypothesis.reproduce_failure(hypothesis.__version__, blob)(once)()
         elif self.seconds is None:
             number = max(2, examples // _INTERPRETER_SHARE) if self.is_slow else examples
-            settings(max_examples=number, derandomize=True, **_COMMON)(given)()
+            settings(max_examples=number, derandomize=True, **_COMMON)(given())()
         else:
             self._until_the_time_is_over(given, examples)
 
@@ -83,7 +87,7 @@ class Search:
         number = examples if self.is_slow else 4 * examples
         while True:
             # Each round has new examples, and hypothesis' own memory does not grow over hours.
-            seeded = hypothesis.seed(source.getrandbits(64))(given)
+            seeded = hypothesis.seed(source.getrandbits(64))(given())
             try:
                 settings(max_examples=number, **_COMMON)(seeded)()
             except Exception as error:

@@ -37,6 +37,11 @@ def threads():
     torch.set_num_threads(before)
 
 
+def threads_of(search):
+    """Numbers of threads to try; the interpreter has one, whatever torch does."""
+    return (1,) if search.is_slow else (1, 2)
+
+
 @st.composite
 def twice_poisoned(draw, device):
     """A batch, and the same batch with other garbage where nothing is read."""
@@ -54,7 +59,7 @@ def test_what_is_masked_may_be_anything(device, search):
 
 def test_runs_are_bitwise_equal_on_any_number_of_threads(device, search, threads):
     def check(batch):
-        for number in (1, 2):
+        for number in threads_of(search):
             threads(number)
             first = run(batch, device)
             assert_bitwise(first, run(batch, device))
@@ -113,7 +118,7 @@ def check_company(batch, chosen, device):
 
 def test_a_sequence_alone_equals_the_sequence_in_a_batch(device, search, threads):
     def check(company):
-        for number in (1, 2):
+        for number in threads_of(search):
             threads(number)
             check_company(company.batch, company.chosen, device)
 
@@ -161,7 +166,7 @@ def scored(batch, device):
 
 def test_scored_log_probs_are_those_inside_the_loss(device, search, threads):
     def check(batch):
-        for number in (1, 2):
+        for number in threads_of(search):
             threads(number)
             tensors = batch.tensors | {"old_logprobs": scored(batch, device)}
             # The last bit is a matter of the layout in memory, which a copy may change.
