@@ -160,7 +160,9 @@ def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return order, starts, index
 
 
-def empty_advantages(groups: GroupInputs, want_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised advantages [B] and statistics table [7, Q] ([0, Q] if not wanted)."""
     n_rows = groups.rewards.shape[0]
     n_groups = n_rows // groups.group_size if groups.group_ids is None else n_rows
@@ -172,8 +174,11 @@ def empty_advantages(groups: GroupInputs, want_stats: bool) -> tuple[torch.Tenso
 
 
 def launch_advantages(
-    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    groups: GroupInputs,
+    spec: AdvantageSpec,
+    want_stats: bool,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     """What `eager_advantages` computes, in one launch (ids of a large batch are sorted before)."""
     n_rows = groups.rewards.shape[0]
     ids = order = starts = None
@@ -187,7 +192,7 @@ def launch_advantages(
     else:
         n_groups, tile, block_g = n_rows, 16, 64
         order, starts, _ = order_by_group(groups.group_ids)
-    advantages, table = empty_advantages(groups, want_stats)
+    advantages, table = out
     with on_device_of(advantages):
         advantages_kernel[(triton.cdiv(n_groups, tile),)](
             Rewards(
@@ -209,7 +214,6 @@ def launch_advantages(
             # Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
             **registers(128),
         )
-    return advantages, table
 
 
 class _Groups:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import linear, ops, ops_logits
+from mapo_kernels import linear, ops
 from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -73,7 +73,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         """Loss, results and advantages; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
         place = logits if inplace else None
-        out = ops_logits.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
+        out = ops.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
         if need_grad:
             if out.grad is logits:
                 _note_write(logits)
@@ -91,7 +91,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         _once(ctx)
         (grad,) = ctx.saved_tensors
         grad = grad.detach()
-        ops_logits.rescale(grad, upstream)
+        ops.rescale(grad, upstream)
         _note_write(grad)
         return grad, None, None, None, None, None
 
@@ -164,7 +164,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
             _once(ctx)
             for i, kept in enumerate(ctx.saved_tensors):
                 if kept is not None:
-                    ops_logits.rescale(kept if kept.dim() > 1 else kept[None], upstream)
+                    ops.rescale(kept if kept.dim() > 1 else kept[None], upstream)
                     _note_write(kept)
                     grads[i] = kept.to(ctx.dtypes[i])
         return (*grads, None, None, None, None, None)

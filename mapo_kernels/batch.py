@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mapo_kernels.formula import GroupMetrics, TokenMetrics
-from mapo_kernels.spec import LossSpec
+from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
 def replaced(x: Any, **changes: Any) -> Any:
@@ -145,7 +145,13 @@ class KnownMetrics(NamedTuple):
     ranks: tuple[int, ...] | None = None
 
 
-def empty_results(logprobs: torch.Tensor, inputs: Batch, need_grad: bool) -> TokenResults:
+def empty_results(
+    logprobs: torch.Tensor,
+    inputs: Batch,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+) -> TokenResults:
     """Uninitialised float32 results of the right shapes."""
     n_sequences = inputs.n_sequences(logprobs) if inputs.groups is not None else 0
     # Not empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import ops, ops_logits, vocab_parallel
+from mapo_kernels import ops, vocab_parallel
 from mapo_kernels.batch import (
     RESULTS,
     SLOTS,
@@ -287,7 +287,7 @@ def _token_level(
         rows = rows._replace(token_ids=rows.token_ids[:, None])
         logits = head.logits(hidden)
         place = head.place(logits)
-        result = ops_logits.logits_loss(
+        result = ops.logits_loss(
             logits[:, None], rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
         )
         found.append(torch.cat([result.loss.reshape(1), result.results]))
@@ -338,7 +338,7 @@ def _in_two_passes(
     for chosen, into, hidden, rows in chunks:
         logits = head.logits(hidden)
         place = head.place(logits)
-        ops_logits.row_gradient(
+        ops.row_gradient(
             logits,
             rows,
             None,
@@ -354,11 +354,11 @@ def _in_two_passes(
 
 
 def _score(chunks: _Chunks, head: _Head, n: int, columns: int) -> torch.Tensor:
-    """Table [columns, n] of `ops_logits.score_rows`, 0 at rows that are not live."""
+    """Table [columns, n] of `ops.score_rows`, 0 at rows that are not live."""
     table = head.weight.new_zeros((columns, n), dtype=result_dtype(head.weight))
     for chosen, _, hidden, rows in chunks:
         logits = head.logits(hidden)
-        table.index_copy_(1, chosen, ops_logits.score_rows(logits, rows, None, columns))
+        table.index_copy_(1, chosen, ops.score_rows(logits, rows, None, columns))
         del logits
     return table
 

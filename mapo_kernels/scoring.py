@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, checks_head, checks_rows, linear, ops_logits, vocab_parallel
+from mapo_kernels import checks, checks_head, checks_rows, linear, ops, vocab_parallel
 from mapo_kernels.backend import resolve_backend
 from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.keywords import names_checked
@@ -59,7 +59,7 @@ def token_logprobs(
     checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
     with torch.no_grad():
         rows = RowInputs(token_ids, temperature, share)
-        table = ops_logits.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
+        table = ops.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
 

@@ -109,6 +109,7 @@ def eager_token_loss(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
+    out: None = None,
 ) -> TokenResults:
     """What the token loss kernel computes; see `TokenResults` for what comes back."""
     dtype = result_dtype(logprobs)

@@ -51,7 +51,7 @@ def merge_shares(
     columns: int,
     powers_of_2: bool,
 ) -> torch.Tensor:
-    """Table [columns, n] of `ops_logits.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
+    """Table [columns, n] of `ops.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
 
     A rank's sums are the first of (reference, others, gap, weighted): the largest of its tempered
     logits, and what `formula.row_summary` takes, relative to that. So the others of a target are

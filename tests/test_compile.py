@@ -5,6 +5,9 @@ import torch
 from support import assert_close, make_batch, make_logits
 
 import mapo_kernels as mk
+from mapo_kernels import advantages, logits, tokens
+from mapo_kernels.batch import Batch, GroupInputs, RowInputs, empty_results
+from mapo_kernels.door import packed
 
 
 def step(logp, old, mask, rewards, ids, ref):
@@ -84,27 +87,27 @@ def test_metrics_of_a_compiled_loss(device):
     assert isinstance(found, mk.Metrics) == (version >= (2, 11))
 
 
+def assert_sound(launch, arguments, out):
+    """What `torch.library.opcheck` asks of an operator: schema, tracing, gradients."""
+    operator = getattr(torch.ops.mapo_kernels, launch.__name__.removeprefix("launch_"))
+    torch.library.opcheck(operator.default, packed(arguments, out))
+
+
 def test_operators_are_sound(device):
     if mk.resolve_backend(device.type) != "triton":
         pytest.skip("the eager backend has no operators")
     rewards = torch.rand(12, device=device)
-    packed = mk.AdvantageSpec().pack()
+    groups = GroupInputs(rewards, 4)
     for want_stats in (False, True):
-        torch.library.opcheck(
-            torch.ops.mapo_kernels.group_advantages.default,
-            (rewards, 4, None, None, want_stats, *packed),
-        )
+        given = (groups, mk.AdvantageSpec(), want_stats)
+        assert_sound(advantages.launch_advantages, given, advantages.empty_advantages(*given))
     logp, old, mask, _, _, ref = arguments(device)
-    torch.library.opcheck(
-        torch.ops.mapo_kernels.token_loss.default,
-        (logp.detach(), old, ref, None, None, None, None, mask, None, False, None, None, 0.0)
-        + (rewards, 4, None, None, True, *SPEC.pack(), *packed),
-    )
-    results = torch.rand(16, device=device)
-    torch.library.opcheck(
-        torch.ops.mapo_kernels.scale_gradient.default,
-        (torch.rand(5, 3, device=device), results[0].clone(), results, torch.bfloat16),
-    )
+    batch = Batch(old, ref, mask=mask, groups=groups)
+    given = (logp.detach(), batch, SPEC, mk.AdvantageSpec(), True)
+    assert_sound(tokens.launch_token_loss, given, empty_results(*given))
+    results, grad = torch.rand(16, device=device), torch.rand(5, 3, device=device)
+    given = (grad, results[0].clone(), results, torch.bfloat16)
+    assert_sound(tokens.launch_scale, given, grad.bfloat16())
 
 
 @pytest.mark.gpu
@@ -230,22 +233,17 @@ def test_fullgraph_from_logits(dynamic, level, inplace, device):
 def test_operators_on_logits_are_sound(device):
     if mk.resolve_backend(device.type) != "triton":
         pytest.skip("the eager backend has no operators")
-    logits, ids, old, mask, rewards = logits_arguments(device)
-    logits = logits.detach()
-    operators = torch.ops.mapo_kernels
-    given = (logits, ids, None, 0.9)
-    torch.library.opcheck(operators.score_rows.default, (*given, mask, 5))
-    table = operators.score_rows(*given, mask, 5)
+    x, ids, old, mask, rewards = logits_arguments(device)
+    x, rows = x.detach(), RowInputs(ids, 0.9)
+    given = (x, rows, mask, 5)
+    table = logits.empty_scores(*given)
+    assert_sound(logits.launch_scores, given, table)
+    logits.launch_scores(*given, table)
     slope, results = torch.rand(4, 3, device=device), torch.rand(16, device=device)
-    torch.library.opcheck(
-        operators.row_gradient.default, (*given, mask, table, slope, None, results)
-    )
-    spec = mk.LossSpec(entropy_coef=0.1)
-    torch.library.opcheck(
-        operators.logits_loss.default,
-        (*given, old, None, None, None, None, None, mask, None, False, None, None, 0.0)
-        + (rewards, 2, None, None, True, *spec.pack(), *mk.AdvantageSpec().pack()),
-    )
-    torch.library.opcheck(
-        operators.rescale.default, (torch.rand(4, 3, 40, device=device), results[0].clone())
-    )
+    given = (x, rows, mask, table, slope, None, results)
+    assert_sound(logits.launch_gradient, given, torch.empty_like(x))
+    batch = Batch(old, mask=mask, groups=GroupInputs(rewards, 2))
+    given = (x, rows, batch, mk.LossSpec(entropy_coef=0.1), mk.AdvantageSpec(), True)
+    assert_sound(logits.launch_logits_loss, given, logits.empty_loss(*given))
+    grad = torch.rand(4, 3, 40, device=device)
+    assert_sound(logits.launch_rescale, (results[0].clone(),), grad)
