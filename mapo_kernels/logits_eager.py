@@ -90,7 +90,7 @@ def eager_shares(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int, out: None = None
 ) -> torch.Tensor:
     """What `launch_shares` computes, but for the unit of the references: nats."""
-    return _tabulate(logits, rows, mask, columns, columns > 3, lambda sums, known: sums)
+    return _tabulate(logits, rows, mask, columns, columns > 3, _shares)
 
 
 def _tabulate(
@@ -149,6 +149,12 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
         rows = powers[rare]
         tail[rare] = row_sum(rows.masked_fill_(rows == 1.0, 0.0))
     return tail
+
+
+def _shares(sums: _Sums, known: torch.Tensor) -> _Sums:
+    """Reference, the others' sum, gap of the target, entropy of the others."""
+    top, others, gap, weighted, tail = sums
+    return top, others, gap, twin.others_entropy(others, tail, weighted, gap)
 
 
 def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:

@@ -7,8 +7,11 @@ import pytest
 import torch
 import vocab_ranks as ranks
 from spawn import run_ranks
+from test_extreme_inputs import exact_scores
 
+from mapo_kernels import ops_logits, vocab_parallel
 from mapo_kernels._triton import HAS_TRITON, interprets
+from mapo_kernels.inputs import RowInputs, VocabShare
 from mapo_kernels.linear import _GPU_CHUNK
 
 # Bytes in which a rank says how it was called.
@@ -31,6 +34,43 @@ JOBS = [ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_toke
 def test_ranks_equal_one_process(job, world):
     size, backend = world
     run_ranks(size, job, backend)
+
+
+def merged_scores(monkeypatch, logits, ids, sizes, columns=2):
+    """Log-probs and entropies of rows [n, V] from shares of these sizes, in one process."""
+    shares = []
+
+    def stop(x, share):
+        shares.append(x)
+        return torch.stack(shares) if len(shares) == len(sizes) else x.expand(len(sizes), *x.shape)
+
+    monkeypatch.setattr(vocab_parallel, "gather", stop)
+    for rank, part in enumerate(logits.split(sizes, -1)):
+        rows = RowInputs(ids, 1.0, VocabShare(None, rank, sizes))
+        table = ops_logits.score_rows(part.contiguous(), rows, None, columns)
+    return table.cpu().double()
+
+
+@pytest.mark.parametrize("sizes", [(64, 56), (8, 90, 22), (1, 110, 9)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, -100.3])
+def test_entropy_of_a_row_that_is_certain_of_another_token(offset, sizes, device, monkeypatch):
+    """Wherever the token and its rivals lie, and where two of them share the row, too."""
+    low = -1e20 if offset == 0 else offset - 200.0
+    tops = {7: 0.0, 110: -16.0, 119: -32.0, 0: -20.0}
+    near = {7: 0.0, 110: -0.4, 20: -20.0, 119: -24.0}
+    cases = [(tops, token) for token in (*tops, 50)] + [(near, token) for token in (*near, 50)]
+    logits = torch.full((len(cases), 120), low)
+    for row, (columns, _) in zip(logits, cases, strict=True):
+        for column, below in columns.items():
+            row[column] = offset + below
+    ids = torch.tensor([token for _, token in cases])
+    table = merged_scores(monkeypatch, logits.to(device), ids.to(device), sizes)
+    exact = [exact_scores(row, int(token)) for row, token in zip(logits, ids, strict=True)]
+    exact = torch.tensor(exact, dtype=torch.float64).t()
+    # A rounding of an exponent shows in its power that many times.
+    torch.testing.assert_close(table, exact, rtol=max(2e-6, abs(offset) * 1.2e-7), atol=0)
+    alone = merged_scores(monkeypatch, logits.to(device), ids.to(device), sizes, columns=1)
+    assert torch.equal(alone[0], table[0])
 
 
 @pytest.mark.gpu
