@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mapo_kernels.formula import GroupMetrics, TokenMetrics
+from mapo_kernels.spec import LossSpec
+
 
 def replaced(x: Any, **changes: Any) -> Any:
     """The named tuple `x` with some fields changed: `_replace` as every torch.compile can trace."""
@@ -85,6 +88,15 @@ class TokenInputs(NamedTuple):
         some: dict[str, Any] = {k: None if x is None else x[rows] for k, x in tensors}
         return self._replace(**some)
 
+    def denominator(self, spec: LossSpec, n_sequences: int) -> torch.Tensor | float | None:
+        """What the batch's loss is divided by; None where its valid tokens are to be counted.
+
+        The one place that knows, but for `formula.loss_denominator`, which guards it.
+        """
+        if self.normalizer is not None:
+            return self.normalizer
+        return None if spec.how.denominator == "tokens" else float(n_sequences)
+
     def n_sequences(self, logprobs: torch.Tensor) -> int:
         """Number B of sequences in a batch with these log-probs."""
         return logprobs.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
@@ -109,25 +121,16 @@ class TokenResults(NamedTuple):
 # Slots of the result vector, in the order in which the kernel keeps its sums (there, slot 0 sums
 # the loss). `gradient_scale` is 1 over the batch's denominator; a group is active if one of its
 # rewards is finite.
+GROUP_METRICS = GroupMetrics._fields
 RESULTS = (
     "gradient_scale",
     "active_tokens",
     "scored_tokens",
-    "clip_fraction_low",
-    "clip_fraction_high",
-    "ratio_mean",
-    "approx_kl",
-    "ref_kl",
-    "entropy",
-    "ratio_max",
-    "success_ratio_mean",
-    "lambda_mean",
-    "zero_advantage_groups",
-    "nonfinite_rewards",
-    "active_groups",
+    *TokenMetrics._fields,
+    *GROUP_METRICS,
 )
-GROUP_METRICS = RESULTS[10:]
-SLOTS = 16
+# Kernels keep them in a block, whose size is a power of 2.
+SLOTS = 1 << (len(RESULTS) - 1).bit_length()
 
 
 class KnownMetrics(NamedTuple):

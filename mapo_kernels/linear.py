@@ -15,6 +15,7 @@ import torch
 
 from mapo_kernels import ops, ops_logits, vocab_parallel
 from mapo_kernels.advantages import result_dtype
+from mapo_kernels.formula import LARGEST
 from mapo_kernels.inputs import (
     RESULTS,
     SLOTS,
@@ -281,7 +282,7 @@ def _token_level(
     active = layout.live.sum().to(out.loss.dtype)
     denominator = denominator_of(inputs, spec, layout.n_sequences, active)
     weights = inputs.loss_weights
-    if spec.aggregation in ("seq-mean-token-mean", "seq-mean-token-sum-norm"):
+    if spec.how.divisor != "one":
         per_sequence = 1.0 / length_weight(layout, spec, shape[-1]).to(out.loss.dtype)
         weights = layout.spread(per_sequence).expand(shape)
     tensors = inputs._replace(loss_weights=weights).token_tensors()
@@ -312,13 +313,14 @@ def _token_level(
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Results of a batch [16] from those of its chunks [chunks, 16]: see `inputs.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
+    maxima = [names[name] for name in LARGEST]
     scored = table[:, names["scored_tokens"]]
     has_scored = scored[:, None] > 0
     # What a chunk, or the batch, has no scored token for is NaN.
     results = (table * scored[:, None]).where(has_scored, 0.0).sum(0) / scored.sum()
     if table.shape[0]:
-        largest = table.where(has_scored, -torch.inf)[:, names["ratio_max"]].amax()
-        results[names["ratio_max"]] = largest.where(scored.sum() > 0, torch.nan)
+        largest = table.where(has_scored, -torch.inf)[:, maxima].amax(0)
+        results[maxima] = largest.where(scored.sum() > 0, torch.nan)
     results[names["gradient_scale"]] = 1.0 / denominator
     results[names["active_tokens"]] = active
     results[names["scored_tokens"]] = scored.sum()

@@ -164,7 +164,7 @@ def logits_loss(
         return _scored_then_differentiated(
             logits, rows, inputs, spec, advantage_spec, need_grad, out
         )
-    if spec.aggregation == "token-mean" and inputs.normalizer is None and inputs.mask is not None:
+    if inputs.denominator(spec, 1) is None and inputs.mask is not None:
         if rows.token_ids.numel() > rows_of_logits.COUNT_LIMIT:
             live = TokenLayout(rows.token_ids, inputs).live
             inputs = replaced(inputs, normalizer=live.sum().float())

@@ -250,8 +250,7 @@ def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
     Ranks that agreed once do not read each other's settings again: the loss says it, by being NaN.
     """
     assert call.spec is not None
-    name = "tokens" if call.spec.aggregation == "token-mean" else "sequences"
-    counts = table[:, _COUNTS.index(name)]
+    counts = table[:, _COUNTS.index(call.spec.how.denominator)]
     first, last = len(_COUNTS), len(_COUNTS) + len(call.settings(None))
     agree = (table[:, first:last] == table[0, first:last]).all()
     return (counts.sum().double() / table.shape[0]).where(agree, float("nan"))

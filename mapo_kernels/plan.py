@@ -344,9 +344,8 @@ def _denominator(
     device: torch.device,
 ) -> torch.Tensor:
     """The batch's denominator [] float64: as given, or its tokens, or its sequences."""
-    dtype = torch.float64
-    if normalizer is not None:
-        return torch.as_tensor(normalizer, dtype=dtype, device=device)
-    if spec.aggregation != "token-mean":
-        return torch.full((), float(n_sequences), dtype=dtype, device=device)
-    return count_tokens(mask, cu_seqlens).to(dtype)
+    assert not isinstance(normalizer, str)
+    found = TokenInputs(normalizer=normalizer).denominator(spec, n_sequences)
+    if found is None:
+        found = count_tokens(mask, cu_seqlens)
+    return torch.as_tensor(found, dtype=torch.float64, device=device)

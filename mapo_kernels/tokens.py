@@ -55,12 +55,11 @@ def denominator_of(
     inputs: TokenInputs, spec: LossSpec, n_sequences: int
 ) -> tuple[torch.Tensor | None, float | None]:
     """The batch's denominator, as a tensor or a number; neither where tokens are counted."""
-    if isinstance(inputs.normalizer, torch.Tensor):
-        return inputs.normalizer, None
-    if inputs.normalizer is not None:
-        # As the kernel sees it: the interpreter would keep it in float64.
-        return None, c_float(inputs.normalizer).value
-    return None, None if spec.aggregation == "token-mean" else float(n_sequences)
+    found = inputs.denominator(spec, n_sequences)
+    if found is None or isinstance(found, torch.Tensor):
+        return found, None
+    # As the kernel sees it: the interpreter would keep it in float64.
+    return None, c_float(found).value
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from mapo_kernels.advantages import (
     group_metrics,
     result_dtype,
 )
+from mapo_kernels.formula import LARGEST
 from mapo_kernels.inputs import GROUP_METRICS, SLOTS, TokenInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.sums import row_sum
@@ -55,21 +56,17 @@ class TokenLayout:
 
 
 class _Chunk(NamedTuple):
-    """What some sequences contribute: sums in the order of `RESULTS`, largest ratio, gradient."""
+    """What some sequences contribute: sums in the order of `RESULTS`, the largest, gradient."""
 
     sums: torch.Tensor
-    ratio_max: torch.Tensor
+    largest: torch.Tensor
     grad: torch.Tensor
 
 
 def length_weight(layout: TokenLayout, spec: LossSpec, length: int) -> torch.Tensor:
     """What each sequence's token losses are divided by, [B], beside the batch's denominator."""
-    n_live = layout.n_live()
-    if spec.aggregation == "seq-mean-token-mean":
-        return n_live.clamp(min=1.0)
-    if spec.aggregation == "seq-mean-token-sum-norm":
-        return torch.full_like(n_live, spec.fixed_length(length))
-    return torch.ones_like(n_live)
+    n_live = layout.n_live().clamp(min=1.0)
+    return twin.sequence_divisor(n_live, spec.fixed_length(length), spec.kind)
 
 
 def entropy_weights(
@@ -91,14 +88,13 @@ def denominator_of(
     inputs: TokenInputs, spec: LossSpec, n_sequences: int, active: torch.Tensor
 ) -> torch.Tensor:
     """The batch's denominator []; `active` [] is its number of live tokens."""
-    if isinstance(inputs.normalizer, torch.Tensor):
-        denominator = inputs.normalizer.to(active.dtype).reshape(())
-    elif inputs.normalizer is not None:
-        denominator = torch.ones_like(active) * inputs.normalizer
-    elif spec.aggregation == "token-mean":
+    denominator = inputs.denominator(spec, n_sequences)
+    if denominator is None:
         denominator = active
+    elif isinstance(denominator, torch.Tensor):
+        denominator = denominator.to(active.dtype).reshape(())
     else:
-        denominator = torch.full_like(active, float(n_sequences))
+        denominator = torch.full_like(active, denominator)
     return twin.loss_denominator(denominator, active)
 
 
@@ -159,7 +155,8 @@ def _score_chunk(
         spec.numbers,
         spec.kind,
     )
-    loss, d_log_ratio, d_logp, ratio, ref_kl, clipped_low, clipped_high = found
+    loss, d_log_ratio, d_logp = found.loss, found.d_log_ratio, found.d_logp
+    metrics = twin.token_metrics(found, log_ratio, entropy, scored)
     if inputs.loss_weights is not None:
         factor = clean(inputs.loss_weights, scored, logp)
         loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
@@ -170,25 +167,15 @@ def _score_chunk(
             slope = layout.sum(d_log_ratio.where(scored, 0.0)) / n_live.clamp(min=1.0)
             d_log_ratio = layout.spread(slope)
         grad = ((d_log_ratio + d_logp) / layout.spread(divisor)).where(scored, 0.0)
+    values = [x.to(dtype).where(scored, 0.0) for x in metrics]
     sums = [
         (layout.sum(loss.where(scored, 0.0)) / divisor).sum(),
         n_live.sum(),
-        *(
-            x.to(dtype).where(scored, 0.0).sum()
-            for x in (
-                scored,
-                clipped_low,
-                clipped_high,
-                ratio,
-                twin.approx_kl(log_ratio),
-                ref_kl,
-                entropy,
-            )
-        ),
+        *(x.sum() for x in (scored.to(dtype), *values[: -len(LARGEST)])),
     ]
-    # An empty batch has no largest ratio; a leading 0 stands in for it.
-    ratios = torch.nn.functional.pad(ratio.where(scored, 0.0).reshape(-1), (1, 0))
-    return _Chunk(torch.stack(sums), ratios.amax(), grad)
+    # An empty batch has no largest; a leading 0 stands in for it.
+    flat = [torch.nn.functional.pad(x.reshape(-1), (1, 0)) for x in values[-len(LARGEST) :]]
+    return _Chunk(torch.stack(sums), torch.stack([x.amax() for x in flat]), grad)
 
 
 def _chunks(logprobs: torch.Tensor, inputs: TokenInputs) -> list[slice]:
@@ -228,8 +215,8 @@ def eager_token_loss(
     denominator = denominator_of(inputs, spec, inputs.n_sequences(logprobs), active)
     # What is said of no scored token is NaN.
     means = [x / scored for x in sums]
-    ratio_max = torch.stack([part.ratio_max for part in parts]).amax().where(scored > 0, torch.nan)
-    values = [1.0 / denominator, active, scored, *means, ratio_max, *group_values]
+    largest = torch.stack([part.largest for part in parts]).amax(0).where(scored > 0, torch.nan)
+    values = [1.0 / denominator, active, scored, *means, *largest, *group_values]
     results = torch.stack(values + [torch.zeros_like(active)] * (SLOTS - len(values)))
     grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
     return TokenResults(total / denominator, results, computed, grad)
