@@ -197,7 +197,7 @@ def test_command_line(tmp_path):
     paths = os.pathsep.join([str(ROOT), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *small], capture_output=True, text=True, timeout=120, env=environment
+        [*command, *small], capture_output=True, text=True, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert "apd, seed 0  step 2/2" in done.stdout
