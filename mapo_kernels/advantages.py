@@ -16,9 +16,10 @@ import torch
 from mapo_kernels import twin
 from mapo_kernels._triton import on_device_of, registers, triton
 from mapo_kernels.advantages_kernel import Rewards, advantages_kernel
-from mapo_kernels.inputs import GroupInputs, replaced
+from mapo_kernels.batch import GroupInputs, replaced
+from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.spec import AdvantageSpec
-from mapo_kernels.sums import row_sum
+from mapo_kernels.sums import accumulator_dtype, row_sum
 
 # Above it, scanning every id for every row costs more than sorting.
 MATCH_LIMIT = 4096
@@ -209,16 +210,6 @@ def launch_advantages(
             **registers(128),
         )
     return advantages, table
-
-
-def result_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the eager backend computes in for inputs like `x`: float64 stays, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """What the eager backend adds long runs of scattered values in; Apple's GPU has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Groups:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mapo_kernels import linear, ops, ops_logits
-from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
+from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -15,8 +15,8 @@ class MapoLossFunction(torch.autograd.Function):
     """The token loss as an autograd node, for trainers that apply it themselves.
 
     `MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)` returns (loss [], results [16]
-    in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or empty). Only the loss is
-    differentiable, by `logprobs` [B, T] or [total]. `inputs` is a `TokenInputs`; nothing is
+    in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or empty). Only the loss is
+    differentiable, by `logprobs` [B, T] or [total]. `inputs` is a `Batch`; nothing is
     validated: `mapo_loss` does that.
     """
 
@@ -24,7 +24,7 @@ class MapoLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         logprobs: torch.Tensor,
-        inputs: TokenInputs,
+        inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,9 +50,9 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     """The loss from logits as an autograd node, for trainers that apply it themselves.
 
     `MapoLogitsLossFunction.apply(logits, rows, inputs, spec, advantage_spec, inplace)` returns
-    (loss [], results [16] in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or empty).
+    (loss [], results [16] in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or empty).
     Only the loss is differentiable, by `logits` [B, T, V] or [total, V]. `rows` is a `RowInputs`,
-    `inputs` a `TokenInputs`; nothing is validated: `mapo_loss_from_logits` does that.
+    `inputs` a `Batch`; nothing is validated: `mapo_loss_from_logits` does that.
 
     Forward computes the gradient, backward hands over that very tensor: a second backward through
     the same loss raises RuntimeError, whatever `retain_graph` was. With `inplace` the gradient
@@ -65,7 +65,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         ctx: Any,
         logits: torch.Tensor,
         rows: RowInputs,
-        inputs: TokenInputs,
+        inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
         inplace: bool,
@@ -121,7 +121,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
     """The loss from hidden states as an autograd node, for trainers that apply it themselves.
 
     `MapoLinearLossFunction.apply(hidden, weight, bias, head, rows, inputs, spec, advantage_spec)`
-    returns (loss [], results [16] in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or
+    returns (loss [], results [16] in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or
     empty). Only the loss is differentiable, by `hidden` [B, T, H] or [total, H], `weight` [V, H]
     and `bias` [V] (or None), each only if it requires grad. `head` is a `HeadInputs` whose weight
     and bias are ignored; nothing is validated: `mapo_loss_from_hidden` does that.
@@ -138,7 +138,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         head: HeadInputs,
         rows: RowInputs,
-        inputs: TokenInputs,
+        inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

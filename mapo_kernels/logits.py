@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
-from mapo_kernels.inputs import (
+from mapo_kernels.batch import (
     SLOTS,
+    Batch,
     RowInputs,
-    TokenInputs,
     TokenResults,
     empty_results,
 )
@@ -20,7 +20,7 @@ from mapo_kernels.logits_kernel import Matrix, logits_loss_kernel
 from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens import contiguous, counters, denominator_of, rewards_of, tokens_of
-from mapo_kernels.tokens_device import Batch
+from mapo_kernels.tokens_device import Common
 from mapo_kernels.vocab_kernel import share_kernel
 
 # Above it, every row's program counting the mask of the whole batch would cost more than a launch.
@@ -222,7 +222,7 @@ def launch_logits_loss(
     logits: torch.Tensor,
     out: torch.Tensor | None,
     rows: RowInputs,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
 ) -> TokenResults:
@@ -248,7 +248,7 @@ def launch_logits_loss(
             advantages,
             rewards,
             results.advantages,
-            Batch(
+            Common(
                 contiguous(inputs.cu_seqlens),
                 normalizer,
                 denominator,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels.advantages import result_dtype
-from mapo_kernels.inputs import RowInputs
+from mapo_kernels.batch import RowInputs
+from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.sums import row_sum
 
 # Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.

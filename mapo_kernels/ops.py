@@ -13,11 +13,11 @@ import torch
 
 from mapo_kernels import advantages, tokens
 from mapo_kernels.backend import resolve_backend
-from mapo_kernels.inputs import (
+from mapo_kernels.batch import (
     GROUP_METRICS,
     RESULTS,
+    Batch,
     GroupInputs,
-    TokenInputs,
     TokenResults,
     empty_results,
     replaced,
@@ -35,7 +35,7 @@ def is_eager(x: torch.Tensor) -> bool:
 
 
 def pack(
-    inputs: TokenInputs, need_grad: bool, spec: LossSpec, advantage_spec: AdvantageSpec
+    inputs: Batch, need_grad: bool, spec: LossSpec, advantage_spec: AdvantageSpec
 ) -> tuple[Any, ...]:
     """The arguments of a loss as an operator's schema has them."""
     normalizer, groups = inputs.normalizer, inputs.groups
@@ -57,7 +57,7 @@ def pack(
     )
 
 
-def unpack(*packed: Any) -> tuple[TokenInputs, bool, LossSpec, AdvantageSpec]:
+def unpack(*packed: Any) -> tuple[Batch, bool, LossSpec, AdvantageSpec]:
     """What `pack` packed."""
     old, ref, rollout, weights, entropy, loss_weights, mask = packed[:7]
     given, per_token, cu_seqlens, normalizer, number = packed[7:12]
@@ -65,7 +65,7 @@ def unpack(*packed: Any) -> tuple[TokenInputs, bool, LossSpec, AdvantageSpec]:
     groups = None if rewards is None else GroupInputs(rewards, group_size, group_ids, success)
     if normalizer is None and number != 0:
         normalizer = number
-    inputs = TokenInputs(
+    inputs = Batch(
         old,
         ref,
         rollout,
@@ -110,7 +110,7 @@ def _token_loss_fake(logprobs, *packed):  # type: ignore[no-untyped-def]
 
 def token_loss(
     logprobs: torch.Tensor,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
@@ -140,8 +140,8 @@ def group_signals(
 
 
 def with_advantages(
-    inputs: TokenInputs, groups: GroupInputs, spec: AdvantageSpec
-) -> tuple[TokenInputs, Callable[[Any], Any]]:
+    inputs: Batch, groups: GroupInputs, spec: AdvantageSpec
+) -> tuple[Batch, Callable[[Any], Any]]:
     """Inputs with the advantages of their groups, and what puts the groups' metrics in results."""
     given, table = group_advantages(groups, spec, want_stats=True)
 

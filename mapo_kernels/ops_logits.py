@@ -6,10 +6,10 @@ import torch
 
 from mapo_kernels import logits as rows_of_logits
 from mapo_kernels import logits_eager, vocab_parallel
-from mapo_kernels.inputs import RowInputs, TokenInputs, TokenResults, empty_results, replaced
+from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
+from mapo_kernels.layout import Layout
 from mapo_kernels.ops import LOSS_SCHEMA, is_eager, pack, token_loss, unpack, with_advantages
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_eager import TokenLayout, entropy_weights, scored_tokens
 
 
 def _temperatures(rows: RowInputs) -> tuple[torch.Tensor | None, float]:
@@ -144,7 +144,7 @@ def _logits_loss_fake(logits, token_ids, temperatures, temperature, *rest):  # t
 def logits_loss(
     logits: torch.Tensor,
     rows: RowInputs,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
@@ -166,8 +166,8 @@ def logits_loss(
         )
     if inputs.denominator(spec, 1) is None and inputs.mask is not None:
         if rows.token_ids.numel() > rows_of_logits.COUNT_LIMIT:
-            live = TokenLayout(rows.token_ids, inputs).live
-            inputs = replaced(inputs, normalizer=live.sum().float())
+            valid = Layout(rows.token_ids, inputs).valid
+            inputs = replaced(inputs, normalizer=valid.sum().float())
     if torch.compiler.is_compiling():
         temperatures = _temperatures(rows)
         packed = pack(inputs, need_grad, spec, advantage_spec)
@@ -180,9 +180,7 @@ def logits_loss(
     return results if out is None else replaced(results, grad=out)
 
 
-def _fuses_groups(
-    logits: torch.Tensor, rows: RowInputs, inputs: TokenInputs, spec: LossSpec
-) -> bool:
+def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: LossSpec) -> bool:
     """Whether the advantages are better computed where the loss is, by each row's program."""
     groups = inputs.groups
     if is_eager(logits) or groups is None or rows.token_ids.numel() == 0:
@@ -198,26 +196,22 @@ def _fuses_groups(
 def _scored_then_differentiated(
     logits: torch.Tensor,
     rows: RowInputs,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
     out: torch.Tensor | None,
 ) -> TokenResults:
     """The same in three steps: statistics of the rows, the loss of the log-probs, the gradient."""
-    layout = TokenLayout(rows.token_ids, inputs)
-    given = inputs.advantages
-    assert given is not None
-    advantage = given if inputs.per_token else layout.spread(given)
-    weight = layout.live if inputs.token_weights is None else inputs.token_weights
-    scored = scored_tokens(layout, advantage, weight, spec)
+    layout = Layout(rows.token_ids, inputs)
+    scored = layout.contributing(spec, layout.advantage(), inputs.token_weights)
     table = score_rows(logits, rows, scored, 5 if need_grad else 2)
     logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
     inputs = replaced(inputs, entropy=entropy)
     found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
     if not need_grad:
         return found
-    bonus = entropy_weights(layout, inputs, spec, table)
+    bonus = layout.entropy_weights(spec, table)
     grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
     return replaced(found, grad=grad)
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from mapo_kernels import checks, ops
 from mapo_kernels.advantages import Signal
 from mapo_kernels.agreement import all_gather, digest, meeting_place
+from mapo_kernels.batch import GroupInputs
 from mapo_kernels.checks import GLOBAL
-from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from mapo_kernels import twin
 from mapo_kernels.agreement import all_gather, digest, digest_of, meeting_place
-from mapo_kernels.inputs import RowInputs, TokenInputs, VocabShare
+from mapo_kernels.batch import Batch, RowInputs, VocabShare
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 from mapo_kernels.sums import row_sum
 
@@ -125,7 +125,7 @@ class Split(NamedTuple):
     def agree(
         self,
         token_ids: torch.Tensor,
-        inputs: TokenInputs,
+        inputs: Batch,
         temperature: torch.Tensor | float,
     ) -> VocabShare:
         """This rank's share, after making sure that all ranks were called alike.
@@ -147,7 +147,7 @@ class Split(NamedTuple):
         return VocabShare(self.group, dist.get_rank(self.group), sizes)
 
     def _settings(
-        self, token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+        self, token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
     ) -> dict[str, object]:
         """What every rank has to be called with alike, but for tensors; the host knows it."""
         # A mask of ones equals none.
@@ -186,7 +186,7 @@ def _number(x: torch.Tensor | float | None) -> str | None:
 
 
 def _tensors(
-    token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+    token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
 ) -> dict[str, torch.Tensor | None]:
     """What every rank has to be called with alike, and the host does not know.
 

@@ -100,13 +100,13 @@ def hidden_chunk(**settings):
     """What the hidden level launches on a chunk of float32 logits from bfloat16 products."""
     import mapo_kernels as mk
     from mapo_kernels import ops_logits
-    from mapo_kernels.inputs import RowInputs, TokenInputs
+    from mapo_kernels.batch import Batch, RowInputs
 
     x, ones = torch.zeros((16, 1, V)), torch.ones(16, 1)
     ops_logits.logits_loss(
         x,
         RowInputs(torch.zeros((16, 1), dtype=torch.int64)),
-        TokenInputs(ones, loss_weights=ones, advantages=ones[:, 0], normalizer=ones[0, 0]),
+        Batch(ones, loss_weights=ones, advantages=ones[:, 0], normalizer=ones[0, 0]),
         mk.LossSpec(**settings),
         mk.AdvantageSpec(),
         True,
@@ -117,7 +117,7 @@ def hidden_chunk(**settings):
 def split_rows():
     """What a rank launches on its share of the columns."""
     from mapo_kernels import logits
-    from mapo_kernels.inputs import RowInputs
+    from mapo_kernels.batch import RowInputs
 
     x = torch.zeros((16, V // 8), dtype=torch.bfloat16)
     logits.launch_shares(x, RowInputs(torch.zeros(16, dtype=torch.int64)), None, 4)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mapo_kernels as mk
 import reference
 from benchmarks.memory import MemoryOfTensors
-from mapo_kernels.inputs import HeadInputs
+from mapo_kernels.batch import HeadInputs
 from mapo_kernels.linear import chunk_rows_of
 from mapo_kernels.spec import AGGREGATIONS
 
@@ -492,7 +492,7 @@ def test_from_rewards(device):
 
 
 def test_module_and_autograd_function(device):
-    from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
+    from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 
     batch = make_hidden(3, 4)
     head = torch.nn.Linear(H, V).to(device)
@@ -513,7 +513,7 @@ def test_module_and_autograd_function(device):
         head.bias,
         HeadInputs(head.weight, softcap=5.0),
         RowInputs(ids),
-        TokenInputs(**given),
+        Batch(**given),
         module.spec,
         mk.AdvantageSpec(),
     )

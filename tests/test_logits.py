@@ -684,7 +684,7 @@ def test_the_eager_backend_holds_one_chunk_in_float32(monkeypatch):
 
 
 def test_autograd_function(device):
-    from mapo_kernels.inputs import RowInputs, TokenInputs
+    from mapo_kernels.batch import Batch, RowInputs
 
     batch = make_logits(2, 3, 40, torch.float32, mask="none")
     advantages = batch["advantages"].to(device)
@@ -692,7 +692,7 @@ def test_autograd_function(device):
     spec = mk.LossSpec(eps_high=0.28)
     expected = mk.mapo_loss_from_logits(logits, ids, advantages=advantages, spec=spec)
     loss, _, _ = mk.MapoLogitsLossFunction.apply(
-        logits, RowInputs(ids), TokenInputs(advantages=advantages), spec, mk.AdvantageSpec(), False
+        logits, RowInputs(ids), Batch(advantages=advantages), spec, mk.AdvantageSpec(), False
     )
     assert torch.equal(loss, expected.loss)
 

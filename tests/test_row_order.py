@@ -11,7 +11,7 @@ from support import make_batch, make_logits, pack
 
 import mapo_kernels as mk
 from mapo_kernels import vocab_parallel
-from mapo_kernels.inputs import RowInputs, VocabShare
+from mapo_kernels.batch import RowInputs, VocabShare
 from mapo_kernels.sums import row_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -448,7 +448,7 @@ def test_large_batches_with_ids_take_the_sorted_path(device):
 
 
 def test_autograd_function_and_module(device):
-    from mapo_kernels.inputs import TokenInputs
+    from mapo_kernels.batch import Batch
 
     batch = make_batch(mask="none", dtype=torch.float32)
     advantages = batch["advantages"].to(device)
@@ -456,7 +456,7 @@ def test_autograd_function_and_module(device):
     spec = mk.LossSpec(eps_high=0.28)
     expected = mk.mapo_loss(logp, advantages=advantages, spec=spec)
     loss, _, _ = mk.MapoLossFunction.apply(
-        logp, TokenInputs(advantages=advantages), spec, mk.AdvantageSpec()
+        logp, Batch(advantages=advantages), spec, mk.AdvantageSpec()
     )
     assert torch.equal(loss, expected.loss)
     module = mk.MapoLoss(spec)

@@ -33,7 +33,7 @@ class GroupInputs(NamedTuple):
     wide: bool = False
 
 
-class TokenInputs(NamedTuple):
+class Batch(NamedTuple):
     """The tensors of one token loss beside the log-probs themselves.
 
     Token tensors have the shape of the log-probs: [B, T] padded, or [total] packed with
@@ -81,7 +81,7 @@ class TokenInputs(NamedTuple):
             self.mask,
         )
 
-    def of_rows(self, rows: slice) -> TokenInputs:
+    def of_rows(self, rows: slice) -> Batch:
         """The inputs with only some rows of the token tensors."""
         names = self._fields[: len(self.token_tensors())]
         tensors = zip(names, self.token_tensors(), strict=True)
@@ -145,7 +145,7 @@ class KnownMetrics(NamedTuple):
     ranks: tuple[int, ...] | None = None
 
 
-def empty_results(logprobs: torch.Tensor, inputs: TokenInputs, need_grad: bool) -> TokenResults:
+def empty_results(logprobs: torch.Tensor, inputs: Batch, need_grad: bool) -> TokenResults:
     """Uninitialised float32 results of the right shapes."""
     n_sequences = inputs.n_sequences(logprobs) if inputs.groups is not None else 0
     # Not empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.
