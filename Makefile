@@ -10,23 +10,25 @@ TEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 TRAINERS ?= trl verl
-# What the tests of each need beside the trainer: the demo runs in TRL, with and without adapters;
+# What the tests of each need beside the trainer: the demo's task runs in TRL, with and without adapters;
 # verl's trainer imports packages that its metadata does not ask for.
 WITH_trl := test,demo,trl
 WITH_verl := test,verl
 ALSO_trl := peft
 ALSO_verl := cachetools fastapi uvicorn
-# `make demo DEMO_ARGS="--trainer trl"` runs where TRL is.
-DEMO_VENV := $(if $(findstring trl,$(DEMO_ARGS)),.venv-trl,$(VENV))
 # Tritons that the kernels are interpreted and compiled with, beside the one in constraints.txt.
 TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
-.PHONY: demo test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
+.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
 
-demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/mapo-kernels demo $(DEMO_ARGS)
+demo: $(VENV)/.installed
+	$(BIN)/mapo-kernels demo $(DEMO_ARGS)
+
+# The demo's task, trained by TRL.
+demo-trl: .venv-trl/.installed
+	.venv-trl/bin/python examples/trl_demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto $(TEST_ARGS)

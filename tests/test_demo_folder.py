@@ -21,7 +21,7 @@ from mapo_kernels import files
 from mapo_kernels.__main__ import main
 from mapo_kernels.demo import folder, plots
 from mapo_kernels.demo.experiment import run_experiment
-from mapo_kernels.demo.runs import Settings
+from mapo_kernels.demo.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--prompts", "4", "--group-size", "2", "--warmup-success", "0", "--steps", "0"]
@@ -176,7 +176,9 @@ def test_a_log_that_is_no_file_is_not_waited_for(tmp_path, capsys):
 
 
 def test_resume_makes_no_folder(tmp_path, capsys):
-    assert "found none" in refused(capsys, "--resume", "--out", tmp_path / "absent")
+    absent = tmp_path / "absent"
+    error = refused(capsys, "--resume", "--out", absent)
+    assert error.endswith(f"{absent}: No such file or directory\n")
     assert not contents(tmp_path)
 
 
