@@ -2,6 +2,12 @@ import numpy as np
 import pytest
 import torch
 from backends import HAS_GPU, INTERPRETS
+from parts import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+)
 
 torch.set_num_threads(1)
 
@@ -45,6 +51,19 @@ if INTERPRETS:
         return interpreter.TensorHandle(bits.numpy().view(np.uint16), dtype.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    patch_language = interpreter._patch_lang
+
+    def patch_language_once(function):
+        """A launch replaces what triton.language has by what the interpreter runs.
+
+        Each call of a device function does so again, which takes longer than what it computes.
+        """
+        seen = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        if seen and not any(tl.core.is_builtin(module.load) for module in seen):
+            return interpreter._LangPatchScope()
+        return patch_language(function)
+
+    interpreter._patch_lang = patch_language_once
 
 
 @pytest.fixture(autouse=True)
