@@ -56,8 +56,12 @@ def quick_of(cases):
     Cases that are no full product (some were named on the command line) are all quick.
     """
     params = [case.callspec.params for case in cases]
-    # Arguments that are parametrized together have the same column.
-    columns = dict.fromkeys(column(p[name] for p in params) for name in params[0])
+    columns = []
+    for numbers in sorted((column(p[name] for p in params) for name in params[0]), key=max)[::-1]:
+        # Of arguments that are parametrized together, one decides the others.
+        pairs = [len(set(zip(x, numbers, strict=True))) for x in columns]
+        if all(n > max(x) + 1 for n, x in zip(pairs, columns, strict=True)):
+            columns.append(numbers)
     sizes = [max(numbers) + 1 for numbers in columns]
     if len(cases) != math.prod(sizes):
         return cases
@@ -71,13 +75,15 @@ def quick_of(cases):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     part = config.getoption("--part")
-    if part == "all":
-        return
     tests = defaultdict(list)
     for item in items:
         if item.get_closest_marker("pairwise"):
             tests[item.nodeid.split("[")[0], item.callspec.params.get("device")].append(item)
     cut = {item for item in items if item.get_closest_marker("slow")}
     cut |= {item for cases in tests.values() for item in set(cases) - set(quick_of(cases))}
+    # What `pytest -n` gives to one worker as a whole goes first: it takes the longest.
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    if part == "all":
+        return
     config.hook.pytest_deselected(items=[x for x in items if (x in cut) == (part == "quick")])
     items[:] = [item for item in items if (item in cut) == (part == "rest")]

@@ -101,29 +101,33 @@ def check_against_oracle(batch, spec, device, tolerance, temperature=1.0, **head
 HEADS = ({}, {"logit_scale": 0.6}, {"softcap": 4.0, "logit_scale": 0.6})
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_combination_equals_the_oracle_in_float64(policy, level):
-    for head in HEADS:
-        for aggregation in AGGREGATIONS:
-            spec = mk.LossSpec(
-                **policy,
-                importance_level=level,
-                aggregation=aggregation,
-                entropy_coef=0.1,
-                beta=0.1,
-                rollout_cap=1.2,
-            )
-            batch = make_hidden(dtype=torch.float64)
-            check_against_oracle(batch, spec, torch.device("cpu"), 1e-11, 0.7, **head)
+def test_every_combination_equals_the_oracle_in_float64(policy, level, head, aggregation):
+    spec = mk.LossSpec(
+        **policy,
+        importance_level=level,
+        aggregation=aggregation,
+        entropy_coef=0.1,
+        beta=0.1,
+        rollout_cap=1.2,
+    )
+    batch = make_hidden(dtype=torch.float64)
+    check_against_oracle(batch, spec, torch.device("cpu"), 1e-11, 0.7, **head)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize(
+    ("aggregation", "bonus"), zip(AGGREGATIONS, (0.0, 0.1, 0.0, 0.1), strict=True)
+)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_every_head_equals_the_oracle(head, level, device):
-    for aggregation, bonus in zip(AGGREGATIONS, (0.0, 0.1, 0.0, 0.1), strict=True):
-        spec = mk.LossSpec(importance_level=level, aggregation=aggregation, entropy_coef=bonus)
-        check_against_oracle(make_hidden(2, 3), spec, device, 5e-6, 1.3, **head)
+def test_every_head_equals_the_oracle(head, level, aggregation, bonus, device):
+    spec = mk.LossSpec(importance_level=level, aggregation=aggregation, entropy_coef=bonus)
+    check_against_oracle(make_hidden(2, 3), spec, device, 5e-6, 1.3, **head)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -27,6 +27,7 @@ from mapo_kernels.rows_device import narrow
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
+BONUSES = (0.0, 0.1, 0.0, 0.1)  # one for each mask
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,30 +47,35 @@ def check_against_oracle(batch, spec, device, tolerance, temperature=1.0):
         assert_close(metrics[name], value, tolerance)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize(("mask", "bonus"), zip(MASKS, BONUSES, strict=True))
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_combination_equals_the_oracle_in_float64(policy, kl, level):
-    cases = zip(itertools.product(AGGREGATIONS, MASKS), itertools.cycle((0.0, 0.1)))
-    for (aggregation, mask), bonus in cases:
-        spec = mk.LossSpec(
-            **policy, **kl, importance_level=level, aggregation=aggregation, entropy_coef=bonus
-        )
-        batch = make_logits(mask=mask, vocab=11)
-        check_against_oracle(batch, spec, torch.device("cpu"), 1e-11, temperature=0.7)
+def test_every_combination_equals_the_oracle_in_float64(
+    policy, kl, level, aggregation, mask, bonus
+):
+    spec = mk.LossSpec(
+        **policy, **kl, importance_level=level, aggregation=aggregation, entropy_coef=bonus
+    )
+    batch = make_logits(mask=mask, vocab=11)
+    check_against_oracle(batch, spec, torch.device("cpu"), 1e-11, temperature=0.7)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize(
+    ("aggregation", "mask", "bonus"), zip(AGGREGATIONS, MASKS, BONUSES, strict=True)
+)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kl", [KLS[0], KLS[-1]], ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_objective_equals_the_oracle(policy, kl, level, device):
-    bonuses = (0.0, 0.1, 0.0, 0.1)
-    for aggregation, mask, bonus in zip(AGGREGATIONS, MASKS, bonuses, strict=True):
-        spec = mk.LossSpec(
-            **policy, **kl, importance_level=level, aggregation=aggregation, entropy_coef=bonus
-        )
-        batch = make_logits(2, 3, mask=mask, dtype=torch.float32)
-        check_against_oracle(batch, spec, device, 3e-6, temperature=1.3)
+def test_every_objective_equals_the_oracle(policy, kl, level, aggregation, mask, bonus, device):
+    spec = mk.LossSpec(
+        **policy, **kl, importance_level=level, aggregation=aggregation, entropy_coef=bonus
+    )
+    batch = make_logits(2, 3, mask=mask, dtype=torch.float32)
+    check_against_oracle(batch, spec, device, 3e-6, temperature=1.3)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -83,6 +89,7 @@ def test_rollout_weights_and_per_token_advantages(level, per_token, device):
     check_against_oracle(batch, spec, device, 3e-6)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bonus", [0.0, 0.05])
 @pytest.mark.parametrize("vocab", [5, 128, 1000, 5003])
@@ -206,6 +213,7 @@ def test_an_id_out_of_range_makes_the_loss_nan(bad, device, monkeypatch):
         logits_run(batch, mk.LossSpec(), device)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [37, 1024])
 @pytest.mark.parametrize("level", LEVELS)
@@ -389,6 +397,7 @@ def test_columns_that_are_not_adjacent_are_copied(device):
     assert torch.equal(torch.autograd.grad(out.loss, view)[0], grad)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

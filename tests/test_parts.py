@@ -24,8 +24,8 @@ import pytest
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("a", [1, 2, 3])
 @pytest.mark.parametrize("b", [{}, [1], None])
-@pytest.mark.parametrize("c", "xyz")
-def test_product(a, b, c, device):
+@pytest.mark.parametrize(("c", "same"), [("x", 0), ("y", 0), ("z", 1)])
+def test_product(a, b, c, same, device):
     pass
 
 @pytest.mark.slow

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 from backends import with_two_threads_too
@@ -44,24 +42,27 @@ def check_against_oracle(batch, spec, device, tolerance, on_policy=False):
     assert set(metrics) == set(exact_metrics)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_combination_equals_the_oracle_in_float64(policy, kl, level):
-    for aggregation, mask in itertools.product(AGGREGATIONS, MASKS):
-        spec = mk.LossSpec(**policy, **kl, importance_level=level, aggregation=aggregation)
-        check_against_oracle(make_batch(mask=mask), spec, torch.device("cpu"), 1e-12)
+def test_every_combination_equals_the_oracle_in_float64(policy, kl, level, aggregation, mask):
+    spec = mk.LossSpec(**policy, **kl, importance_level=level, aggregation=aggregation)
+    check_against_oracle(make_batch(mask=mask), spec, torch.device("cpu"), 1e-12)
 
 
+@pytest.mark.pairwise
+# Each aggregation meets one mask here; the float64 test above has the full product.
+@pytest.mark.parametrize(("aggregation", "mask"), zip(AGGREGATIONS, MASKS, strict=True))
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_combination_equals_the_oracle(policy, kl, level, device):
-    # Each aggregation meets one mask here; the float64 test above has the full product.
-    for aggregation, mask in zip(AGGREGATIONS, MASKS, strict=True):
-        spec = mk.LossSpec(**policy, **kl, importance_level=level, aggregation=aggregation)
-        batch = make_batch(mask=mask, dtype=torch.float32)
-        check_against_oracle(batch, spec, device, 2e-6)
+def test_every_combination_equals_the_oracle(policy, kl, level, aggregation, mask, device):
+    spec = mk.LossSpec(**policy, **kl, importance_level=level, aggregation=aggregation)
+    batch = make_batch(mask=mask, dtype=torch.float32)
+    check_against_oracle(batch, spec, device, 2e-6)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -82,6 +83,7 @@ def test_rollout_weights_and_per_token_advantages(level, per_token, device):
     check_against_oracle(batch, spec, device, 2e-6)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -147,6 +149,7 @@ def test_gradcheck(objective, level, correction):
             assert torch.autograd.gradcheck(loss, (logp,))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("masked", [False, True])
