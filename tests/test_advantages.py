@@ -46,22 +46,22 @@ def check_against_oracle(rewards, ids, device, tolerance=3e-6, **settings):
     return actual
 
 
-def ragged(n=60, n_groups=9):
+def ragged(n=20, n_groups=5):
     ids = torch.randint(0, n_groups, (n,)) * 7 - 20
     rewards = torch.rand(n).round(decimals=1)
     rewards[torch.rand(n) < 0.4] = 1.0
-    rewards[torch.rand(n) < 0.05] = NAN
+    rewards[torch.rand(n) < 0.1] = NAN
     return rewards, ids
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("std_correction", [0, 1])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("certainty", [*CERTAINTIES, 0.3])
-def test_every_estimator_equals_the_oracle(estimator, certainty, device):
+def test_every_estimator_equals_the_oracle(estimator, certainty, std_correction, device):
     rewards, ids = ragged()
-    for c in (0, 1):
-        check_against_oracle(
-            rewards, ids, device, estimator=estimator, certainty=certainty, std_correction=c
-        )
+    settings = {"estimator": estimator, "certainty": certainty, "std_correction": std_correction}
+    check_against_oracle(rewards, ids, device, **settings)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -205,7 +205,7 @@ def test_strided_rewards(device):
 
 
 def test_signed_rewards_keep_order_and_bound(device):
-    for _ in range(20):
+    for _ in range(4 if interprets(device) else 20):
         rewards = torch.randn(12)
         actual = advantages(rewards, device, group_size=12, estimator="apd").cpu()
         assert torch.equal(actual.argsort(), rewards.argsort())
@@ -259,7 +259,7 @@ def test_worked_figure(device):
 
 @with_two_threads_too
 def test_two_runs_are_bitwise_equal(device):
-    rewards, ids = ragged(300, 7)
+    rewards, ids = ragged(60 if interprets(device) else 300, 7)
     for grouping in ({"group_ids": ids}, {"group_size": 30}):
         first, second = (advantages(rewards, device, **grouping) for _ in range(2))
         assert torch.equal(first, second)

@@ -193,6 +193,7 @@ def logits_arguments(device, length=3):
     return logits.requires_grad_(), ids, old, mask, rewards
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -15,6 +15,7 @@ NAN = float("nan")
 LARGEST = torch.finfo(torch.float32).max
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grouping", ["size", "ids", "stats"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
