@@ -33,13 +33,13 @@ class Mutant(NamedTuple):
     tests: str
 
 
-ADVANTAGES = "tests/test_advantages.py tests/test_extreme_inputs.py tests/test_formula.py"
-TOKENS = "tests/test_formula.py tests/test_tokens.py tests/test_extreme_inputs.py"
-LOGITS = "tests/test_logits.py tests/test_extreme_inputs.py tests/test_linear.py"
-PLANS = "tests/test_plan.py tests/test_same_numbers_everywhere.py tests/test_linear.py"
-RANKS = "tests/test_distributed.py"
-VOCABULARY = "tests/test_vocab_parallel.py"
-CHECKS = "tests/test_checks.py tests/test_same_numbers_everywhere.py tests/test_extreme_inputs.py"
+ADVANTAGES = "tests/levels/test_advantages.py tests/levels/test_extreme_inputs.py tests/levels/test_formula.py"
+TOKENS = "tests/levels/test_formula.py tests/levels/test_tokens.py tests/levels/test_extreme_inputs.py"
+LOGITS = "tests/levels/test_logits.py tests/levels/test_extreme_inputs.py tests/levels/test_linear.py"
+PLANS = "tests/levels/test_plan.py tests/levels/test_same_numbers_everywhere.py tests/levels/test_linear.py"
+RANKS = "tests/distributed/test_distributed.py"
+VOCABULARY = "tests/distributed/test_vocab_parallel.py"
+CHECKS = "tests/errors/test_checks.py tests/levels/test_same_numbers_everywhere.py tests/levels/test_extreme_inputs.py"
 
 MUTANTS = (
     # formula: advantages
@@ -89,7 +89,7 @@ MUTANTS = (
         "advantages_kernel",
         "speaks * (m.members - m.count)",
         "speaks * m.members",
-        ADVANTAGES + " tests/test_tokens.py",
+        ADVANTAGES + " tests/levels/test_tokens.py",
     ),
     Mutant(
         "tokens_device",

@@ -513,7 +513,7 @@ def documented(backend):
     from torch.distributed.device_mesh import init_device_mesh
 
     _, group = begin(backend)
-    text = Path(__file__).parents[1].joinpath("docs/tensor_parallel.md").read_text()
+    text = Path(__file__).parents[2].joinpath("docs/tensor_parallel.md").read_text()
     scope = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(block, scope)

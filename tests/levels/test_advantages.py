@@ -12,7 +12,7 @@ import reference
 from mapo_kernels.spec import CERTAINTIES, ESTIMATORS
 
 INF = float("inf")
-GOLDEN = json.loads((Path(__file__).parent / "golden/mapo_official.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/mapo_official.json").read_text())
 GOLDEN_NAMES = {
     "grpo": {"estimator": "grpo"},
     "apd": {"estimator": "apd"},

@@ -24,7 +24,7 @@ from mapo_kernels.demo.runs import Settings, success_share
 from mapo_kernels.demo.tasks import TASKS, ProblemStream, Verifier, held_out_problems
 from mapo_kernels.files import CommandError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # spell_backward gives partial credit, so that even an untrained model has signal to learn from.
 TINY = Settings(
     task="spell_backward",

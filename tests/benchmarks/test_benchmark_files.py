@@ -15,7 +15,7 @@ jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOUND = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
 README = "a\n<!-- x: begin -->\n<!-- x: end -->\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 # As in verl 0.9.1: a name can be registered anew only with the function that it has.
 REGISTRIES = """

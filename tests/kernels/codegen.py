@@ -1,6 +1,6 @@
 """Compiles what the public functions launch, for a GPU that is not there; run as a subprocess.
 
-    python tests/codegen.py TARGET
+    python tests/kernels/codegen.py TARGET
 
 prints one JSON object: for each case what it launches, and for each kernel its variants' registers,
 stack, memory accesses and instruction counts.

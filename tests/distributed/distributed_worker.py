@@ -253,7 +253,7 @@ def check_ddp(backend, device):
 def check_documentation(backend, device):
     """The example of docs/distributed.md, on ranks of which one may hold nothing."""
     mk.set_backend(backend)
-    text = (Path(__file__).parents[1] / "docs/distributed.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
     names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
     batch, source = make_whole(device)

@@ -22,7 +22,7 @@ jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ONCE = Effort(0.0, least=2, most=2, warmup=1)
 HEAD = shapes.Head("tiny", width=8, vocab=50)

@@ -12,7 +12,7 @@ from spawn import run_ranks
 
 from benchmarks import report, results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def tiny_transformer(family, vocab=61):

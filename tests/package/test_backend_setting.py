@@ -11,7 +11,7 @@ import torch
 import mapo_kernels as mk
 from mapo_kernels.__main__ import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What no machine without a GPU, where nothing interprets Triton, can use, and what is said of it.
 UNUSABLE = {
     "garbage": "MAPO_KERNELS_BACKEND: expected one of ['auto', 'triton', 'eager'], got 'garbage'",

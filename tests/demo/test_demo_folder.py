@@ -23,7 +23,7 @@ from mapo_kernels.demo import folder, plots
 from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.runs import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ["--prompts", "4", "--group-size", "2", "--warmup-success", "0", "--steps", "0"]
 QUICK = Settings(
     task="spell_backward",

@@ -15,11 +15,11 @@ TOKENS_PER_THREAD = 4
 
 @cache
 def compile_for(target):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(root), *filter(None, [environment.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, str(root / "tests/codegen.py"), target],
+        [sys.executable, str(root / "tests/kernels/codegen.py"), target],
         capture_output=True,
         text=True,
         cwd=root,

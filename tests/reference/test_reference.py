@@ -12,7 +12,7 @@ import torch
 
 from reference import certainty_weight, group_advantages, mapo_loss, token_logprobs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "mapo_official.json").read_text())
 GOLDEN_ESTIMATORS = {
     "grpo": {"estimator": "grpo"},

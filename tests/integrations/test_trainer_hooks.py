@@ -24,7 +24,7 @@ try:
 except ImportError:  # Python 3.10, where pytest brings the same under another name
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs/integrations.md").read_text()
 
 

@@ -84,7 +84,7 @@ def test_the_documentation():
 
 
 def test_the_documented_sizes():
-    text = (Path(__file__).parents[1] / "docs/tensor_parallel.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/tensor_parallel.md").read_text()
     table = [re.findall(r"[\d,]+", line) for line in re.findall(r"^\| \d.*", text, re.M)]
     assert f"| once per call, first | {HEADER} |" in text
     n_live, width, vocab = 8192, 4096, 152064

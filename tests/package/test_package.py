@@ -12,7 +12,7 @@ import pytest
 
 import mapo_kernels as mk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PUBLIC = [name for name in mk.__all__ if not name.startswith("__")]
 
 
