@@ -33,13 +33,20 @@ class Mutant(NamedTuple):
     tests: str
 
 
-ADVANTAGES = "tests/levels/test_advantages.py tests/levels/test_extreme_inputs.py tests/levels/test_formula.py"
-TOKENS = "tests/levels/test_formula.py tests/levels/test_tokens.py tests/levels/test_extreme_inputs.py"
-LOGITS = "tests/levels/test_logits.py tests/levels/test_extreme_inputs.py tests/levels/test_linear.py"
-PLANS = "tests/levels/test_plan.py tests/levels/test_same_numbers_everywhere.py tests/levels/test_linear.py"
-RANKS = "tests/distributed/test_distributed.py"
-VOCABULARY = "tests/distributed/test_vocab_parallel.py"
-CHECKS = "tests/errors/test_checks.py tests/levels/test_same_numbers_everywhere.py tests/levels/test_extreme_inputs.py"
+def tests_of(*names: str) -> str:
+    """The paths, below tests/, of these test modules."""
+    return " ".join(f"tests/{name}.py" for name in names)
+
+
+_EXTREME, _EVERYWHERE = "levels/test_extreme_inputs", "levels/test_same_numbers_everywhere"
+_FORMULA, _LINEAR, _TOKENS = "levels/test_formula", "levels/test_linear", "levels/test_tokens"
+ADVANTAGES = tests_of("levels/test_advantages", _EXTREME, _FORMULA)
+TOKENS = tests_of(_FORMULA, _TOKENS, _EXTREME)
+LOGITS = tests_of("levels/test_logits", "levels/test_logits_memory", _EXTREME, _LINEAR)
+PLANS = tests_of("levels/test_plan", _EVERYWHERE, _LINEAR)
+RANKS = tests_of("distributed/test_distributed")
+VOCABULARY = tests_of("distributed/test_vocab_parallel")
+CHECKS = tests_of("errors/test_checks", _EVERYWHERE, _EXTREME)
 
 MUTANTS = (
     # formula: advantages
@@ -89,7 +96,7 @@ MUTANTS = (
         "advantages_kernel",
         "speaks * (m.members - m.count)",
         "speaks * m.members",
-        ADVANTAGES + " tests/levels/test_tokens.py",
+        ADVANTAGES + " " + tests_of(_TOKENS),
     ),
     Mutant(
         "tokens_device",

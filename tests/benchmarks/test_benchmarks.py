@@ -18,6 +18,9 @@ from benchmarks.roofs import Roofs
 from benchmarks.vocabulary import ALL
 from mapo_kernels import files
 
+# The runs that these look at are made once in a process of `pytest -n`.
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

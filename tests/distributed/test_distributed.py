@@ -5,6 +5,9 @@ import pytest
 from backends import HAS_GPU, INTERPRETS
 from spawn import run_ranks
 
+# Every process of `pytest -n` that runs one of these starts ranks of its own.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 SETTINGS = [(2, "eager"), (4, "eager"), (2, "interpreter"), (4, "interpreter")]
 
 

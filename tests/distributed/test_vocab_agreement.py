@@ -9,6 +9,9 @@ from spawn import run_ranks
 import mapo_kernels as mk
 from mapo_kernels.agreement import digest_of
 
+# Every process of `pytest -n` that runs one of these starts ranks of its own.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 OTHER_SPEC = mk.LossSpec(eps_low=0.3)
 SEQUENCE = mk.LossSpec(importance_level="sequence")
 # What the last rank does otherwise: the function that all call, its changed arguments, and the

@@ -11,6 +11,9 @@ from spawn import run_ranks
 from mapo_kernels._triton import HAS_TRITON, interprets
 from mapo_kernels.linear import _GPU_CHUNK
 
+# Every process of `pytest -n` that runs one of these starts ranks of its own.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 # Bytes in which a rank says how it was called.
 HEADER = 216
 

@@ -2,14 +2,12 @@
 
 import itertools
 import re
-import runpy
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from support import assert_close, logits_run, make_logits, tensors_of
-from test_linear import make_hidden, run
-from test_tokens import POLICIES
+from hidden import make_hidden, run
+from support import POLICIES, assert_close, logits_run, make_logits, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mapo_kernels as mk
@@ -27,8 +25,6 @@ def begin(backend):
     One split of a vocabulary, one group: a rank whose own share is the same in another split could
     not know that others have to be asked.
     """
-    # The interpreter's fused multiply-add.
-    runpy.run_path(str(Path(__file__).with_name("conftest.py")))
     mk.set_backend("eager" if backend == "eager" else "triton")
     return torch.device("cuda" if backend == "gpu" else "cpu"), dist.new_group()
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Every process of `pytest -n` that runs one of these compiles all kernels.
+pytestmark = pytest.mark.xdist_group("codegen")
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TOKENS_PER_THREAD = 4
 

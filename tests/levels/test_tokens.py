@@ -2,6 +2,9 @@ import pytest
 import torch
 from backends import with_two_threads_too
 from support import (
+    KLS,
+    MASKS,
+    POLICIES,
     assert_accurate,
     assert_close,
     assert_same_metrics,
@@ -15,17 +18,6 @@ from support import (
 
 import mapo_kernels as mk
 from mapo_kernels.spec import AGGREGATIONS, OBJECTIVES
-
-KLS = [
-    {},
-    *(
-        {"beta": 0.3, "kl_estimator": estimator, "kl_importance_correction": corrected}
-        for estimator in ("k1", "k2", "k3")
-        for corrected in (False, True)
-    ),
-]
-POLICIES = [*({"objective": name} for name in OBJECTIVES), {"objective": "clip", "dual_clip": 1.5}]
-MASKS = ("none", "random", "row", "all")
 
 
 def check_against_oracle(batch, spec, device, tolerance, on_policy=False):

@@ -157,6 +157,8 @@ def test_kernels_do_not_validate_and_the_api_does_not_compute():
 def test_files_stay_readable():
     for path in [*ROOT.glob("mapo_kernels/**/*.py"), *ROOT.glob("reference/*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
+    for path in ROOT.glob("tests/**/*.py"):
+        assert len(path.read_text().splitlines()) <= 500, path
 
 
 def test_triton_version_is_the_one_that_is_to_be_tested():

@@ -81,6 +81,7 @@ def test_padded_prompts_score_as_each_alone(family):
             torch.testing.assert_close(together[row], expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("check", ["check_logits", "check_hidden_states"])
 def test_gradients_on_ranks_are_those_of_one_process(check):
     run_ranks(2, getattr(readme_ranks, check))
