@@ -122,7 +122,10 @@ def group_advantages(
     own = slice(None)
     if process_group is not None:
         call = parallel.Call("group_advantages", None, spec)
-        groups, own = parallel.gather_groups(groups, call, process_group)
+        part = parallel.Part(rewards.shape[0], groups=groups)
+        shared = parallel.share(part, call, process_group, rewards.device)
+        assert shared.groups is not None
+        groups, own = shared.groups, shared.own
     advantages, table = ops.group_advantages(groups, spec, return_stats)
     advantages, table = advantages[own].to(rewards.device), table.to(rewards.device)
     if not return_stats:
@@ -207,9 +210,11 @@ def _share(
     call = parallel.Call.of_loss(spec, advantage_spec, inputs.normalizer)
     shared = parallel.share(part, call, process_group, tokens.device)
     known = KnownMetrics({})
-    if shared.signal is not None:
-        inputs = replaced(inputs, groups=None, advantages=shared.signal.advantages)
-        known = KnownMetrics(shared.signal.metrics, group_ranks(process_group))
+    if shared.groups is not None:
+        signal = ops.group_signals(shared.groups, advantage_spec)[0]
+        signal = signal.of_rows(shared.own, tokens.device)
+        inputs = replaced(inputs, groups=None, advantages=signal.advantages)
+        known = KnownMetrics(signal.metrics, group_ranks(process_group))
     if shared.normalizer is not None:
         inputs = replaced(inputs, normalizer=shared.normalizer)
     return inputs, known

@@ -144,7 +144,7 @@ def launch_scores(
 def launch_shares(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
-    """Table [columns, rows] of what these columns contribute: see `vocab_parallel.merge_shares`."""
+    """Table [columns, rows] of what these columns contribute: see `rows_merged.merge_shares`."""
     return launch_scores(logits, rows, mask, columns, share_kernel)
 
 

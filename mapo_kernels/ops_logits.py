@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mapo_kernels import logits as rows_of_logits
-from mapo_kernels import logits_eager, vocab_parallel
+from mapo_kernels import logits_eager, rows_merged, vocab_parallel
 from mapo_kernels.inputs import RowInputs, TokenInputs, TokenResults, empty_results, replaced
 from mapo_kernels.ops import LOSS_SCHEMA, is_eager, pack, token_loss, unpack, with_advantages
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -50,12 +50,12 @@ def score_rows(
     takes one collective, and every rank gets the same table.
     """
     if rows.share is not None:
-        local = vocab_parallel.local_rows(rows)
+        local = rows_merged.local_rows(rows)
         eager = is_eager(logits)
         tabulate = logits_eager.eager_shares if eager else rows_of_logits.launch_shares
         sums = tabulate(logits, local, mask, 3 if columns == 1 else 4)
         sums = vocab_parallel.gather(sums, rows.share)
-        return vocab_parallel.merge_shares(sums, rows, mask, columns, powers_of_2=not eager)
+        return rows_merged.merge_shares(sums, rows, mask, columns, powers_of_2=not eager)
     if is_eager(logits):
         return logits_eager.eager_scores(logits, rows, mask, columns)
     if not torch.compiler.is_compiling():
@@ -103,7 +103,7 @@ def row_gradient(
     It goes to `out`: the logits themselves, another tensor of their shape, or by default a new one.
     Where rows are split over ranks, each rank has the gradient by its columns.
     """
-    rows = vocab_parallel.local_rows(rows)
+    rows = rows_merged.local_rows(rows)
     given = (rows, mask, table, slope, bonus, results)
     compiling = torch.compiler.is_compiling()
     if compiling and not is_eager(logits):

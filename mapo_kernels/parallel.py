@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from mapo_kernels import checks, ops
-from mapo_kernels.advantages import Signal
+from mapo_kernels import checks
 from mapo_kernels.agreement import all_gather, digest, meeting_place
 from mapo_kernels.checks import GLOBAL
 from mapo_kernels.inputs import GroupInputs
@@ -227,16 +226,6 @@ def _whole_groups(
     return whole
 
 
-def gather_groups(
-    groups: GroupInputs, call: Call, process_group: dist.ProcessGroup
-) -> tuple[GroupInputs, slice]:
-    """The groups of all ranks, and which of their rows are this rank's: one collective."""
-    part = Part(groups.rewards.shape[0], groups=groups)
-    table, headers = _exchange(part, call, process_group, groups.rewards.device)
-    assert headers is not None
-    return _whole_groups(table, headers, groups), _own_rows(headers, process_group)
-
-
 def _own_rows(headers: list[list[int]], process_group: dist.ProcessGroup) -> slice:
     """Which of the rewards of all ranks are this rank's."""
     rank = dist.get_rank(process_group)
@@ -260,13 +249,14 @@ class Shared(NamedTuple):
     """What a rank knows about the batch once all ranks have met.
 
     Attributes:
-        signal: of this rank's sequences, from the groups of all ranks; None without rewards.
-        narrow: the same with float32 statistics, where those of `signal` are float64.
+        groups: the groups of all ranks, where collectives of the group take place; None without
+            rewards.
+        own: which of their rewards are this rank's.
         normalizer: [] float64 if one of all ranks was asked for, else None.
     """
 
-    signal: Signal | None
-    narrow: Signal | None
+    groups: GroupInputs | None
+    own: slice
     normalizer: torch.Tensor | None
 
 
@@ -277,9 +267,7 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     if call.normalizer == GLOBAL:
         normalizer = _denominator(table, call).to(device)
     if part.groups is None:
-        return Shared(None, None, normalizer)
+        return Shared(None, slice(None), normalizer)
     assert headers is not None
     whole = _whole_groups(table, headers, part.groups)
-    signal, narrow = ops.group_signals(whole, call.advantage_spec)
-    own = _own_rows(headers, process_group)
-    return Shared(signal.of_rows(own, device), narrow and narrow.of_rows(own, device), normalizer)
+    return Shared(whole, _own_rows(headers, process_group), normalizer)

@@ -10,7 +10,7 @@ from backends import eager_with_one_and_two_threads
 from support import make_batch, make_logits, pack
 
 import mapo_kernels as mk
-from mapo_kernels import vocab_parallel
+from mapo_kernels import rows_merged
 from mapo_kernels.inputs import RowInputs, VocabShare
 from mapo_kernels.sums import row_sum
 
@@ -155,7 +155,7 @@ def test_a_row_split_over_ranks_is_merged_alone_as_in_a_batch(ranks, device):
 
     def merge(rows):
         given = RowInputs(ids[rows], 1.0, share)
-        return vocab_parallel.merge_shares(shares[..., rows], given, None, 5, False)
+        return rows_merged.merge_shares(shares[..., rows], given, None, 5, False)
 
     whole = merge(slice(None))
     for i in range(19):
