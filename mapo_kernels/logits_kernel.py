@@ -86,7 +86,7 @@ def logits_loss_kernel(
     Advantage,  # [B], or None where advantages are the tokens' or come from rewards
     rewards,  # Rewards, or None
     AdvantageOut,  # [B]
-    batch,  # Batch
+    batch,  # Common
     n_sequences,
     length,  # T, or total if packed
     group_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels.inputs import RowInputs
+from mapo_kernels.batch import RowInputs
 from mapo_kernels.sums import row_sum
 
 _LN2 = 0.6931471805599453
@@ -25,7 +25,7 @@ def merge_shares(
     columns: int,
     powers_of_2: bool,
 ) -> torch.Tensor:
-    """Table [columns, n] of `ops_logits.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
+    """Table [columns, n] of `ops.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
 
     A rank's sums are the first of (reference, others, gap, entropy): the largest of its tempered
     logits, what `formula.row_summary` takes, relative to that, and the entropy of its columns but

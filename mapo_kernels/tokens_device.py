@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
     advantage: Any = None
 
 
-class Batch(NamedTuple):
+class Common(NamedTuple):
     """What programs share; the denominator is a tensor, a number, or (both None) counted."""
 
     cu_seqlens: Any

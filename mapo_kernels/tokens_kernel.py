@@ -43,7 +43,7 @@ def token_loss_kernel(
     rewards,  # Rewards, or None
     AdvantageOut,  # [B]
     Grad,  # like Logp, float32; or None
-    batch,  # Batch
+    batch,  # Common
     n_sequences,
     length,  # T, or total if packed
     n_splits,  # programs per sequence

@@ -20,17 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mapo_kernels.agreement import all_gather, digest, digest_of, meeting_place
-from mapo_kernels.inputs import TokenInputs, VocabShare
+from mapo_kernels.agreement import all_gather, check_facts, facts_of, meeting_place
+from mapo_kernels.batch import Batch, VocabShare
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
-
-
-def gather(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
-    """What every rank has in place of `x` [k, n]: [ranks, k, n], in one collective."""
-    ranks = len(share.sizes)
-    if x.numel() == 0:
-        return x.new_empty((ranks, *x.shape))
-    return all_gather(x, share.group).view(ranks, *x.shape)
 
 
 def sum_over_ranks(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
@@ -77,7 +69,7 @@ class Split(NamedTuple):
     def agree(
         self,
         token_ids: torch.Tensor,
-        inputs: TokenInputs,
+        inputs: Batch,
         temperature: torch.Tensor | float,
     ) -> VocabShare:
         """This rank's share, after making sure that all ranks were called alike.
@@ -90,16 +82,20 @@ class Split(NamedTuple):
         settings = self._settings(token_ids, inputs, temperature)
         tensors = _tensors(token_ids, inputs, temperature)
         place = meeting_place(self.group, token_ids.device)
-        known = [x if isinstance(x, int) else digest(str(x)) for x in settings.values()]
-        numbers = torch.tensor([self.columns, *known]).to(place, non_blocking=True)
-        nothing = numbers.new_zeros(())
-        found = [nothing if x is None else digest_of(x).to(place) for x in tensors.values()]
-        headers = all_gather(torch.cat([numbers, torch.stack(found)]), self.group).tolist()
-        sizes = _checked_sizes(headers, settings, list(tensors), self.vocab)
-        return VocabShare(self.group, dist.get_rank(self.group), sizes)
+        facts = facts_of(settings, tensors, place)
+        message = torch.cat([facts.new_full((1,), self.columns), facts])
+        headers = all_gather(message, self.group).tolist()
+        check_facts("vocab_group", settings, list(tensors), [header[1:] for header in headers])
+        sizes = [header[0] for header in headers]
+        if self.vocab and sum(sizes) != self.vocab:
+            raise ValueError(
+                f"vocab_group: expected shares of {self.vocab} columns (V of the DTensor) in all, "
+                f"got {sizes}"
+            )
+        return VocabShare(self.group, dist.get_rank(self.group), tuple(sizes))
 
     def _settings(
-        self, token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+        self, token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
     ) -> dict[str, object]:
         """What every rank has to be called with alike, but for tensors; the host knows it."""
         # A mask of ones equals none.
@@ -138,7 +134,7 @@ def _number(x: torch.Tensor | float | None) -> str | None:
 
 
 def _tensors(
-    token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+    token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
 ) -> dict[str, torch.Tensor | None]:
     """What every rank has to be called with alike, and the host does not know.
 
@@ -165,39 +161,6 @@ def _tensors(
 
 def _if_tensor(x: object) -> torch.Tensor | None:
     return x if isinstance(x, torch.Tensor) else None
-
-
-def _checked_sizes(
-    headers: list[list[int]], settings: dict[str, object], tensors: list[str], vocab: int
-) -> tuple[int, ...]:
-    """The ranks' columns, from what each came with; raises where that does not fit together."""
-    columns, *facts = zip(*headers, strict=True)
-    names = (*settings, *tensors)
-    apart = {
-        name: values for name, values in zip(names, facts, strict=True) if len(set(values)) > 1
-    }
-    # Where settings differ tensors may well do so for that.
-    apart = {k: v for k, v in apart.items() if k in settings} or apart
-    came = []
-    for name, values in apart.items():
-        others = [rank for rank, value in enumerate(values) if value != values[0]]
-        if name not in settings:
-            came.append(f"others on ranks {others} than on rank 0")
-        elif isinstance(settings[name], int):
-            came.append(str(list(values)))
-        else:
-            came.append(f"{settings[name]} here, where ranks {others} differ from rank 0")
-    if apart:
-        raise ValueError(
-            f"vocab_group: expected the same {', '.join(apart)} on every rank, got "
-            f"{'; '.join(came)}"
-        )
-    if vocab and sum(columns) != vocab:
-        raise ValueError(
-            f"vocab_group: expected shares of {vocab} columns (V of the DTensor) in all, got "
-            f"{list(columns)}"
-        )
-    return tuple(columns)
 
 
 def check_vocab_group(group: Any) -> None:
