@@ -171,18 +171,6 @@ def row_summary(others, tail, weighted, gap):
 
 
 @jit
-def others_entropy(others, tail, weighted, gap):
-    """Entropy in nats of a row's distribution over the columns other than the target.
-
-    From what `row_summary` takes; 0 where there is no such column, or next to nothing of them.
-    """
-    certain = certain_elsewhere(others, gap)
-    bounded = tl.where(others > 1e-37, others, 1.0)
-    log_others = tl.where(certain, log1p(tl.where(certain, tail, 0.0)), tl.log(bounded))
-    return tl.where(others > 1e-37, log_others - weighted / bounded, 0.0)
-
-
-@jit
 def clamp(x, low, high):
     """`x` within [low, high]; NaN stays NaN."""
     return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
