@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +69,9 @@ def _suite_arguments(given: argparse.Namespace) -> list[str]:
 
 def _name(given: argparse.Namespace) -> str:
     """The name of the result's files."""
-    cuda = torch.cuda.is_available() and not given.dry_run
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
-    device = re.sub(r"\W+", "_", device).strip("_").lower()
+    from .environment import device_name
+
+    device = re.sub(r"\W+", "_", device_name()).strip("_").lower()
     kind = "dry" if given.dry_run else given.suite
     return given.name or f"{kind}_{device}_{time.strftime('%Y%m%d_%H%M%S')}"
 
@@ -103,7 +102,6 @@ def _run(given: argparse.Namespace) -> int:
         return status or 1
     found = results.read(path)
     _show(found, path, plots=not given.no_plots)
-    results.write_table(found, path)
     parity = found["parity"]
     if parity is not None:
         print(f"parity tests: {'passed' if parity['passed'] else 'FAILED'}, {parity['summary']}")
@@ -111,23 +109,28 @@ def _run(given: argparse.Namespace) -> int:
     return 130 if status == INTERRUPTED else int(status != 0)
 
 
-def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
-    """Print a result's tables, and draw its plots beside its file."""
+def _print_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """A table for the terminal, or 150 columns wide in a file."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from . import report
+    table = Table(*map(escape, heads), box=box.SIMPLE_HEAD)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
+
+def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
+    """Print a result's tables, write them as CSV, and draw its plots beside its file."""
+    from . import report, results
+
     print(report.about(found))
-    for heads, lines in report.tables(found):
-        table = Table(*map(escape, heads), box=box.SIMPLE_HEAD)
-        for line in lines:
-            table.add_row(*map(escape, line))
-        console.print(table)
-    print(*report.notes(found), path, sep="\n")
+    for table in report.tables(found):
+        _print_table(*table)
+    print(*report.notes(found), f"{path} and .csv", sep="\n")
+    results.write_table(found, path)
     if plots:
         from .plots import draw
 
@@ -144,7 +147,6 @@ def _report(given: argparse.Namespace) -> int:
     readme = None if given.readme is None else _with_tables(given.readme, every)
     for path, found in every.items():
         _show(found, path, plots=not given.no_plots)
-        results.write_table(found, path)
     if readme is not None:
         # Where it is a link, what it points to is written.
         write_whole(given.readme.resolve(), readme.encode())
@@ -166,16 +168,10 @@ def _with_tables(path: Path, every: dict[Path, dict[str, Any]]) -> str:
 
 
 def _codegen(given: argparse.Namespace) -> int:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from .codegen import COLUMNS, static_table
 
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
-    for row in static_table():
-        table.add_row(*(cell.format(**row) for cell in COLUMNS.values()))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    rows = [[cell.format(**row) for cell in COLUMNS.values()] for row in static_table()]
+    _print_table(list(COLUMNS), rows)
     return 0
 
 

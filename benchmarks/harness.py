@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import math
@@ -10,10 +9,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 import mapo_kernels
 
@@ -50,6 +51,12 @@ def fresh_leaves(provider: Provider, inputs: Inputs) -> list[torch.Tensor]:
     return [
         (x.clone() if provider.consumes else x.detach()).requires_grad_() for x in inputs.leaves
     ]
+
+
+def copy_of(inputs: Inputs) -> Inputs:
+    """The same inputs at other addresses."""
+    leaves, rest = tree_map_only(torch.Tensor, torch.clone, (inputs.leaves, vars(inputs.rest)))
+    return Inputs(leaves, SimpleNamespace(**rest), inputs.live)
 
 
 def work_of(provider: Provider, inputs: list[Inputs], direction: str) -> Work:
@@ -124,10 +131,11 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 class CaseRun:
     """One case, its inputs drawn and its truth computed once for all providers."""
 
-    def __init__(self, level: Level, case: Case, device: torch.device) -> None:
-        self.level, self.case, self.device = level, case, device
+    def __init__(self, level: Level, case: Case, roofs: Roofs, effort: Effort) -> None:
+        self.level, self.case, self.roofs, self.effort = level, case, roofs, effort
+        self.device = roofs.device
         torch.manual_seed(SEED)
-        self.inputs = [level.make(case, torch.Generator().manual_seed(SEED), device)]
+        self.inputs = [level.make(case, torch.Generator().manual_seed(SEED), self.device)]
         self.truth = level.truth(self.inputs[0])
         self._checked: dict[str, tuple[float, int | None]] = {}
 
@@ -135,46 +143,54 @@ class CaseRun:
         """Copy the inputs until together they exceed the cache twice."""
         size = sum(x.nbytes for x in self.inputs[0].leaves)
         wanted = min(MAX_SETS, -(-2 * cache_bytes(self.device) // size))
-        self.inputs += [copy.deepcopy(self.inputs[0]) for _ in range(len(self.inputs), wanted)]
+        self.inputs += [copy_of(self.inputs[0]) for _ in range(len(self.inputs), wanted)]
 
-    def measure(self, name: str, direction: str, roofs: Roofs, timer: Timer, effort: Effort) -> Row:
+    def measure(self, name: str, direction: str, timer: Timer) -> Row:
         """One row; what cannot run or is wrong is a row that says so, and has no time."""
-        case, provider = self.case, self.level.providers[name]
-        row = results.describe(case, direction, name, self.inputs[0].live)
-        reason = provider.unavailable(case, self.device)
+        row = results.describe(self.case, direction, name, self.inputs[0].live)
+        reason = self.level.providers[name].unavailable(self.case, self.device)
         if reason:
             return row | {"status": "unavailable", "reason": reason}
         try:
-            error, memory = self._check(name, provider)
-            if not error <= TOLERANCE[case.dtype]:
-                error_or_none = error if math.isfinite(error) else None
-                return row | {
-                    "status": "wrong", "error": error_or_none, "reason": "its result is off"
-                }  # fmt: skip
-            self.fill_cache()
-            samples = timer(work_of(provider, self.inputs, direction), effort)
+            return row | self._measure(name, direction, timer)
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
         except Exception as exception:  # A peer's failure is a finding about the peer.
             first_line = (str(exception).splitlines() or [""])[0]
             reason = f"{type(exception).__name__}: {first_line}"
-            if isinstance(exception, torch.OutOfMemoryError):
-                reason = "out of memory"
-            return row | {"status": "failed", "reason": reason}
         finally:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        p20, median, p80 = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))
-        counts = self.level.count(case, self.inputs[0].live, direction)
-        row |= {"status": "ok", "error": error, "peak_bytes": memory}
-        row |= {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
-        row |= {"timer": samples.timer, "launched_ms": samples.launched_ms}
-        row["samples_ms"] = [float(f"{x:.5g}") for x in samples.ms]
-        return row | roofs.compare(case, counts, median)
+        return row | {"status": "failed", "reason": reason}
 
-    def _check(self, name: str, provider: Provider) -> tuple[float, int | None]:
+    def _measure(self, name: str, direction: str, timer: Timer) -> Row:
+        provider = self.level.providers[name]
+        error, memory = self._check(name)
+        if not error <= TOLERANCE[self.case.dtype]:
+            known = error if math.isfinite(error) else None
+            return {"status": "wrong", "error": known, "reason": "its result is off"}
+        self.fill_cache()
+        samples = timer(work_of(provider, self.inputs, direction), self.effort)
+        p20, median, p80 = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))
+        counts = self.level.count(self.case, self.inputs[0].live, direction)
+        return {
+            "status": "ok",
+            "error": error,
+            "peak_bytes": memory,
+            "median_ms": median,
+            "p20_ms": p20,
+            "p80_ms": p80,
+            "timer": samples.timer,
+            "launched_ms": samples.launched_ms,
+            "samples_ms": [float(f"{x:.5g}") for x in samples.ms],
+            **self.roofs.compare(self.case, counts, median),
+        }
+
+    def _check(self, name: str) -> tuple[float, int | None]:
         """The error of its result and its peak bytes, found once for all directions."""
         if name not in self._checked:
-            direction = self.case.directions[0]
+            provider, direction = self.level.providers[name], self.case.directions[0]
             work = work_of(provider, self.inputs[:1], direction)
             error = relative_error(evaluate(provider, self.inputs[0], direction), self.truth)
             # Counting tensors on a CPU needs every operation to be seen.
@@ -244,8 +260,8 @@ class Run:
                 # What one level compiled would count against the next one's recompilations.
                 torch.compiler.reset()
             self._current = None  # Its tensors go before the next ones come.
-            self._current = CaseRun(LEVELS[case.level], case, self.device)
-        row = self._current.measure(name, direction, self.roofs, timer, self.effort)
+            self._current = CaseRun(LEVELS[case.level], case, self.roofs, self.effort)
+        row = self._current.measure(name, direction, timer)
         self.result["rows"].append(row)
         self.save()
         return row
