@@ -10,31 +10,37 @@ TEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 TRAINERS ?= trl verl
-# What the tests of each need beside the trainer: the demo runs in TRL, with and without adapters;
+# What the tests of each need beside the trainer: the demo's task runs in TRL, with and without adapters;
 # verl's trainer imports packages that its metadata does not ask for.
 WITH_trl := test,demo,trl
 WITH_verl := test,verl
 ALSO_trl := peft
 ALSO_verl := cachetools fastapi uvicorn
-# `make demo DEMO_ARGS="--trainer trl"` runs where TRL is.
-DEMO_VENV := $(if $(findstring trl,$(DEMO_ARGS)),.venv-trl,$(VENV))
+# One process a core; tests that share what is expensive to make stay together.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 # Tritons that the kernels are interpreted and compiled with, beside the one in constraints.txt.
 TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
-.PHONY: demo test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
+.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
 
-demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/mapo-kernels demo $(DEMO_ARGS)
+demo: $(VENV)/.installed
+	$(BIN)/mapo-kernels demo $(DEMO_ARGS)
+
+# The demo's task, trained by TRL.
+demo-trl: .venv-trl/.installed
+	.venv-trl/bin/python examples/trl_demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
-# Random cases for ten minutes, where `make test` has the first few. With fresh seeds, by hand:
+# What `make test` leaves out: combinations beyond pairs, slow cases (see tests/parts.py), and random
+# cases for ten minutes, of which it has the first few. With fresh seeds, by hand:
 #   MAPO_KERNELS_PROPERTY_MINUTES=30 make test-full
 test-full: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto tests/property $(TEST_ARGS)
+	$(PYTEST) --part rest $(TEST_ARGS)
+	HYPOTHESIS_PROFILE=long $(PYTEST) --part all tests/property $(TEST_ARGS)
 
 # Each trainer in an environment of its own: their requirements of transformers contradict each other.
 test-integrations: $(TRAINERS:%=test-with-%)
@@ -47,7 +53,7 @@ test-triton: $(TRITONS:%=test-triton-%)
 
 $(TRITONS:%=test-triton-%): test-triton-%: .triton/%/.installed
 	MAPO_KERNELS_TEST_TRITON=$* PYTHONPATH=$(CURDIR)/.triton/$* \
-		$(BIN)/python -m pytest -n auto -k "interpreter or codegen or triton_version" $(TEST_ARGS)
+		$(PYTEST) -k "interpreter or codegen or triton_version" $(TEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

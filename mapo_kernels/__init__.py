@@ -14,26 +14,24 @@ from mapo_kernels._version import __version__
 
 if TYPE_CHECKING:
     from mapo_kernels.advantages import GroupStats
-    from mapo_kernels.api import (
-        LossOutput,
-        MapoLoss,
-        group_advantages,
-        mapo_loss,
-    )
-    from mapo_kernels.api_linear import (
-        MapoLinearLoss,
-        mapo_loss_from_hidden,
-        token_logprobs_from_hidden,
-    )
-    from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
+    from mapo_kernels.api import group_advantages
     from mapo_kernels.autograd import (
         MapoLinearLossFunction,
         MapoLogitsLossFunction,
         MapoLossFunction,
     )
     from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
+    from mapo_kernels.calls import LossOutput
+    from mapo_kernels.losses import (
+        MapoLinearLoss,
+        MapoLoss,
+        mapo_loss,
+        mapo_loss_from_hidden,
+        mapo_loss_from_logits,
+    )
     from mapo_kernels.metrics import Metrics
     from mapo_kernels.plan import Plan, make_plan
+    from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
     from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 __all__ = [
@@ -64,25 +62,25 @@ __all__ = [
 _HOMES = {
     "AdvantageSpec": "spec",
     "GroupStats": "advantages",
-    "LossOutput": "api",
+    "LossOutput": "calls",
     "LossSpec": "spec",
-    "MapoLinearLoss": "api_linear",
+    "MapoLinearLoss": "losses",
     "MapoLinearLossFunction": "autograd",
     "MapoLogitsLossFunction": "autograd",
-    "MapoLoss": "api",
+    "MapoLoss": "losses",
     "MapoLossFunction": "autograd",
     "Metrics": "metrics",
     "Plan": "plan",
     "describe_backend": "backend",
     "group_advantages": "api",
     "make_plan": "plan",
-    "mapo_loss": "api",
-    "mapo_loss_from_hidden": "api_linear",
-    "mapo_loss_from_logits": "api_logits",
+    "mapo_loss": "losses",
+    "mapo_loss_from_hidden": "losses",
+    "mapo_loss_from_logits": "losses",
     "resolve_backend": "backend",
     "set_backend": "backend",
-    "token_logprobs": "api_logits",
-    "token_logprobs_from_hidden": "api_linear",
+    "token_logprobs": "scoring",
+    "token_logprobs_from_hidden": "scoring",
 }
 
 

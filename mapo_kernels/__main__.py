@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+COMMANDS = {
+    "demo": "train a small model with MAPO and GRPO",
+    "doctor": "versions, backend, and a check of its numbers",
+    "bench": "time every level against its peers and limits",
+}
 
-def _benchmarks() -> Any:
-    """The benchmarks' command line: installed with the package, or beside it in a checkout."""
+
+def _module(command: str) -> Any:
+    if command != "bench":
+        return import_module(f"mapo_kernels.{command}")
+    # Installed with the package, or beside it in a checkout.
     try:
         return import_module("mapo_kernels.bench.cli")
     except ModuleNotFoundError:
@@ -31,22 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     # Importing torch takes a second, in which Ctrl-C should work too.
     try:
-        from mapo_kernels import demo, doctor
-
-        benchmarks = _benchmarks()
+        arguments = sys.argv[1:] if arguments is None else arguments
         parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
         shown = "show the version and the backend, and exit"
         parser.add_argument("--version", action=_PrintVersion, nargs=0, help=shown)
         commands = parser.add_subparsers(dest="command", required=True)
-        demo.add_arguments(
-            commands.add_parser("demo", help="train a small model with MAPO and GRPO")
-        )
-        commands.add_parser("doctor", help="versions, backend, and a check of its numbers")
-        bench = commands.add_parser("bench", help="time every level against its peers and limits")
-        benchmarks.add_arguments(bench)
+        for name, summary in COMMANDS.items():
+            command = commands.add_parser(name, help=summary)
+            if name in arguments and name != "doctor":  # others need not be imported
+                _module(name).add_arguments(command)
         given = parser.parse_args(arguments)
-        run = {"demo": demo.main, "doctor": doctor.main, "bench": benchmarks.main}
-        return run[given.command](given)
+        return _module(given.command).main(given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

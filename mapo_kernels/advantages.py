@@ -16,9 +16,10 @@ import torch
 from mapo_kernels import twin
 from mapo_kernels._triton import on_device_of, registers, triton
 from mapo_kernels.advantages_kernel import Rewards, advantages_kernel
-from mapo_kernels.inputs import GroupInputs, replaced
+from mapo_kernels.batch import GroupInputs, replaced
+from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.spec import AdvantageSpec
-from mapo_kernels.sums import row_sum
+from mapo_kernels.sums import accumulator_dtype, row_sum
 
 # Above it, scanning every id for every row costs more than sorting.
 MATCH_LIMIT = 4096
@@ -159,7 +160,9 @@ def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return order, starts, index
 
 
-def empty_advantages(groups: GroupInputs, want_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised advantages [B] and statistics table [7, Q] ([0, Q] if not wanted)."""
     n_rows = groups.rewards.shape[0]
     n_groups = n_rows // groups.group_size if groups.group_ids is None else n_rows
@@ -171,8 +174,11 @@ def empty_advantages(groups: GroupInputs, want_stats: bool) -> tuple[torch.Tenso
 
 
 def launch_advantages(
-    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    groups: GroupInputs,
+    spec: AdvantageSpec,
+    want_stats: bool,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     """What `eager_advantages` computes, in one launch (ids of a large batch are sorted before)."""
     n_rows = groups.rewards.shape[0]
     ids = order = starts = None
@@ -186,7 +192,7 @@ def launch_advantages(
     else:
         n_groups, tile, block_g = n_rows, 16, 64
         order, starts, _ = order_by_group(groups.group_ids)
-    advantages, table = empty_advantages(groups, want_stats)
+    advantages, table = out
     with on_device_of(advantages):
         advantages_kernel[(triton.cdiv(n_groups, tile),)](
             Rewards(
@@ -208,17 +214,6 @@ def launch_advantages(
             # Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
             **registers(128),
         )
-    return advantages, table
-
-
-def result_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the eager backend computes in for inputs like `x`: float64 stays, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """What the eager backend adds long runs of scattered values in; Apple's GPU has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Groups:

@@ -8,7 +8,7 @@ permutation and the groups' starts say where each group's rows lie). None of the
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.formula import group_advantage, reward_unit, row_advantage
+from mapo_kernels.formula import GroupMetrics, group_advantage, reward_unit, row_advantage
 
 
 class Rewards(NamedTuple):
@@ -126,16 +126,6 @@ def member_advantage(reward, finite, unit, lowest, offset, factor, numbers):
     return row_advantage((reward * unit - lowest) - offset, finite, factor, limit)
 
 
-class GroupSums(NamedTuple):
-    """What a group adds to the metrics, through the one program that speaks for it."""
-
-    success_ratio_mean: Any
-    lambda_mean: Any
-    zero_advantage_groups: Any
-    nonfinite_rewards: Any
-    active_groups: Any
-
-
 @jit
 def advantage_of_sequence(
     rewards, Out, sequence, split, n_sequences, group_size, numbers,
@@ -162,7 +152,7 @@ def advantage_of_sequence(
     # One program speaks for the group: the first of the group's first row.
     speaks = ((m.leader == index) & is_first).to(tl.float32)
     counted = speaks * (m.count > 0).to(tl.float32)
-    return tl.sum(advantage, 0), GroupSums(
+    return tl.sum(advantage, 0), GroupMetrics(
         tl.sum(counted * success_ratio, 0),
         tl.sum(counted * certainty, 0),
         tl.sum(speaks * (factor == 0).to(tl.float32), 0),

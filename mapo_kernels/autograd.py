@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import linear, ops, ops_logits
-from mapo_kernels.inputs import HeadInputs, RowInputs, TokenInputs
+from mapo_kernels import linear, ops
+from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -15,8 +15,8 @@ class MapoLossFunction(torch.autograd.Function):
     """The token loss as an autograd node, for trainers that apply it themselves.
 
     `MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)` returns (loss [], results [16]
-    in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or empty). Only the loss is
-    differentiable, by `logprobs` [B, T] or [total]. `inputs` is a `TokenInputs`; nothing is
+    in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or empty). Only the loss is
+    differentiable, by `logprobs` [B, T] or [total]. `inputs` is a `Batch`; nothing is
     validated: `mapo_loss` does that.
     """
 
@@ -24,7 +24,7 @@ class MapoLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         logprobs: torch.Tensor,
-        inputs: TokenInputs,
+        inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,9 +50,9 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     """The loss from logits as an autograd node, for trainers that apply it themselves.
 
     `MapoLogitsLossFunction.apply(logits, rows, inputs, spec, advantage_spec, inplace)` returns
-    (loss [], results [16] in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or empty).
+    (loss [], results [16] in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or empty).
     Only the loss is differentiable, by `logits` [B, T, V] or [total, V]. `rows` is a `RowInputs`,
-    `inputs` a `TokenInputs`; nothing is validated: `mapo_loss_from_logits` does that.
+    `inputs` a `Batch`; nothing is validated: `mapo_loss_from_logits` does that.
 
     Forward computes the gradient, backward hands over that very tensor: a second backward through
     the same loss raises RuntimeError, whatever `retain_graph` was. With `inplace` the gradient
@@ -65,7 +65,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         ctx: Any,
         logits: torch.Tensor,
         rows: RowInputs,
-        inputs: TokenInputs,
+        inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
         inplace: bool,
@@ -73,7 +73,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         """Loss, results and advantages; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
         place = logits if inplace else None
-        out = ops_logits.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
+        out = ops.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
         if need_grad:
             if out.grad is logits:
                 _note_write(logits)
@@ -91,7 +91,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         _once(ctx)
         (grad,) = ctx.saved_tensors
         grad = grad.detach()
-        ops_logits.rescale(grad, upstream)
+        ops.rescale(grad, upstream)
         _note_write(grad)
         return grad, None, None, None, None, None
 
@@ -121,7 +121,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
     """The loss from hidden states as an autograd node, for trainers that apply it themselves.
 
     `MapoLinearLossFunction.apply(hidden, weight, bias, head, rows, inputs, spec, advantage_spec)`
-    returns (loss [], results [16] in the order of `mapo_kernels.inputs.RESULTS`, advantages [B] or
+    returns (loss [], results [16] in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or
     empty). Only the loss is differentiable, by `hidden` [B, T, H] or [total, H], `weight` [V, H]
     and `bias` [V] (or None), each only if it requires grad. `head` is a `HeadInputs` whose weight
     and bias are ignored; nothing is validated: `mapo_loss_from_hidden` does that.
@@ -138,7 +138,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         head: HeadInputs,
         rows: RowInputs,
-        inputs: TokenInputs,
+        inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,7 +164,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
             _once(ctx)
             for i, kept in enumerate(ctx.saved_tensors):
                 if kept is not None:
-                    ops_logits.rescale(kept if kept.dim() > 1 else kept[None], upstream)
+                    ops.rescale(kept if kept.dim() > 1 else kept[None], upstream)
                     _note_write(kept)
                     grads[i] = kept.to(ctx.dtypes[i])
         return (*grads, None, None, None, None, None)

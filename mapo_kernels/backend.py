@@ -80,6 +80,17 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
     return choice
 
 
+def is_eager(x: torch.Tensor) -> bool:
+    """Whether the eager backend computes what comes with `x`: the one switch between the two.
+
+    It does where there is no sequence, and so no program to launch, too. Call it through its
+    module: tests and tools replace this one name.
+    """
+    if x.dim() and x.shape[0] == 0:
+        return True
+    return resolve_backend(x.device.type, x.dtype == torch.float64) == "eager"
+
+
 def describe_backend() -> str:
     """One line: which backend this machine uses and why; `none` where the one chosen cannot run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

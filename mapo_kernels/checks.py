@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, comparable, require_dtype, signed
-from mapo_kernels.inputs import GroupInputs, TokenInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
 # The normalizer that counts the batch of all ranks.
@@ -293,7 +293,7 @@ def check_specs(spec: object, advantage_spec: object) -> None:
 
 
 def check_tokens(
-    name: str, tokens: torch.Tensor, inputs: TokenInputs, spec: LossSpec, is_part: bool = False
+    name: str, tokens: torch.Tensor, inputs: Batch, spec: LossSpec, is_part: bool = False
 ) -> None:
     """Validate the tensors of one loss against its spec and the tokens, an argument called `name`.
 
@@ -331,7 +331,7 @@ def check_no_bonus(spec: LossSpec) -> None:
         )
 
 
-def _check_spec(inputs: TokenInputs, spec: LossSpec) -> None:
+def _check_spec(inputs: Batch, spec: LossSpec) -> None:
     if spec.beta != 0 and inputs.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor because beta is {spec.beta:g}, got None")
     if spec.rollout_cap is None and inputs.rollout_logprobs is not None:

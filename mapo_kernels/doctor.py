@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from mapo_kernels._version import __version__
-from mapo_kernels.api import LossOutput, group_advantages, mapo_loss
-from mapo_kernels.api_linear import mapo_loss_from_hidden
-from mapo_kernels.api_logits import mapo_loss_from_logits
+from mapo_kernels.api import group_advantages
 from mapo_kernels.backend import describe_backend
+from mapo_kernels.calls import LossOutput
+from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden, mapo_loss_from_logits
 from mapo_kernels.spec import LossSpec
 
 # Far above what float32 rounding makes of these small batches (below 1e-6), far below any mistake.

@@ -44,3 +44,8 @@ def comparable(rewards: torch.Tensor) -> torch.Tensor:
 def signed(ids: torch.Tensor) -> torch.Tensor:
     """Integer ids in a dtype that kernels compare with -1; those past the largest int64 wrap."""
     return ids.long() if ids.dtype in _UNSIGNED else ids
+
+
+def result_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the eager backend computes in for inputs like `x`: float64 stays, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -53,6 +53,37 @@ class TokenLoss(NamedTuple):
     clipped_high: Any
 
 
+class TokenMetrics(NamedTuple):
+    """The table of metrics about scored tokens, filled by `token_metrics`.
+
+    A metric is its mean over them, or the largest for those of `LARGEST`, which come last.
+    """
+
+    clip_fraction_low: Any
+    clip_fraction_high: Any
+    ratio_mean: Any
+    approx_kl: Any
+    ref_kl: Any
+    entropy: Any
+    ratio_max: Any
+
+
+LARGEST = ("ratio_max",)
+
+
+class GroupMetrics(NamedTuple):
+    """The table of metrics about groups: means over the active ones first, then counts."""
+
+    success_ratio_mean: Any
+    lambda_mean: Any
+    zero_advantage_groups: Any
+    nonfinite_rewards: Any
+    active_groups: Any
+
+
+GROUP_MEANS = ("success_ratio_mean", "lambda_mean")
+
+
 @jit
 def exp(x):
     """e^x within about one rounding, whatever the size of x.
@@ -137,6 +168,18 @@ def row_summary(others, tail, weighted, gap):
         - (weighted + target * bounded) / total,
     )
     return logp, rest, total, entropy
+
+
+@jit
+def others_entropy(others, tail, weighted, gap):
+    """Entropy in nats of a row's distribution over the columns other than the target.
+
+    From what `row_summary` takes; 0 where there is no such column, or next to nothing of them.
+    """
+    certain = certain_elsewhere(others, gap)
+    bounded = tl.where(others > 1e-37, others, 1.0)
+    log_others = tl.where(certain, log1p(tl.where(certain, tail, 0.0)), tl.log(bounded))
+    return tl.where(others > 1e-37, log_others - weighted / bounded, 0.0)
 
 
 @jit
@@ -262,6 +305,35 @@ def approx_kl(log_ratio):
     """The k3 estimate of KL(new || old) of a token, from its log ratio clamped as in the loss."""
     d = -clamp(log_ratio, -20.0, 20.0)
     return k3(d, tl.exp(d))
+
+
+@jit
+def token_metrics(token, log_ratio, entropy, scored):
+    """What each metric says of a token, from its `TokenLoss`: 0 where it is not scored.
+
+    All that enters the loss of such a token is 0; its ratio is not.
+    """
+    ratio = tl.where(scored, token.ratio, 0.0)
+    return TokenMetrics(
+        clip_fraction_low=token.clipped_low,
+        clip_fraction_high=token.clipped_high,
+        ratio_mean=ratio,
+        approx_kl=approx_kl(log_ratio),
+        ref_kl=token.ref_kl,
+        entropy=entropy,
+        ratio_max=ratio,
+    )
+
+
+@jit
+def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
+    """What the sum of a sequence's token losses is divided by, which has `n_valid` of them."""
+    divisor = 0.0 * n_valid + 1.0
+    if LOSS.divisor == "tokens":
+        divisor = n_valid
+    elif LOSS.divisor == "length":
+        divisor = 0.0 * n_valid + length
+    return divisor
 
 
 @jit

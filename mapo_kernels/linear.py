@@ -13,25 +13,20 @@ from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import ops, ops_logits, vocab_parallel
-from mapo_kernels.advantages import result_dtype
-from mapo_kernels.inputs import (
+from mapo_kernels import ops, vocab_parallel
+from mapo_kernels.batch import (
     RESULTS,
     SLOTS,
+    Batch,
     HeadInputs,
     HeadResults,
     RowInputs,
-    TokenInputs,
     VocabShare,
 )
+from mapo_kernels.dtypes import result_dtype
+from mapo_kernels.formula import LARGEST
+from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_eager import (
-    TokenLayout,
-    denominator_of,
-    entropy_weights,
-    length_weight,
-    scored_tokens,
-)
 
 # Bytes of logits and of their gradient that a chunk may take. On a GPU every chunk also reads and
 # writes the weight's gradient, so that it takes some 2000 rows to keep the matrix units busy; on a
@@ -218,7 +213,7 @@ def linear_loss(
     hidden: torch.Tensor,
     head: HeadInputs,
     rows: RowInputs,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     wanted: Wanted,
@@ -227,15 +222,11 @@ def linear_loss(
     if inputs.groups is not None:
         inputs, complete = ops.with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted))
-    layout = TokenLayout(rows.token_ids, inputs)
-    advantage = inputs.advantages
-    assert advantage is not None
-    if not inputs.per_token:
-        advantage = layout.spread(advantage).expand(layout.live.shape)
+    layout = Layout(rows.token_ids, inputs)
+    advantage = layout.advantage().expand(layout.valid.shape)
     live_rows, scored = head.live_rows, None
     if live_rows is None or inputs.token_weights is not None:
-        weight = layout.live if inputs.token_weights is None else inputs.token_weights
-        scored = scored_tokens(layout, advantage, weight, spec).reshape(-1)
+        scored = layout.contributing(spec, advantage, inputs.token_weights).reshape(-1)
     if live_rows is None:
         assert scored is not None
         live_rows, scored = scored.nonzero().squeeze(1), None
@@ -270,19 +261,19 @@ def linear_loss(
 def _token_level(
     chunks: _Chunks,
     head: _Head,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
-    layout: TokenLayout,
+    layout: Layout,
     advantage: torch.Tensor,
     out: HeadResults,
 ) -> HeadResults:
     """Loss and gradients of a chunk from its logits while they are there."""
-    shape = layout.live.shape
-    active = layout.live.sum().to(out.loss.dtype)
-    denominator = denominator_of(inputs, spec, layout.n_sequences, active)
+    shape = layout.valid.shape
+    active = layout.valid.sum().to(out.loss.dtype)
+    denominator = layout.denominator(spec, active)
     weights = inputs.loss_weights
-    if spec.aggregation in ("seq-mean-token-mean", "seq-mean-token-sum-norm"):
-        per_sequence = 1.0 / length_weight(layout, spec, shape[-1]).to(out.loss.dtype)
+    if spec.how.divisor != "one":
+        per_sequence = 1.0 / layout.divisor(spec).to(out.loss.dtype)
         weights = layout.spread(per_sequence).expand(shape)
     tensors = inputs._replace(loss_weights=weights).token_tensors()
     found = []
@@ -290,13 +281,13 @@ def _token_level(
     for chosen, into, hidden, rows in chunks:
         # Sequences of one token each: all that is known of the real ones is in the weights.
         given = [None if x is None else x.reshape(-1)[chosen][:, None] for x in tensors[:-1]]
-        chunk = TokenInputs(*given)._replace(  # type: ignore[arg-type]
+        chunk = Batch(*given)._replace(  # type: ignore[arg-type]
             advantages=advantage.reshape(-1)[chosen], normalizer=denominator
         )
         rows = rows._replace(token_ids=rows.token_ids[:, None])
         logits = head.logits(hidden)
         place = head.place(logits)
-        result = ops_logits.logits_loss(
+        result = ops.logits_loss(
             logits[:, None], rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
         )
         found.append(torch.cat([result.loss.reshape(1), result.results]))
@@ -312,13 +303,14 @@ def _token_level(
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Results of a batch [16] from those of its chunks [chunks, 16]: see `inputs.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
+    maxima = [names[name] for name in LARGEST]
     scored = table[:, names["scored_tokens"]]
     has_scored = scored[:, None] > 0
     # What a chunk, or the batch, has no scored token for is NaN.
     results = (table * scored[:, None]).where(has_scored, 0.0).sum(0) / scored.sum()
     if table.shape[0]:
-        largest = table.where(has_scored, -torch.inf)[:, names["ratio_max"]].amax()
-        results[names["ratio_max"]] = largest.where(scored.sum() > 0, torch.nan)
+        largest = table.where(has_scored, -torch.inf)[:, maxima].amax(0)
+        results[maxima] = largest.where(scored.sum() > 0, torch.nan)
     results[names["gradient_scale"]] = 1.0 / denominator
     results[names["active_tokens"]] = active
     results[names["scored_tokens"]] = scored.sum()
@@ -328,25 +320,25 @@ def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tenso
 def _in_two_passes(
     chunks: _Chunks,
     head: _Head,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
-    layout: TokenLayout,
+    layout: Layout,
     out: HeadResults,
 ) -> HeadResults:
     """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
     need_grad = any(x is not None for x in out[3:])
-    table = _score(chunks, head, layout.live.numel(), 5 if need_grad else 2)
-    logprobs, entropy = table[:2].view(2, *layout.live.shape).unbind(0)
+    table = _score(chunks, head, layout.valid.numel(), 5 if need_grad else 2)
+    logprobs, entropy = table[:2].view(2, *layout.valid.shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
     found = ops.token_loss(logprobs, inputs, spec, AdvantageSpec(), need_grad)
     out = out._replace(loss=found.loss, results=found.results)
     if not need_grad:
         return out
-    slope, bonus = found.grad.reshape(-1), entropy_weights(layout, inputs, spec, table)
+    slope, bonus = found.grad.reshape(-1), layout.entropy_weights(spec, table)
     for chosen, into, hidden, rows in chunks:
         logits = head.logits(hidden)
         place = head.place(logits)
-        ops_logits.row_gradient(
+        ops.row_gradient(
             logits,
             rows,
             None,
@@ -362,11 +354,11 @@ def _in_two_passes(
 
 
 def _score(chunks: _Chunks, head: _Head, n: int, columns: int) -> torch.Tensor:
-    """Table [columns, n] of `ops_logits.score_rows`, 0 at rows that are not live."""
+    """Table [columns, n] of `ops.score_rows`, 0 at rows that are not live."""
     table = head.weight.new_zeros((columns, n), dtype=result_dtype(head.weight))
     for chosen, _, hidden, rows in chunks:
         logits = head.logits(hidden)
-        table.index_copy_(1, chosen, ops_logits.score_rows(logits, rows, None, columns))
+        table.index_copy_(1, chosen, ops.score_rows(logits, rows, None, columns))
         del logits
     return table
 

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
-from mapo_kernels.inputs import (
+from mapo_kernels.batch import (
     SLOTS,
+    Batch,
     RowInputs,
-    TokenInputs,
     TokenResults,
     empty_results,
+    replaced,
 )
 from mapo_kernels.logits_kernel import Matrix, logits_loss_kernel
 from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens import contiguous, counters, denominator_of, rewards_of, tokens_of
-from mapo_kernels.tokens_device import Batch
+from mapo_kernels.tokens_device import Common
 from mapo_kernels.vocab_kernel import share_kernel
 
 # Above it, every row's program counting the mask of the whole batch would cost more than a launch.
@@ -99,7 +100,9 @@ def _per_temperature(rows: RowInputs) -> int:
     return max(1, rows.token_ids.numel() // max(1, rows.temperature.numel()))
 
 
-def empty_scores(logits: torch.Tensor, columns: int) -> torch.Tensor:
+def empty_scores(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+) -> torch.Tensor:
     """Uninitialised table [columns, rows] of `launch_scores`."""
     return logits.new_empty((columns, logits[..., 0].numel()), dtype=torch.float32)
 
@@ -109,12 +112,12 @@ def launch_scores(
     rows: RowInputs,
     mask: torch.Tensor | None,
     columns: int,
+    out: torch.Tensor,
     kernel: Any = score_kernel,
-) -> torch.Tensor:
+) -> None:
     """Table [columns, rows] of log-prob, entropy, and what the gradient needs, in one launch."""
     logits = columns_together(logits)
-    table = empty_scores(logits, columns)
-    n = table.shape[1]
+    n = out.shape[1]
     if n:
         length, stride_row, gap = row_layout(logits)
         temperature, exponent = _temperature(rows)
@@ -124,7 +127,7 @@ def launch_scores(
                 rows.token_ids.contiguous(),
                 temperature,
                 None if mask is None else mask.contiguous(),
-                table,
+                out,
                 n,
                 length,
                 _per_temperature(rows),
@@ -138,25 +141,28 @@ def launch_scores(
                 enable_fp_fusion=False,
                 **tile_of(logits),
             )
-    return table
 
 
 def launch_shares(
-    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
-) -> torch.Tensor:
+    logits: torch.Tensor,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    columns: int,
+    out: torch.Tensor,
+) -> None:
     """Table [columns, rows] of what these columns contribute: see `vocab_parallel.merge_shares`."""
-    return launch_scores(logits, rows, mask, columns, share_kernel)
+    launch_scores(logits, rows, mask, columns, out, share_kernel)
 
 
 def launch_gradient(
     logits: torch.Tensor,
-    out: torch.Tensor,
     rows: RowInputs,
     mask: torch.Tensor | None,
     table: torch.Tensor,
     slope: torch.Tensor,
     bonus: torch.Tensor | None,
     results: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
     """Write d loss / d logits to `out`, which may be `logits`.
 
@@ -199,8 +205,9 @@ def launch_gradient(
         )
 
 
-def launch_rescale(grad: torch.Tensor, upstream: torch.Tensor) -> None:
-    """Multiply `grad` in place by `upstream` [], unless that is 1: known on the device alone."""
+def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
+    """Multiply `out` in place by `upstream` [], unless that is 1: known on the device alone."""
+    grad = out
     n = grad[..., 0].numel()
     if n == 0:
         return
@@ -220,13 +227,14 @@ def launch_rescale(grad: torch.Tensor, upstream: torch.Tensor) -> None:
 
 def launch_logits_loss(
     logits: torch.Tensor,
-    out: torch.Tensor | None,
     rows: RowInputs,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
-) -> TokenResults:
-    """Loss, results, advantages and, in `out` if given, the gradient: one launch, token level."""
+    need_grad: bool,
+    out: TokenResults,
+) -> None:
+    """Loss, results, advantages and, if needed, the gradient: one launch, token level."""
     logits = columns_together(logits)
     n_sequences, n = inputs.n_sequences(logits), rows.token_ids.numel()
     temperature, exponent = _temperature(rows)
@@ -236,24 +244,23 @@ def launch_logits_loss(
     tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     tile = tile_of(logits)
-    results = empty_results(rows.token_ids, inputs, False)
     length = row_layout(logits)[0]
     with on_device_of(logits):
         logits_loss_kernel[(n,)](
             Matrix(logits, *row_layout(logits)[1:]),
-            None if out is None else Matrix(out, *row_layout(out)[1:]),
+            Matrix(out.grad, *row_layout(out.grad)[1:]) if need_grad else None,
             rows.token_ids.contiguous(),
             temperature,
             tokens,
             advantages,
             rewards,
-            results.advantages,
-            Batch(
+            out.advantages,
+            Common(
                 contiguous(inputs.cu_seqlens),
                 normalizer,
                 denominator,
-                results.loss,
-                results.results,
+                out.loss,
+                out.results,
                 logits.new_empty(SLOTS * n, dtype=torch.float32),
                 counters.get(logits.device),
             ),
@@ -276,4 +283,22 @@ def launch_logits_loss(
             **tile,
             **_one_program_at_once(tile),
         )
-    return results
+
+
+def empty_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Uninitialised contiguous gradient of logits."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def empty_loss(
+    logits: torch.Tensor,
+    rows: RowInputs,
+    inputs: Batch,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+) -> TokenResults:
+    """Uninitialised results, with the gradient by the logits."""
+    grad = empty_gradient(logits) if need_grad else logits.new_empty(0)
+    found = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
+    return replaced(found, grad=grad)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from mapo_kernels import twin
-from mapo_kernels.advantages import result_dtype
-from mapo_kernels.inputs import RowInputs
+from mapo_kernels.batch import RowInputs
+from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.sums import row_sum
 
 # Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
@@ -80,17 +80,17 @@ class _Rows:
 
 
 def eager_scores(
-    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int, out: None = None
 ) -> torch.Tensor:
     """What `launch_scores` computes; the table's rows differ from it past the first two."""
     return _tabulate(logits, rows, mask, columns, columns > 1, _scores)
 
 
 def eager_shares(
-    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int, out: None = None
 ) -> torch.Tensor:
     """What `launch_shares` computes, but for the unit of the references: nats."""
-    return _tabulate(logits, rows, mask, columns, columns > 3, lambda sums, known: sums)
+    return _tabulate(logits, rows, mask, columns, columns > 3, _shares)
 
 
 def _tabulate(
@@ -151,6 +151,12 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
     return tail
 
 
+def _shares(sums: _Sums, known: torch.Tensor) -> _Sums:
+    """Reference, the others' sum, gap of the target, entropy of the others."""
+    top, others, gap, weighted, tail = sums
+    return top, others, gap, twin.others_entropy(others, tail, weighted, gap)
+
+
 def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Log-prob, entropy, reference, sum over all columns, probability of the others."""
     top, others, gap, weighted, tail = sums
@@ -160,15 +166,17 @@ def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
 
 def eager_gradient(
     logits: torch.Tensor,
-    out: torch.Tensor,
     rows: RowInputs,
     mask: torch.Tensor | None,
     table: torch.Tensor,
     slope: torch.Tensor,
     bonus: torch.Tensor | None,
     results: torch.Tensor,
-) -> None:
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     """What `launch_gradient` writes."""
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     dtype = result_dtype(logits)
     pieces = _Rows(logits, rows, mask)
     flat = out.view(-1, out.shape[-1]) if _is_matrix(out) else None
@@ -187,6 +195,7 @@ def eager_gradient(
         flat.index_fill_(0, (mask.reshape(-1) == 0).nonzero().squeeze(1), 0.0)
     elif mask is not None:
         out.masked_fill_((mask == 0)[..., None], 0.0)
+    return out
 
 
 def _gradient(

@@ -6,8 +6,8 @@ The last program to arrive adds what all of them found, in a fixed order.
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.advantages_kernel import GroupSums, advantage_of_sequence
-from mapo_kernels.formula import loss_denominator
+from mapo_kernels.advantages_kernel import advantage_of_sequence
+from mapo_kernels.formula import GroupMetrics, loss_denominator, sequence_divisor
 from mapo_kernels.rows_device import row_statistics, write_gradient, write_zeros
 from mapo_kernels.rows_kernel import load_exponent, load_target
 from mapo_kernels.tokens_device import (
@@ -86,7 +86,7 @@ def logits_loss_kernel(
     Advantage,  # [B], or None where advantages are the tokens' or come from rewards
     rewards,  # Rewards, or None
     AdvantageOut,  # [B]
-    batch,  # Batch
+    batch,  # Common
     n_sequences,
     length,  # T, or total if packed
     group_size,
@@ -121,7 +121,7 @@ def logits_loss_kernel(
     advantage = tl.full([], 1.0, tl.float32)
     if rewards.reward is not None:
         nothing = tl.full([], 0.0, tl.float32)
-        group = GroupSums(nothing, nothing, nothing, nothing, nothing)
+        group = GroupMetrics(nothing, nothing, nothing, nothing, nothing)
         # Every sequence's first row speaks for it, be it masked or not.
         if tl.max((live | (offs == begin)).to(tl.int32), 0) > 0:
             advantage, group = advantage_of_sequence(
@@ -152,12 +152,10 @@ def logits_loss_kernel(
             zero + logp, tokens, 0, offs, inside, scored, advantages, weight, zero + entropy, 0.0,
             numbers, LOSS,
         )  # fmt: skip
-        scale = 1.0
-        if LOSS.length_weight == "mean":
+        n_live = 1.0
+        if LOSS.divisor == "tokens":
             n_live, mean, signal = sequence_statistics(zero, tokens, 0, begin, end, False, BLOCK_T)
-            scale = 1.0 / n_live
-        elif LOSS.length_weight == "fixed":
-            scale = 1.0 / max_tokens
+        scale = 1.0 / sequence_divisor(n_live, max_tokens, LOSS)
         sums = total_scores(scores, active, scale)
         if out is not None:
             scale = scale / batch_divisor(batch, tokens.mask, n_sequences, n_rows, BLOCK_T)

@@ -8,17 +8,11 @@ import torch
 import torch.distributed as dist
 
 from mapo_kernels.agreement import all_gather, digest, group_ranks, meeting_place
-from mapo_kernels.inputs import GROUP_METRICS, RESULTS
+from mapo_kernels.batch import GROUP_METRICS, RESULTS
+from mapo_kernels.formula import GROUP_MEANS, LARGEST
 
 _NAMES = RESULTS[1:]
-_GROUP_MEANS = ("success_ratio_mean", "lambda_mean")
-_SUMS = (
-    "active_tokens",
-    "scored_tokens",
-    "zero_advantage_groups",
-    "nonfinite_rewards",
-    "active_groups",
-)
+_COUNTS = ("active_tokens", "scored_tokens", *GROUP_METRICS[len(GROUP_MEANS) :])
 # torch.compile of older versions cannot trace the making of a dict of another class.
 _IS_TRACEABLE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
 
@@ -184,12 +178,12 @@ def _reduce_table(table: torch.Tensor, code: int) -> dict[str, torch.Tensor]:
     meaningless = ((codes > _UNKNOWN) & (codes != code)).any()
     reduced = {}
     for name, values in by_name.items():
-        if name in _SUMS:
+        if name in _COUNTS:
             value = values.sum()
         else:
             # A rank that speaks of nothing has a NaN; so have all if none of them does.
-            weights = by_name["active_groups" if name in _GROUP_MEANS else "scored_tokens"]
-            if name == "ratio_max":
+            weights = by_name["active_groups" if name in GROUP_MEANS else "scored_tokens"]
+            if name in LARGEST:
                 value = values.where(weights > 0, -torch.inf).amax()
                 value = value.where(weights.sum() > 0, torch.nan)
             else:

@@ -1,8 +1,4 @@
-"""One door per computation: eager twin, Triton launch, or the launch as a torch operator.
-
-Inside a compiled graph a launch is an operator, so that `torch.compile` sees it whole. Outside it
-the launcher is called directly: an operator costs tens of microseconds.
-"""
+"""The computations that losses are made of, each behind its door."""
 
 from __future__ import annotations
 
@@ -11,122 +7,70 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import advantages, tokens
-from mapo_kernels.backend import resolve_backend
-from mapo_kernels.inputs import (
+from mapo_kernels import advantages, backend, logits_eager, tokens, vocab_parallel
+from mapo_kernels import logits as rows_of_logits
+from mapo_kernels.batch import (
     GROUP_METRICS,
     RESULTS,
+    Batch,
     GroupInputs,
-    TokenInputs,
+    RowInputs,
     TokenResults,
     empty_results,
     replaced,
 )
+from mapo_kernels.door import door
+from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 from mapo_kernels.tokens_eager import eager_token_loss
 
 
-def is_eager(x: torch.Tensor) -> bool:
-    """Whether the eager backend computes what comes with `x`.
-
-    It does where there is no sequence, and so no program to launch, too.
-    """
-    return x.shape[0] == 0 or resolve_backend(x.device.type, x.dtype == torch.float64) == "eager"
+def _eager_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool, out: None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return advantages.eager_advantages(groups, spec)
 
 
-def pack(
-    inputs: TokenInputs, need_grad: bool, spec: LossSpec, advantage_spec: AdvantageSpec
-) -> tuple[Any, ...]:
-    """The arguments of a loss as an operator's schema has them."""
-    normalizer, groups = inputs.normalizer, inputs.groups
-    is_tensor = isinstance(normalizer, torch.Tensor)
-    return (
-        *inputs.token_tensors(),
-        inputs.advantages,
-        inputs.per_token,
-        inputs.cu_seqlens,
-        normalizer if is_tensor else None,
-        0.0 if is_tensor or normalizer is None else float(normalizer),
-        None if groups is None else groups.rewards,
-        0 if groups is None else groups.group_size,
-        None if groups is None else groups.group_ids,
-        None if groups is None else groups.success,
-        need_grad,
-        *spec.pack(),
-        *advantage_spec.pack(),
-    )
+def _eager_scale(
+    grad: torch.Tensor,
+    upstream: torch.Tensor,
+    results: torch.Tensor,
+    dtype: torch.dtype,
+    out: None = None,
+) -> torch.Tensor:
+    """`grad` times upstream gradient [] and `gradient_scale`, in `dtype`, all on the device."""
+    return (grad * (upstream * results[0])).to(dtype)
 
 
-def unpack(*packed: Any) -> tuple[TokenInputs, bool, LossSpec, AdvantageSpec]:
-    """What `pack` packed."""
-    old, ref, rollout, weights, entropy, loss_weights, mask = packed[:7]
-    given, per_token, cu_seqlens, normalizer, number = packed[7:12]
-    rewards, group_size, group_ids, success, need_grad = packed[12:17]
-    groups = None if rewards is None else GroupInputs(rewards, group_size, group_ids, success)
-    if normalizer is None and number != 0:
-        normalizer = number
-    inputs = TokenInputs(
-        old,
-        ref,
-        rollout,
-        weights,
-        entropy,
-        loss_weights,
-        mask,
-        given,
-        groups,
-        cu_seqlens,
-        normalizer,
-        per_token,
-    )
-    specs = packed[17:]
-    return inputs, need_grad, LossSpec.unpack(*specs[:2]), AdvantageSpec.unpack(*specs[2:])
+def _empty_scaled(
+    grad: torch.Tensor, upstream: torch.Tensor, results: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.empty_like(grad, dtype=dtype)
 
 
-LOSS_SCHEMA = (
-    "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
-    "Tensor? token_weights, Tensor? entropy, Tensor? loss_weights, Tensor? mask, "
-    "Tensor? advantages, bool per_token, Tensor? cu_seqlens, Tensor? normalizer, "
-    "float normalizer_value, "
-    "Tensor? rewards, int group_size, Tensor? group_ids, Tensor? success, bool need_grad, "
-    "float[] spec_numbers, str spec_kinds, float[] advantage_numbers, str advantage_kinds) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+def _eager_rescale(upstream: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling() or upstream.device.type != "cpu" or float(upstream) != 1.0:
+        out.copy_((out * upstream).where(out != 0, 0.0))
+    return out
+
+
+_advantages = door(advantages.launch_advantages, _eager_advantages, advantages.empty_advantages)
+_token_loss = door(tokens.launch_token_loss, eager_token_loss, empty_results)
+_logits_loss = door(rows_of_logits.launch_logits_loss, eager_token_loss, rows_of_logits.empty_loss)
+_scores = door(rows_of_logits.launch_scores, logits_eager.eager_scores, rows_of_logits.empty_scores)
+_shares = door(rows_of_logits.launch_shares, logits_eager.eager_shares, rows_of_logits.empty_scores)
+_gradient = door(
+    rows_of_logits.launch_gradient, logits_eager.eager_gradient, rows_of_logits.empty_gradient
 )
+_rescale = door(rows_of_logits.launch_rescale, _eager_rescale, rows_of_logits.empty_gradient)
+scale_gradient = door(tokens.launch_scale, _eager_scale, _empty_scaled)
 
 
-@torch.library.custom_op(
-    "mapo_kernels::token_loss", mutates_args=(), schema=f"(Tensor logprobs, {LOSS_SCHEMA}"
-)
-def _token_loss(logprobs, *packed):  # type: ignore[no-untyped-def]
-    inputs, need_grad, spec, advantage_spec = unpack(*packed)
-    return tuple(tokens.launch_token_loss(logprobs, inputs, spec, advantage_spec, need_grad))
-
-
-@_token_loss.register_fake
-def _token_loss_fake(logprobs, *packed):  # type: ignore[no-untyped-def]
-    inputs, need_grad, *_ = unpack(*packed)
-    return tuple(empty_results(logprobs, inputs, need_grad))
-
-
-def token_loss(
-    logprobs: torch.Tensor,
-    inputs: TokenInputs,
-    spec: LossSpec,
-    advantage_spec: AdvantageSpec,
-    need_grad: bool,
-) -> TokenResults:
-    """Loss, results, advantages and unscaled gradient of a validated batch."""
-    if is_eager(logprobs):
-        return eager_token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
-    groups = inputs.groups
-    if groups is not None and groups.group_ids is not None:
-        if groups.rewards.shape[0] > advantages.MATCH_LIMIT:
-            # Too many rows to look for each one's group in the loss kernel: advantages come first.
-            inputs, complete = with_advantages(inputs, groups, advantage_spec)
-            return complete(token_loss(logprobs, inputs, spec, advantage_spec, need_grad))
-    if not torch.compiler.is_compiling():
-        return tokens.launch_token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
-    return TokenResults(*_token_loss(logprobs, *pack(inputs, need_grad, spec, advantage_spec)))
+def group_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
+    return _advantages(advantages.decide_rewards(groups, spec), spec, want_stats)
 
 
 def group_signals(
@@ -140,8 +84,8 @@ def group_signals(
 
 
 def with_advantages(
-    inputs: TokenInputs, groups: GroupInputs, spec: AdvantageSpec
-) -> tuple[TokenInputs, Callable[[Any], Any]]:
+    inputs: Batch, groups: GroupInputs, spec: AdvantageSpec
+) -> tuple[Batch, Callable[[Any], Any]]:
     """Inputs with the advantages of their groups, and what puts the groups' metrics in results."""
     given, table = group_advantages(groups, spec, want_stats=True)
 
@@ -154,62 +98,133 @@ def with_advantages(
     return replaced(inputs, groups=None, advantages=given, per_token=False), complete
 
 
-@torch.library.custom_op(
-    "mapo_kernels::scale_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor upstream, Tensor results, ScalarType dtype) -> Tensor",
-)
-def _scale_gradient(grad, upstream, results, dtype):  # type: ignore[no-untyped-def]
-    return tokens.launch_scale(grad, upstream, results, dtype)
+def token_loss(
+    logprobs: torch.Tensor,
+    inputs: Batch,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+) -> TokenResults:
+    """Loss, results, advantages and unscaled gradient of a validated batch."""
+    groups = inputs.groups
+    if groups is not None and groups.group_ids is not None and not backend.is_eager(logprobs):
+        if groups.rewards.shape[0] > advantages.MATCH_LIMIT:
+            # Too many rows to look for each one's group in the loss kernel: advantages come first.
+            inputs, complete = with_advantages(inputs, groups, advantage_spec)
+            return complete(_token_loss(logprobs, inputs, spec, advantage_spec, need_grad))
+    return _token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
 
 
-@_scale_gradient.register_fake
-def _scale_gradient_fake(grad, upstream, results, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(grad, dtype=dtype)
-
-
-def scale_gradient(
-    grad: torch.Tensor, upstream: torch.Tensor, results: torch.Tensor, dtype: torch.dtype
+def score_rows(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
-    """`grad` times upstream gradient [] and `gradient_scale`, in `dtype`, all on the device."""
-    if is_eager(grad):
-        return (grad * (upstream * results[0])).to(dtype)
-    call = _scale_gradient if torch.compiler.is_compiling() else tokens.launch_scale
-    return call(grad, upstream, results, dtype)
+    """Table [columns, rows]: log-probs, entropies (from 2 on), what a gradient needs (5).
+
+    All of it is 0 where `mask` is, and nothing is read there. Where rows are split over ranks this
+    takes one collective, and every rank gets the same table.
+    """
+    if rows.share is None:
+        return _scores(logits, rows, mask, columns)
+    local = vocab_parallel.local_rows(rows)
+    sums = _shares(logits, local, mask, 3 if columns == 1 else 4)
+    sums = vocab_parallel.gather(sums, rows.share)
+    in_powers_of_2 = not backend.is_eager(logits)
+    return vocab_parallel.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
 
 
-@torch.library.custom_op(
-    "mapo_kernels::group_advantages",
-    mutates_args=(),
-    schema="(Tensor rewards, int group_size, Tensor? group_ids, Tensor? success, bool want_stats, "
-    "float[] numbers, str kinds) -> (Tensor, Tensor)",
-)
-def _group_advantages(rewards, group_size, group_ids, success, want_stats, *spec):  # type: ignore[no-untyped-def]
-    groups = GroupInputs(rewards, group_size, group_ids, success)
-    return advantages.launch_advantages(groups, AdvantageSpec.unpack(*spec), want_stats)
+def row_gradient(
+    logits: torch.Tensor,
+    rows: RowInputs,
+    mask: torch.Tensor | None,
+    table: torch.Tensor,
+    slope: torch.Tensor,
+    bonus: torch.Tensor | None,
+    results: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gradient by the logits, from the table of `score_rows` and what `launch_gradient` takes.
+
+    It goes to `out`: the logits themselves, another tensor of their shape, or by default a new one.
+    Where rows are split over ranks, each rank has the gradient by its columns.
+    """
+    if torch.compiler.is_compiling():
+        # A compiled graph decides by itself which of its buffers it reuses.
+        out = None
+    rows = vocab_parallel.local_rows(rows)
+    return _gradient(logits, rows, mask, table, slope, bonus, results, out=out)
 
 
-@_group_advantages.register_fake
-def _group_advantages_fake(rewards, group_size, group_ids, success, want_stats, *spec):  # type: ignore[no-untyped-def]
-    return advantages.empty_advantages(
-        GroupInputs(rewards, group_size, group_ids, success), want_stats
-    )
+def logits_loss(
+    logits: torch.Tensor,
+    rows: RowInputs,
+    inputs: Batch,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+    out: torch.Tensor | None = None,
+) -> TokenResults:
+    """Loss, results, advantages and the gradient by the logits of a validated batch.
+
+    The gradient goes to `out`, as in `row_gradient`. It comes with the batch's scale and lacks only
+    the upstream gradient. One launch where a row's gradient depends on no other row; else
+    statistics, loss and gradient are three; so it is where rows are split over ranks.
+    """
+    if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
+        inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
+        return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
+    fused = spec.importance_level == "token" and rows.token_ids.numel() > 0 and rows.share is None
+    if backend.is_eager(logits) or not fused:
+        return _scored_then_differentiated(
+            logits, rows, inputs, spec, advantage_spec, need_grad, out
+        )
+    if inputs.denominator(spec, 1) is None and inputs.mask is not None:
+        if rows.token_ids.numel() > rows_of_logits.COUNT_LIMIT:
+            valid = Layout(rows.token_ids, inputs).valid
+            inputs = replaced(inputs, normalizer=valid.sum().float())
+    if out is not None and need_grad and not torch.compiler.is_compiling():
+        place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
+        place = replaced(place, grad=out)
+    else:
+        place = None
+    return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=place)
 
 
-def group_advantages(
-    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
-    groups = advantages.decide_rewards(groups, spec)
-    if is_eager(groups.rewards):
-        return advantages.eager_advantages(groups, spec)
-    if not torch.compiler.is_compiling():
-        return advantages.launch_advantages(groups, spec, want_stats)
-    return _group_advantages(
-        groups.rewards,
-        groups.group_size,
-        groups.group_ids,
-        groups.success,
-        want_stats,
-        *spec.pack(),
-    )
+def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: LossSpec) -> bool:
+    """Whether the advantages are better computed where the loss is, by each row's program."""
+    groups = inputs.groups
+    if backend.is_eager(logits) or groups is None or rows.token_ids.numel() == 0:
+        return False
+    if spec.importance_level == "sequence" or rows.share is not None:
+        return False
+    n_rows = groups.rewards.shape[0]
+    in_reach = groups.group_ids is None or n_rows <= rows_of_logits.MATCH_LIMIT
+    # A packed sequence may have no row at all, and then nobody speaks for it.
+    return in_reach and inputs.cu_seqlens is None
+
+
+def _scored_then_differentiated(
+    logits: torch.Tensor,
+    rows: RowInputs,
+    inputs: Batch,
+    spec: LossSpec,
+    advantage_spec: AdvantageSpec,
+    need_grad: bool,
+    out: torch.Tensor | None,
+) -> TokenResults:
+    """The same in three steps: statistics of the rows, the loss of the log-probs, the gradient."""
+    layout = Layout(rows.token_ids, inputs)
+    scored = layout.contributing(spec, layout.advantage(), inputs.token_weights)
+    table = score_rows(logits, rows, scored, 5 if need_grad else 2)
+    logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
+    inputs = replaced(inputs, entropy=entropy)
+    found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+    if not need_grad:
+        return found
+    bonus = layout.entropy_weights(spec, table)
+    grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
+    return replaced(found, grad=grad)
+
+
+def rescale(grad: torch.Tensor, upstream: torch.Tensor) -> None:
+    """Multiply the gradient of logits in place by the upstream gradient [], where that is not 1."""
+    _rescale(upstream, out=grad)

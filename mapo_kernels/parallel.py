@@ -17,8 +17,8 @@ import torch.distributed as dist
 from mapo_kernels import checks, ops
 from mapo_kernels.advantages import Signal
 from mapo_kernels.agreement import all_gather, digest, meeting_place
+from mapo_kernels.batch import GroupInputs
 from mapo_kernels.checks import GLOBAL
-from mapo_kernels.inputs import GroupInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
@@ -250,8 +250,7 @@ def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
     Ranks that agreed once do not read each other's settings again: the loss says it, by being NaN.
     """
     assert call.spec is not None
-    name = "tokens" if call.spec.aggregation == "token-mean" else "sequences"
-    counts = table[:, _COUNTS.index(name)]
+    counts = table[:, _COUNTS.index(call.spec.how.denominator)]
     first, last = len(_COUNTS), len(_COUNTS) + len(call.settings(None))
     agree = (table[:, first:last] == table[0, first:last]).all()
     return (counts.sum().double() / table.shape[0]).where(agree, float("nan"))

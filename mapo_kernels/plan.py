@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,14 @@ import torch
 from mapo_kernels import checks, ops, parallel
 from mapo_kernels.advantages import Signal, never_successful, warn_of_threshold
 from mapo_kernels.agreement import group_ranks
-from mapo_kernels.inputs import GroupInputs, TokenInputs
-from mapo_kernels.keywords import names_checked
+from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
+from mapo_kernels.batch import Batch, GroupInputs
+from mapo_kernels.layout import Layout
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
-from mapo_kernels.tokens_eager import TokenLayout, scored_tokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -158,38 +161,23 @@ class Source(NamedTuple):
         return ((self.advantages != 0) | (self.narrow.advantages != 0)).to(torch.float32)
 
 
-@names_checked
-def make_plan(
-    *,
-    rewards: torch.Tensor | None = None,
-    advantages: torch.Tensor | None = None,
-    group_size: int | None = None,
-    group_ids: torch.Tensor | None = None,
-    success: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | str | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    spec: LossSpec = LossSpec(),  # noqa: B008  frozen
-    advantage_spec: AdvantageSpec = AdvantageSpec(),  # noqa: B008  frozen
-) -> Plan:
+def groups_of(given: Mapping[str, Any], device: torch.device | None = None) -> GroupInputs | None:
+    """The validated groups (on `device`) that a batch is `given`; None if it has advantages."""
+    grouping = {key: given[key] for key in ("group_size", "group_ids", "success")}
+    checks.check_source(given["rewards"], given["advantages"], grouping)
+    checks.check_process_group(given["process_group"], given["normalizer"])
+    if given["rewards"] is None:
+        return None
+    is_part = given["process_group"] is not None
+    return checks.check_groups(given["rewards"], **grouping, is_part=is_part, device=device)
+
+
+@takes(BatchArguments)
+def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
     """Compute once per optimizer batch what its micro-batches share.
 
     Args:
-        rewards: [B] any real dtype, whole groups; or give `advantages`.
-        advantages: [B] or per token, floating-point.
-        group_size: sequences per group, groups contiguous; or give `group_ids`.
-        group_ids: [B] integers, rows in any order, ragged groups.
-        success: [B] bool, which sequences succeeded; default `rewards >= success_threshold`.
-        mask: [B, T] or [total], nonzero where a token counts. Optional if packed.
-        cu_seqlens: [B + 1] int32 or int64, boundaries of a packed batch.
-        normalizer: denominator over the batch in place of the one counted here: a number, a 0-d
-            tensor, or `global` for that of all ranks of `process_group` per rank; see `mapo_loss`.
-        process_group: ranks that each hold a part of the optimizer batch, none of it included
-            (B = 0), all of which make a plan: groups may lie across them. One collective; see
-            `group_advantages`.
-        spec: the loss that the plan is for.
-        advantage_spec: how rewards become advantages.
+        **arguments: those that all losses share, in `arguments.BatchArguments`.
 
     Returns:
         A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
@@ -200,10 +188,11 @@ def make_plan(
         ValueError: arguments that contradict each other, or whose shapes or devices do not fit.
         TypeError: an argument of the wrong type.
     """
+    given: dict[str, Any] = {**DEFAULTS, **arguments}
+    mask, cu_seqlens, normalizer = given["mask"], given["cu_seqlens"], given["normalizer"]
+    spec, advantage_spec = given["spec"], given["advantage_spec"]
+    advantages, process_group = given["advantages"], given["process_group"]
     checks.check_specs(spec, advantage_spec)
-    grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
-    checks.check_source(rewards, advantages, grouping)
-    checks.check_process_group(process_group, normalizer)
     is_part = process_group is not None
     if mask is not None:
         checks.check_tensor("mask", mask)
@@ -218,13 +207,12 @@ def make_plan(
     if normalizer is not None and not checks.is_global(normalizer):
         checks.check_normalizer(normalizer, device)
         checks.check_denominator(normalizer, mask)
-    groups: GroupInputs | None = None
+    groups = groups_of(given, device)
     per_token = False
-    if rewards is not None:
-        groups = checks.check_groups(rewards, group_size, group_ids, success, is_part, device)
-        checks.check_shape("rewards", rewards, (n_sequences,), "one reward per sequence")
-        groups = groups._replace(wide=rewards.dtype == torch.float64)
-    elif advantages is not None:
+    if groups is not None:
+        checks.check_shape("rewards", groups.rewards, (n_sequences,), "one reward per sequence")
+        groups = groups._replace(wide=groups.rewards.dtype == torch.float64)
+    else:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
         shape = None if mask is None else mask.shape
         checks.check_advantages(advantages, n_sequences, shape, device)
@@ -244,7 +232,7 @@ def make_plan(
         signal = Signal(advantages)
     count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
     source = Source(signal.advantages, narrow, per_token)
-    never = never_successful(advantage_spec, success, signal.metrics)
+    never = never_successful(advantage_spec, given["success"], signal.metrics)
     counts, bounds, has_no_success = _count_live(source, mask, cu_seqlens, spec, never)
     if has_no_success:
         warn_of_threshold(advantage_spec)
@@ -281,7 +269,7 @@ def bounds_of(plan: Plan | None, cu_seqlens: torch.Tensor | None) -> torch.Tenso
 def count_tokens(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Tokens of the batch that count, [] on the device."""
     if mask is not None:
-        return TokenLayout(mask, TokenInputs(mask=mask, cu_seqlens=cu_seqlens)).live.sum()
+        return Layout(mask, Batch(mask=mask, cu_seqlens=cu_seqlens)).valid.sum()
     assert cu_seqlens is not None
     return cu_seqlens[-1] - cu_seqlens[0]
 
@@ -297,10 +285,10 @@ def _live_tokens(
     tokens, advantages = mask, source.strength()
     if tokens is None:
         tokens = torch.ones(total, dtype=torch.bool, device=advantages.device)
-    layout = TokenLayout(tokens, TokenInputs(mask=mask, cu_seqlens=cu_seqlens))
+    layout = Layout(tokens, Batch(mask=mask, cu_seqlens=cu_seqlens))
     if not source.per_token:
         advantages = layout.spread(advantages)
-    return scored_tokens(layout, advantages, layout.live, spec)
+    return layout.contributing(spec, advantages, None)
 
 
 def _count_live(
@@ -328,7 +316,7 @@ def _count_live(
         counts = cu_seqlens.diff() * matters
     else:
         live = _live_tokens(source, mask, cu_seqlens, spec, advantages.shape[0])
-        sequences = TokenLayout(live, TokenInputs(cu_seqlens=cu_seqlens))
+        sequences = Layout(live, Batch(cu_seqlens=cu_seqlens))
         counts = sequences.sum(live.to(torch.float32))
     found = [counts.to(torch.int64), cu_seqlens.to(torch.int64), flag]
     *numbers, told = torch.cat(found).tolist()
@@ -344,9 +332,8 @@ def _denominator(
     device: torch.device,
 ) -> torch.Tensor:
     """The batch's denominator [] float64: as given, or its tokens, or its sequences."""
-    dtype = torch.float64
-    if normalizer is not None:
-        return torch.as_tensor(normalizer, dtype=dtype, device=device)
-    if spec.aggregation != "token-mean":
-        return torch.full((), float(n_sequences), dtype=dtype, device=device)
-    return count_tokens(mask, cu_seqlens).to(dtype)
+    assert not isinstance(normalizer, str)
+    found = Batch(normalizer=normalizer).denominator(spec, n_sequences)
+    if found is None:
+        found = count_tokens(mask, cu_seqlens)
+    return torch.as_tensor(found, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
 from mapo_kernels.keywords import settings_checked
@@ -17,15 +17,33 @@ from mapo_kernels.keywords import settings_checked
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-AGGREGATIONS = (
-    "token-mean",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-)
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
 APD_DENOMINATORS = ("bounded", "paper")
+
+
+class Aggregation(NamedTuple):
+    """How token losses become one number.
+
+    Attributes:
+        divisor: what the sum over a sequence is divided by: see `formula.sequence_divisor`.
+        denominator: what the sum over the batch is divided by: its valid `tokens`, or its
+            `sequences`.
+    """
+
+    divisor: str
+    denominator: str
+
+
+# The table of aggregations, by their names in verl. An entry made of what is here already needs
+# nothing else; another divisor also needs its line in `formula.sequence_divisor`.
+AGGREGATION_TABLE = {
+    "token-mean": Aggregation("one", "tokens"),
+    "seq-mean-token-mean": Aggregation("tokens", "sequences"),
+    "seq-mean-token-sum": Aggregation("one", "sequences"),
+    "seq-mean-token-sum-norm": Aggregation("length", "sequences"),
+}
+AGGREGATIONS = tuple(AGGREGATION_TABLE)
 
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -139,10 +157,7 @@ class LossKind:
     kl_correction: bool
     sequence_level: bool
     score_all: bool
-    length_weight: str  # "one", "mean" or "fixed"
-
-
-LENGTH_WEIGHTS = {"seq-mean-token-mean": "mean", "seq-mean-token-sum-norm": "fixed"}
+    divisor: str  # of `Aggregation`
 
 
 @settings_checked
@@ -328,7 +343,7 @@ class LossSpec(_Packable):
             self.kl_importance_correction,
             self.importance_level == "sequence",
             self.needs_every_token,
-            LENGTH_WEIGHTS.get(self.aggregation, "one"),
+            self.how.divisor,
         )
 
     @property
@@ -346,8 +361,13 @@ class LossSpec(_Packable):
             None if self.rollout_cap is None else float(self.rollout_cap),
         )
 
+    @property
+    def how(self) -> Aggregation:
+        """How token losses become one number."""
+        return AGGREGATION_TABLE[self.aggregation]
+
     def fixed_length(self, length: int) -> float:
-        """What `seq-mean-token-sum-norm` divides by, for sequences padded to `length` tokens."""
+        """The divisor `length`, for sequences padded to `length` tokens."""
         return float(self.max_tokens or max(length, 1))
 
     @property

@@ -19,3 +19,8 @@ def row_sum(x: torch.Tensor) -> torch.Tensor:
         return x.sum(1)
     # One sum of 32768 numbers or more is shared by torch's threads; of two, each is one thread's.
     return x.expand(2, -1).sum(1)[:1]
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """What the eager backend adds long runs of scattered values in; Apple's GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

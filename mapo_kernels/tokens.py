@@ -8,9 +8,9 @@ import torch
 
 from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
 from mapo_kernels.advantages_kernel import Rewards
-from mapo_kernels.inputs import SLOTS, GroupInputs, TokenInputs, TokenResults, empty_results
+from mapo_kernels.batch import SLOTS, Batch, GroupInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_device import Batch, Tokens
+from mapo_kernels.tokens_device import Common, Tokens
 from mapo_kernels.tokens_kernel import scale_kernel, token_loss_kernel
 
 _MAX_PROGRAMS = 2048
@@ -52,15 +52,14 @@ def _splits(n_sequences: int, n_tokens: int, block: int, sequence_level: bool) -
 
 
 def denominator_of(
-    inputs: TokenInputs, spec: LossSpec, n_sequences: int
+    inputs: Batch, spec: LossSpec, n_sequences: int
 ) -> tuple[torch.Tensor | None, float | None]:
     """The batch's denominator, as a tensor or a number; neither where tokens are counted."""
-    if isinstance(inputs.normalizer, torch.Tensor):
-        return inputs.normalizer, None
-    if inputs.normalizer is not None:
-        # As the kernel sees it: the interpreter would keep it in float64.
-        return None, c_float(inputs.normalizer).value
-    return None, None if spec.aggregation == "token-mean" else float(n_sequences)
+    found = inputs.denominator(spec, n_sequences)
+    if found is None or isinstance(found, torch.Tensor):
+        return found, None
+    # As the kernel sees it: the interpreter would keep it in float64.
+    return None, c_float(found).value
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -78,7 +77,7 @@ def rewards_of(groups: GroupInputs | None) -> tuple[Rewards, int, int]:
     return rewards, groups.group_size, triton.next_power_of_2(groups.group_size)
 
 
-def tokens_of(inputs: TokenInputs) -> tuple[Tokens, torch.Tensor | None]:
+def tokens_of(inputs: Batch) -> tuple[Tokens, torch.Tensor | None]:
     """Token tensors of a kernel, and the sequences' advantages where those are given."""
     tokens = Tokens(*[contiguous(x) for x in inputs.token_tensors()])
     given = contiguous(inputs.advantages)
@@ -89,11 +88,12 @@ def tokens_of(inputs: TokenInputs) -> tuple[Tokens, torch.Tensor | None]:
 
 def launch_token_loss(
     logprobs: torch.Tensor,
-    inputs: TokenInputs,
+    inputs: Batch,
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-) -> TokenResults:
+    out: TokenResults,
+) -> None:
     """What `eager_token_loss` computes, in one launch."""
     n_sequences, length = inputs.n_sequences(logprobs), logprobs.shape[-1]
     block_t = 1024 if logprobs.numel() > 256 * n_sequences else 256
@@ -101,7 +101,6 @@ def launch_token_loss(
     n_programs = n_sequences * n_splits
     tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
-    out = empty_results(logprobs, inputs, need_grad)
     with on_device_of(logprobs):
         token_loss_kernel[(n_programs,)](
             logprobs.contiguous(),
@@ -110,7 +109,7 @@ def launch_token_loss(
             rewards,
             out.advantages,
             out.grad if need_grad else None,
-            Batch(
+            Common(
                 contiguous(inputs.cu_seqlens),
                 *denominator_of(inputs, spec, n_sequences),
                 out.loss,
@@ -136,16 +135,17 @@ def launch_token_loss(
             # Left to itself the compiler spills some variants, which ones depends on its version.
             **registers(128),
         )
-    return out
 
 
 def launch_scale(
-    grad: torch.Tensor, upstream: torch.Tensor, results: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+    grad: torch.Tensor,
+    upstream: torch.Tensor,
+    results: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor,
+) -> None:
     """`grad` times the upstream gradient [] and the batch's scale, in `dtype`, in one launch."""
-    out = torch.empty_like(grad, dtype=dtype)
     n = grad.numel()
     if n:
         with on_device_of(grad):
             scale_kernel[(triton.cdiv(n, 1024),)](grad, upstream, results, out, n, BLOCK=1024)
-    return out

@@ -3,13 +3,16 @@
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.advantages_kernel import GroupSums
 from mapo_kernels.formula import (
-    approx_kl,
+    GROUP_MEANS,
+    LARGEST,
+    GroupMetrics,
+    TokenMetrics,
     loss_denominator,
     rollout_weight,
     signal_behind_weight,
     token_loss,
+    token_metrics,
 )
 
 
@@ -26,7 +29,7 @@ class Tokens(NamedTuple):
     advantage: Any = None
 
 
-class Batch(NamedTuple):
+class Common(NamedTuple):
     """What programs share; the denominator is a tensor, a number, or (both None) counted."""
 
     cu_seqlens: Any
@@ -39,33 +42,33 @@ class Batch(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of each token what the loss and the metrics add up; of a program, the sums (and the maximum).
+    """Of each token what the loss and the metrics add up; of a program, the sums (and maxima).
 
-    Fields are named as the slots of `results`; there, the first is 1 over the denominator.
+    In the order of the slots of `results`; there, the first is 1 over the denominator.
     """
 
     loss: Any
     active_tokens: Any
     scored_tokens: Any
-    clip_fraction_low: Any
-    clip_fraction_high: Any
-    ratio_mean: Any
-    approx_kl: Any
-    ref_kl: Any
-    entropy: Any
-    ratio_max: Any
+    metrics: Any  # of `TokenMetrics`
 
 
 def _constant(x):
     return None if tl.constexpr is None else tl.constexpr(x)
 
 
-NAMES = (*Scores._fields, *GroupSums._fields)
-SLOTS, N_SCORES, N_NAMES = _constant(16), _constant(len(Scores._fields)), _constant(len(NAMES))
+NAMES = (*Scores._fields[:-1], *TokenMetrics._fields, *GroupMetrics._fields)
+_N_SLOTS = 1 << (len(NAMES) - 1).bit_length()
+SLOTS = _constant(_N_SLOTS)
+N_METRICS = _constant(len(TokenMetrics._fields))
+N_GROUP_METRICS = _constant(len(GroupMetrics._fields))
 ACTIVE = _constant(NAMES.index("active_tokens"))
 SCORED = _constant(NAMES.index("scored_tokens"))
-RATIO_MAX = _constant(NAMES.index("ratio_max"))
-LAMBDA_MEAN = _constant(NAMES.index("lambda_mean"))
+N_MEANS = _constant(len(TokenMetrics._fields) - len(LARGEST))
+# Slots of the largest, of the first metric of groups, and of the first of those that is no mean.
+FIRST_LARGEST = _constant(NAMES.index(LARGEST[0]))
+FIRST_GROUP = _constant(NAMES.index(GroupMetrics._fields[0]))
+FIRST_COUNT = _constant(NAMES.index(GroupMetrics._fields[0]) + len(GROUP_MEANS))
 GROUPS = _constant(NAMES.index("active_groups"))
 
 
@@ -73,41 +76,31 @@ GROUPS = _constant(NAMES.index("active_groups"))
 def no_scores(BLOCK_T: tl.constexpr):
     """The sums over no token."""
     zero = tl.zeros([BLOCK_T], tl.float32)
-    return Scores(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    return Scores(zero, zero, zero, (zero,) * N_METRICS)
 
 
 @jit
 def add_scores(s, x):
     """Sums `s` and what a block of tokens adds, but for the active ones."""
-    return Scores(
-        s.loss + x.loss,
-        s.active_tokens,
-        s.scored_tokens + x.scored_tokens,
-        s.clip_fraction_low + x.clip_fraction_low,
-        s.clip_fraction_high + x.clip_fraction_high,
-        s.ratio_mean + x.ratio_mean,
-        s.approx_kl + x.approx_kl,
-        s.ref_kl + x.ref_kl,
-        s.entropy + x.entropy,
-        tl.maximum(s.ratio_max, x.ratio_max),
-    )
+    metrics = ()
+    for i in tl.static_range(N_METRICS):
+        if i < N_MEANS:
+            metrics = metrics + (s.metrics[i] + x.metrics[i],)
+        else:
+            metrics = metrics + (tl.maximum(s.metrics[i], x.metrics[i]),)
+    return Scores(s.loss + x.loss, s.active_tokens, s.scored_tokens + x.scored_tokens, metrics)
 
 
 @jit
 def total_scores(s, active, scale):
     """The sums of a program over its lanes."""
-    return Scores(
-        tl.sum(s.loss, 0) * scale,
-        tl.sum(active, 0),
-        tl.sum(s.scored_tokens, 0),
-        tl.sum(s.clip_fraction_low, 0),
-        tl.sum(s.clip_fraction_high, 0),
-        tl.sum(s.ratio_mean, 0),
-        tl.sum(s.approx_kl, 0),
-        tl.sum(s.ref_kl, 0),
-        tl.sum(s.entropy, 0),
-        tl.max(s.ratio_max, 0),
-    )
+    metrics = ()
+    for i in tl.static_range(N_METRICS):
+        if i < N_MEANS:
+            metrics = metrics + (tl.sum(s.metrics[i], 0),)
+        else:
+            metrics = metrics + (tl.max(s.metrics[i], 0),)
+    return Scores(tl.sum(s.loss, 0) * scale, tl.sum(active, 0), tl.sum(s.scored_tokens, 0), metrics)
 
 
 @jit
@@ -190,14 +183,15 @@ def finish(batch, n_programs, BLOCK_P: tl.constexpr):
     elif batch.denominator is not None:
         denominator = batch.denominator
     denominator = loss_denominator(denominator, active)
-    is_token_mean = (slots > SCORED) & (slots < RATIO_MAX)
-    is_group_mean = (slots > RATIO_MAX) & (slots <= LAMBDA_MEAN)
+    is_token_mean = (slots > SCORED) & (slots < FIRST_LARGEST)
+    is_largest = (slots >= FIRST_LARGEST) & (slots < FIRST_GROUP)
+    is_group_mean = (slots >= FIRST_GROUP) & (slots < FIRST_COUNT)
     scored, n_groups = slot(totals, slots, SCORED), slot(totals, slots, GROUPS)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
     # What is said of no scored token, or of no group, is NaN.
     results = tl.where(divisor > 0, totals / tl.maximum(divisor, 1.0), float("nan"))
     highest = tl.where(scored > 0, tl.max(maxima, 1), float("nan"))
-    results = tl.where(slots == RATIO_MAX, highest, results)
+    results = tl.where(is_largest, highest, results)
     results = tl.where(slots == 0, 1.0 / denominator, results)
     tl.store(batch.results + slots, results)
     tl.store(batch.loss, slot(totals, slots, 0) / denominator)
@@ -208,11 +202,14 @@ def arrive(scores, group, batch, pid, n_programs, BLOCK_P: tl.constexpr):
     """Leave a program's sums; the last program to do so finishes the batch."""
     slots = tl.arange(0, SLOTS)
     values = tl.zeros([SLOTS], tl.float32)
-    for i in tl.static_range(N_SCORES):
-        values = tl.where(slots == i, scores[i], values)
+    values = tl.where(slots == 0, scores.loss, values)
+    values = tl.where(slots == ACTIVE, scores.active_tokens, values)
+    values = tl.where(slots == SCORED, scores.scored_tokens, values)
+    for i in tl.static_range(N_METRICS):
+        values = tl.where(slots == SCORED + 1 + i, scores.metrics[i], values)
     if group is not None:
-        for i in tl.static_range(N_SCORES, N_NAMES):
-            values = tl.where(slots == i, group[i - N_SCORES], values)
+        for i in tl.static_range(N_GROUP_METRICS):
+            values = tl.where(slots == FIRST_GROUP + i, group[i], values)
     tl.store(batch.partials + slots * n_programs + pid, values)
     # The barrier and the release make this program's sums visible before its arrival is.
     tl.debug_barrier()
@@ -286,16 +283,9 @@ def score_tokens(
     if tokens.loss_weight is not None:
         factor = load_row(tokens.loss_weight, row, offs, inside, scored)
         loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
-    scores = Scores(
-        loss,
-        0.0,
-        scored.to(tl.float32),
-        t.clipped_low.to(tl.float32),
-        t.clipped_high.to(tl.float32),
-        tl.where(scored, t.ratio, 0.0),
-        approx_kl(log_ratio),
-        t.ref_kl,
-        entropy,
-        tl.where(scored, t.ratio, 0.0),
-    )
+    metrics = ()
+    found = token_metrics(t, log_ratio, entropy, scored)
+    for i in tl.static_range(N_METRICS):
+        metrics = metrics + (found[i].to(tl.float32),)
+    scores = Scores(loss, 0.0, scored.to(tl.float32), metrics)
     return scores, d_log_ratio, d_logp

@@ -9,6 +9,7 @@ gradient); the backward launch applies both.
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.advantages_kernel import advantage_of_sequence
+from mapo_kernels.formula import sequence_divisor
 from mapo_kernels.tokens_device import (
     add_scores,
     arrive,
@@ -42,7 +43,7 @@ def token_loss_kernel(
     rewards,  # Rewards, or None
     AdvantageOut,  # [B]
     Grad,  # like Logp, float32; or None
-    batch,  # Batch
+    batch,  # Common
     n_sequences,
     length,  # T, or total if packed
     n_splits,  # programs per sequence
@@ -76,21 +77,17 @@ def token_loss_kernel(
 
     n_live = 1.0
     mean_log_ratio = 0.0
-    scale = 1.0
     # A sequence without signal needs no statistics: nothing of it will be scored.
     stop = end
     if not LOSS.score_all:
         stop = tl.where(advantage != 0, end, begin)
-    if LOSS.sequence_level or LOSS.length_weight == "mean":
+    if LOSS.sequence_level or LOSS.divisor == "tokens":
         n_live, mean_log_ratio, signal = sequence_statistics(
             Logp, tokens, row, begin, stop, LOSS.sequence_level, BLOCK_T
         )
         if LOSS.sequence_level:
             advantage = tl.where(signal > 0, advantage, 0.0)
-    if LOSS.length_weight == "mean":
-        scale = 1.0 / n_live
-    elif LOSS.length_weight == "fixed":
-        scale = 1.0 / max_tokens
+    scale = 1.0 / sequence_divisor(n_live, max_tokens, LOSS)
 
     sums = no_scores(BLOCK_T)
     active = tl.zeros([BLOCK_T], tl.float32)

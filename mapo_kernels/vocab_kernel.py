@@ -1,7 +1,8 @@
 """The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.rows_device import row_sums
+from mapo_kernels.formula import certain_elsewhere, others_entropy
+from mapo_kernels.rows_device import exact_sums, row_sums
 from mapo_kernels.rows_kernel import load_exponent, load_target
 
 
@@ -21,7 +22,7 @@ def share_kernel(
     c,
     HAS_MASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 3: reference, others, gap; 4: for the entropy, weighted too
+    COLUMNS: tl.constexpr,  # 3: reference, others, gap; 4: entropy of the others, too
     R: tl.constexpr,
     A: tl.constexpr,
     WIDE: tl.constexpr,
@@ -33,8 +34,8 @@ def share_kernel(
         live = (tl.load(Mask + row) != 0).to(tl.int32)
     reference = 0.0
     others = 0.0
-    weighted = 0.0
     distance = 0.0
+    entropy = 0.0
     if live > 0:
         Row = Logits + (row.to(tl.int64) * stride_row + (row // length).to(tl.int64) * gap)
         target = load_target(TokenIds + row, columns)
@@ -43,8 +44,14 @@ def share_kernel(
         reference, others, weighted, distance, own = row_sums(
             Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
         )
+        if COLUMNS > 3:
+            # Only the entropy is made of the exact sums: a log-prob is the same without one.
+            sums, tail = others, others
+            if certain_elsewhere(others, distance) & (others > 1e-37):
+                sums, tail, weighted, _ = exact_sums(Row, target, own, columns, c, R, A, WIDE)
+            entropy = others_entropy(sums, tail, weighted, distance)
     tl.store(Table + row, reference)
     tl.store(Table + n + row, others)
     tl.store(Table + 2 * n + row, distance)
     if COLUMNS > 3:
-        tl.store(Table + 3 * n + row, weighted)
+        tl.store(Table + 3 * n + row, entropy)

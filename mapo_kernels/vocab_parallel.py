@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from mapo_kernels import twin
 from mapo_kernels.agreement import all_gather, digest, digest_of, meeting_place
-from mapo_kernels.inputs import RowInputs, TokenInputs, VocabShare
+from mapo_kernels.batch import Batch, RowInputs, VocabShare
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 from mapo_kernels.sums import row_sum
 
@@ -51,12 +51,12 @@ def merge_shares(
     columns: int,
     powers_of_2: bool,
 ) -> torch.Tensor:
-    """Table [columns, n] of `ops_logits.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
+    """Table [columns, n] of `ops.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
 
-    A rank's sums are the first of (reference, others, gap, weighted): the largest of its tempered
-    logits, and what `formula.row_summary` takes, relative to that. So the others of a target are
-    summed over all ranks without it, and a certain token stays exact. `powers_of_2` says that
-    references are in units of log 2.
+    A rank's sums are the first of (reference, others, gap, entropy): the largest of its tempered
+    logits, what `formula.row_summary` takes, relative to that, and the entropy of its columns but
+    the target. So the others of a target are summed over all ranks without it, and a certain token
+    stays exact. `powers_of_2` says that references are in units of log 2.
     """
     assert rows.share is not None
     references, others, gaps = shares[:, 0], shares[:, 1], shares[:, 2]
@@ -65,13 +65,14 @@ def merge_shares(
     distance = (references - reference).clamp(min=-1e30)
     fade = torch.exp2(distance) if powers_of_2 else torch.exp(distance)
     distance = distance * _LN2 if powers_of_2 else distance
-    weighted = torch.zeros_like(reference)
-    if shares.shape[1] > 3:
-        weighted = row_sum(((shares[:, 3] + others * distance) * fade).t())
     # Only the rank that has the target knows how far below its reference that is.
     gap = (gaps + distance).amax(0)
-    others = row_sum((others * fade).t())
-    logp, rest, total, entropy = twin.row_summary(others, others - 1.0, weighted, gap)
+    parts = others * fade
+    total_others = row_sum(parts.t())
+    nothing = torch.zeros_like(reference)
+    logp, rest, total, entropy = twin.row_summary(total_others, nothing, nothing, gap)
+    if shares.shape[1] > 3:
+        entropy = _merged_entropy(parts, others.log() + distance, shares[:, 3], gap)
     if powers_of_2:
         # Beyond, exponents are too coarse to be merged: see `rows_device.loses_digits`.
         logp = logp.where(reference.abs() <= 2.0**26, torch.nan)
@@ -79,6 +80,26 @@ def merge_shares(
     logp = logp.where((ids >= 0) & (ids < rows.share.vocab), torch.nan)
     table = torch.stack([logp, entropy, reference, total, rest][:columns])
     return table if mask is None else table.where(mask.reshape(-1) != 0, 0.0)
+
+
+def _merged_entropy(
+    parts: torch.Tensor, logs: torch.Tensor, entropies: torch.Tensor, gap: torch.Tensor
+) -> torch.Tensor:
+    """Entropy of rows from those of the ranks' columns: of which rank, and then of which column.
+
+    Args:
+        parts: [ranks, n], each rank's share of `others` as `formula.row_summary` takes it.
+        logs: [ranks, n], their logarithms; -inf for 0.
+        entropies: [ranks, n], of each rank's columns but the target.
+        gap: [n], of the target.
+    """
+    # Relative to the largest part, so that a row which is certain of one rank's columns is exact.
+    top = logs.amax(0).clamp(min=-1.0)
+    logs = (logs - top).clamp(min=-1e30)
+    parts = parts * torch.exp(-top)
+    tail = row_sum(parts.masked_fill(logs == 0, 0.0).t())
+    weighted = row_sum((parts * (logs - entropies)).t())
+    return twin.row_summary(row_sum(parts.t()), tail, weighted, gap - top)[3]
 
 
 def sum_over_ranks(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
@@ -125,7 +146,7 @@ class Split(NamedTuple):
     def agree(
         self,
         token_ids: torch.Tensor,
-        inputs: TokenInputs,
+        inputs: Batch,
         temperature: torch.Tensor | float,
     ) -> VocabShare:
         """This rank's share, after making sure that all ranks were called alike.
@@ -147,7 +168,7 @@ class Split(NamedTuple):
         return VocabShare(self.group, dist.get_rank(self.group), sizes)
 
     def _settings(
-        self, token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+        self, token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
     ) -> dict[str, object]:
         """What every rank has to be called with alike, but for tensors; the host knows it."""
         # A mask of ones equals none.
@@ -186,7 +207,7 @@ def _number(x: torch.Tensor | float | None) -> str | None:
 
 
 def _tensors(
-    token_ids: torch.Tensor, inputs: TokenInputs, temperature: torch.Tensor | float
+    token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
 ) -> dict[str, torch.Tensor | None]:
     """What every rank has to be called with alike, and the host does not know.
 

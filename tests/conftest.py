@@ -1,7 +1,13 @@
-import numpy as np
+import interpreted  # noqa: F401
 import pytest
 import torch
 from backends import HAS_GPU, INTERPRETS
+from parts import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+)
 
 torch.set_num_threads(1)
 
@@ -25,28 +31,6 @@ def device(request):
     mapo_kernels.set_backend(None)
 
 
-if INTERPRETS:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def fused_multiply_add(builder, x, y, z):
-        """One rounding, as on every GPU: the interpreter's own version rounds the product too."""
-        wide = x.data.astype(np.float64) * y.data + z.data
-        return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = fused_multiply_add
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounding_cast(builder, x, dtype):
-        """To the nearest bfloat16, as on every GPU: the interpreter's own version cuts bits off."""
-        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
-            return cast(builder, x, dtype)
-        bits = torch.from_numpy(np.array(x.data)).to(torch.bfloat16).view(torch.int16)
-        return interpreter.TensorHandle(bits.numpy().view(np.uint16), dtype.scalar)
-
-    interpreter.InterpreterBuilder.cast_impl = rounding_cast
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -55,14 +39,13 @@ def seed():
 @pytest.fixture
 def nothing_computes(monkeypatch):
     """Fails a test in which anything is launched, on either backend: errors come before."""
-    from mapo_kernels import linear, ops, ops_logits
+    from mapo_kernels import linear, ops
 
     def launched(*_, **__):
         raise AssertionError("something was launched")
 
     for module, names in (
-        (ops, ("token_loss", "group_advantages")),
-        (ops_logits, ("logits_loss", "score_rows")),
+        (ops, ("token_loss", "group_advantages", "logits_loss", "score_rows")),
         (linear, ("linear_loss", "linear_scores")),
     ):
         for name in names:

@@ -25,6 +25,7 @@ GRACE = 2.0
 
 def _serve(rank, world_size, backend, rendezvous, jobs):
     """Join the others, then do the jobs that arrive until there are no more."""
+    import interpreted  # noqa: F401
     import torch
     import torch.distributed as dist
 

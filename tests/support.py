@@ -5,8 +5,19 @@ import torch
 import mapo_kernels as mk
 import reference
 from benchmarks.peers import plain_loss
+from mapo_kernels.spec import OBJECTIVES
 
 NAN = float("nan")
+KLS = [
+    {},
+    *(
+        {"beta": 0.3, "kl_estimator": estimator, "kl_importance_correction": corrected}
+        for estimator in ("k1", "k2", "k3")
+        for corrected in (False, True)
+    ),
+]
+POLICIES = [*({"objective": name} for name in OBJECTIVES), {"objective": "clip", "dual_clip": 1.5}]
+MASKS = ("none", "random", "row", "all")
 
 
 def assert_accurate(actual, exact, plain, floor=1e-6):

@@ -26,34 +26,32 @@ class Characters:
         """Number the characters after the two special tokens."""
         self.alphabet = alphabet
         self.size = len(alphabet) + 2
-        self._ids = {character: index + 2 for index, character in enumerate(alphabet)}
 
     def prompts(self, texts: Sequence[str], length: int) -> Tensor:
         """[B, length] token ids of prompts."""
-        rows = [[self._ids[character] for character in text] for text in texts]
-        return torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+        return torch.tensor([[PAD] * (length - len(text)) + self._encode(text) for text in texts])
 
     def answers(self, texts: Sequence[str], length: int) -> Tensor:
         """[B, length] token ids of answers, each closed by the end token."""
-        rows = [[self._ids[character] for character in text] + [END] for text in texts]
+        rows = [[*self._encode(text), END] for text in texts]
         return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+    def _encode(self, text: str) -> list[int]:
+        return [self.alphabet.index(character) + 2 for character in text]
 
     def decode(self, tokens: Tensor) -> list[str | None]:
         """The text before the end token; None where no end token came or padding came before it."""
-        texts: list[str | None] = []
-        for row in tokens.tolist():
-            answer = row[: row.index(END)] if END in row else [PAD]
-            texts.append(
-                None if PAD in answer else "".join(self.alphabet[token - 2] for token in answer)
-            )
-        return texts
+        return [self._decode(row) for row in tokens.tolist()]
+
+    def _decode(self, row: list[int]) -> str | None:
+        answer = row[: row.index(END)] if END in row else [PAD]
+        return None if PAD in answer else "".join(self.alphabet[token - 2] for token in answer)
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """Pre-norm attention and MLP."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Build the layers."""
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -79,34 +77,21 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer with learned positions.
-
-    Args:
-        vocabulary: number of tokens V.
-        length: the longest sequence.
-        width: hidden size.
-        layers: number of blocks.
-        heads: attention heads.
-    """
+    """A decoder-only transformer with learned positions."""
 
     def __init__(
         self, vocabulary: int, length: int, width: int = 64, layers: int = 2, heads: int = 4
     ) -> None:
-        """Build the layers."""
+        """For V = `vocabulary` tokens and sequences of up to `length`."""
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """[B, S] token ids -> logits [B, S, V] and the new cache; see `hidden`."""
-        x, new_cache = self.hidden(tokens, cache)
-        return self.head(x), new_cache
-
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """[B, S] token ids -> what the head sees [B, S, width], and the new cache.
+        """[B, S] token ids -> logits [B, S, V] and the new cache.
 
         With `cache`, `tokens` is [B, 1]: the token after those in the cache.
         """
@@ -117,7 +102,7 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             x, keys_values = block(x, cache[index] if cache else None)
             new_cache.append(keys_values)
-        return self.norm(x), new_cache
+        return self.head(self.norm(x)), new_cache
 
 
 class Rollouts(NamedTuple):

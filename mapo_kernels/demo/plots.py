@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
 from mapo_kernels import group_advantages
-from mapo_kernels.demo.runs import Record
-from mapo_kernels.demo.train import WARM_UP
+from mapo_kernels.demo.folder import Record
+from mapo_kernels.demo.settings import WARM_UP
 from mapo_kernels.files import write_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = {
-    "mapo": "#d1495b",
-    "grpo": "#2e6f95",
-    "apd": "#edae49",
-    "mean": "#66a182",
-    "rloo": "#8d6a9f",
+STYLES = {  # label and colour
+    "mapo": ("MAPO", "#d1495b"),
+    "grpo": ("GRPO", "#2e6f95"),
+    "apd": ("APD only", "#edae49"),
+    "mean": ("r - mean", "#66a182"),
+    "rloo": ("RLOO", "#8d6a9f"),
 }
-LABELS = {"mapo": "MAPO", "grpo": "GRPO", "apd": "APD only", "mean": "r - mean", "rloo": "RLOO"}
-STYLE: Any = {
+SETTINGS: Any = {
     "font.size": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,171 +37,123 @@ STYLE: Any = {
     "savefig.bbox": "tight",
 }
 SMOOTHING = 15  # steps in the running mean over noisy per-step shares
-BAND_COLOURS = ("#4a4e57", "#d98c5f", "#f2dcb3", "#93c0a4", "#2f6f62")  # from none to all right
+
+Grouped = dict[str, list[Record]]  # the runs of each estimator
 
 
 def draw_all(log: Record, out: Path) -> list[Path]:
     """Draw every figure that the log has data for; returns the files written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    runs = [run for run in log["runs"] if run["phase"] != WARM_UP and run["steps"]]
-    figures: tuple[tuple[str, Callable[[Record, list[Record]], Figure]], ...] = (
-        ("success.png", _draw_success),
-        ("groups_without_signal.png", _draw_silent_groups),
-        ("successes_per_group.png", _draw_bands),
-        ("advantages.png", _draw_advantages),
-    )
+    grouped: Grouped = {}
+    for run in log["runs"]:
+        if run["phase"] != WARM_UP and run["steps"]:
+            grouped.setdefault(run["phase"], []).append(run)
+    figures: dict[str, Callable[[Record, Grouped], Figure]] = {
+        "success.png": _draw_success,
+        "groups_without_signal.png": _draw_silent_groups,
+        "successes_per_group.png": _draw_histograms,
+        "advantages.png": _draw_advantages,
+    }
     drawn = []
-    with plt.rc_context(STYLE):
-        for name, draw in figures:
-            if runs:
-                figure = draw(log, runs)
-                write_figure(figure, out / name)
-                plt.close(figure)
+    with matplotlib.rc_context(SETTINGS):
+        for name, draw in figures.items():
+            if grouped:
+                write_figure(draw(log, grouped), out / name)
                 drawn.append(out / name)
     return drawn
 
 
-def _by_estimator(runs: Sequence[Record]) -> dict[str, list[Record]]:
-    grouped: dict[str, list[Record]] = {}
-    for run in runs:
-        grouped.setdefault(run["phase"], []).append(run)
-    return grouped
-
-
-def _label(estimator: str, log: Record, seeds: int) -> str:
+def _label(estimator: str, log: Record, seeds: int = 1) -> str:
     certainty = log["configuration"]["certainty"]
     variant = f" ({certainty})" if estimator == "mapo" and certainty != "quadratic" else ""
-    return LABELS[estimator] + variant + (f", mean of {seeds} seeds" if seeds > 1 else "")
+    return STYLES[estimator][0] + variant + (f", mean of {seeds} seeds" if seeds > 1 else "")
 
 
-def _seed_curves(
-    ax: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, label: str, marker: str
-) -> None:
-    """One thin line per seed and a thick mean over the steps that every seed has."""
-    if len(curves) > 1:
-        for x, y in curves:
-            ax.plot(x, y, color=colour, alpha=0.35, linewidth=1)
-    shared = min(len(x) for x, _ in curves)
-    center = np.mean([y[:shared] for _, y in curves], axis=0)
-    ax.plot(
-        curves[0][0][:shared],
-        center,
-        color=colour,
-        linewidth=2.4,
-        label=label,
-        marker=marker,
-        markersize=5,
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window that shrinks at both ends."""
+    half = SMOOTHING // 2
+    sums, counts = (
+        np.convolve(x, np.ones(SMOOTHING))[half : half + len(x)]
+        for x in (values, np.ones(len(values)))
     )
+    return sums / counts
 
 
-def _draw_success(log: Record, runs: list[Record]) -> Figure:
-    import matplotlib.pyplot as plt
+def _draw_seeds(
+    log: Record, grouped: Grouped, curve: Callable[[Record], Any], marker: str = ""
+) -> tuple[Figure, Any]:
+    """One thin line per seed and a thick mean over the steps that every seed has.
 
-    figure, ax = plt.subplots(figsize=(7.5, 4.4))
-    for estimator, group in _by_estimator(runs).items():
-        curves = [
-            (
-                np.array([point["step"] for point in run["evals"]]),
-                np.array([point["success_sampled"] for point in run["evals"]]),
-            )
-            for run in group
-        ]
-        _seed_curves(ax, curves, COLOURS[estimator], _label(estimator, log, len(group)), "o")
-    ax.set(xlabel="RL step", ylabel="exactly right answers (temperature 1)", ylim=(0, 1))
+    `curve` makes the [2, points] steps and values of a run.
+    """
+    figure = Figure(figsize=(7.5, 4.4))
+    ax = figure.subplots()
+    for estimator, runs in grouped.items():
+        colour, curves = STYLES[estimator][1], [curve(run) for run in runs]
+        if len(curves) > 1:
+            for x, y in curves:
+                ax.plot(x, y, color=colour, alpha=0.35, linewidth=1)
+        shared = min(len(x) for x, _ in curves)
+        x, y = np.mean([(x[:shared], y[:shared]) for x, y in curves], axis=0)
+        style: Any = {"color": colour, "linewidth": 2.4, "marker": marker, "markersize": 5}
+        ax.plot(x, y, label=_label(estimator, log, len(runs)), **style)
+    ax.set(xlabel="RL step", ylim=(0, 1))
+    return figure, ax
+
+
+def _draw_success(log: Record, grouped: Grouped) -> Figure:
+    def curve(run: Record) -> Any:
+        return np.transpose([(point["step"], point["success_sampled"]) for point in run["evals"]])
+
+    figure, ax = _draw_seeds(log, grouped, curve, "o")
+    ax.set_ylabel("exactly right answers (temperature 1)")
     ax.set_title(f"Held-out success: {log['configuration']['task']}", loc="left")
     ax.legend(loc="lower right")
     return figure
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window that shrinks at both ends."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    index = np.arange(len(values))
-    low = np.maximum(index - SMOOTHING // 2, 0)
-    high = np.minimum(index + SMOOTHING // 2 + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
-
-
-def _draw_silent_groups(log: Record, runs: list[Record]) -> Figure:
-    import matplotlib.pyplot as plt
-
+def _draw_silent_groups(log: Record, grouped: Grouped) -> Figure:
     groups = log["configuration"]["prompts"]
-    figure, ax = plt.subplots(figsize=(7.5, 4.4))
-    for estimator, group in _by_estimator(runs).items():
-        shares = [
-            np.array([record["groups_without_signal"] / groups for record in run["steps"]])
-            for run in group
-        ]
-        if len(shares) == 1:
-            ax.plot(shares[0], color=COLOURS[estimator], alpha=0.25, linewidth=0.8)
-        curves = [(np.arange(len(share)), _running_mean(share)) for share in shares]
-        _seed_curves(ax, curves, COLOURS[estimator], _label(estimator, log, len(group)), "")
-    ax.set(xlabel="RL step", ylabel=f"share of {groups} groups", ylim=(0, 1))
+
+    def curve(run: Record) -> Any:
+        counts = np.array([record["groups_without_signal"] for record in run["steps"]])
+        return np.arange(len(counts)), _running_mean(counts / groups)
+
+    figure, ax = _draw_seeds(log, grouped, curve)
+    ax.set_ylabel(f"share of {groups} groups")
     ax.set_title("Groups without signal: all rewards equal, advantage 0", loc="left")
     ax.legend(loc="upper left")
     return figure
 
 
-def _draw_bands(log: Record, runs: list[Record]) -> Figure:
-    """The histogram of successes per group over time, in five bands stacked to 1."""
-    import matplotlib.pyplot as plt
-
-    grouped = _by_estimator(runs)
-    bands = _bands(log["configuration"]["group_size"])
-    width = 4.6 * len(grouped) + 1.6
-    figure, axes = plt.subplots(
-        1, len(grouped), figsize=(width, 4.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, (estimator, group) in zip(axes[0], grouped.items(), strict=True):
-        shares = _histogram_shares(group)
-        curves = [_running_mean(shares[:, list(counts)].sum(axis=1)) for counts in bands.values()]
-        ax.stackplot(np.arange(len(shares)), curves, colors=BAND_COLOURS, labels=list(bands))
-        ax.set(xlabel="RL step", xlim=(0, max(len(shares) - 1, 1)), ylim=(0, 1))
-        ax.set_title(_label(estimator, log, len(group)), loc="left")
-    axes[0][0].set_ylabel("share of groups")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles[::-1], labels[::-1], loc="outside right center", title="right answers\nin a group"
-    )
+def _draw_histograms(log: Record, grouped: Grouped) -> Figure:
+    """The histogram of right answers per group over time, stacked to 1: the mean over seeds."""
+    size = log["configuration"]["group_size"]
+    colours = ScalarMappable(Normalize(0, size), "RdYlBu")
+    figure = Figure(figsize=(4.6 * len(grouped) + 1.6, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
+    for ax, (estimator, runs) in zip(axes, grouped.items(), strict=True):
+        steps = min(len(run["steps"]) for run in runs)
+        counts = np.mean(
+            [[record["successes_per_group"] for record in run["steps"][:steps]] for run in runs],
+            axis=0,
+        )  # [steps, size + 1]
+        shares = [_running_mean(column) for column in (counts / counts.sum(1, keepdims=True)).T]
+        ax.stackplot(np.arange(steps), shares, colors=colours.to_rgba(np.arange(size + 1)))
+        ax.set(xlabel="RL step", xlim=(0, max(steps - 1, 1)), ylim=(0, 1))
+        ax.set_title(_label(estimator, log, len(runs)), loc="left")
+    axes[0].set_ylabel("share of groups")
+    figure.colorbar(colours, ax=axes, label=f"right answers in a group of {size}")
     return figure
 
 
-def _bands(size: int) -> dict[str, range]:
-    """Numbers of successes by band: the two ends carry no signal, the rest is cut at quarters."""
-    low, high = max(size // 4, 1), size - max(size // 4, 1)
-    named = (
-        ("none", range(0, 1)),
-        (f"1 to {low}", range(1, low + 1)),
-        (f"{low + 1} to {high - 1}", range(low + 1, high)),
-        (f"{high} to {size - 1}", range(max(high, low + 1), size)),
-        (f"all {size}", range(size, size + 1)),
-    )
-    return {name: counts for name, counts in named if counts}
-
-
-def _histogram_shares(group: Sequence[Record]) -> np.ndarray:
-    """[steps, group_size + 1] share of groups, averaged over the seeds that got that far."""
-    steps = min(len(run["steps"]) for run in group)
-    counts = np.mean(
-        [[record["successes_per_group"] for record in run["steps"][:steps]] for run in group],
-        axis=0,
-    )
-    return counts / counts.sum(axis=1, keepdims=True)
-
-
-def _draw_advantages(log: Record, runs: list[Record]) -> Figure:
+def _draw_advantages(log: Record, grouped: Grouped) -> Figure:
     """lambda(p), and the advantage of a right and of a wrong answer, for binary rewards."""
-    import matplotlib.pyplot as plt
-
     size = log["configuration"]["group_size"]
     successes = torch.arange(size + 1)[:, None]
     rewards = (torch.arange(size)[None, :] < successes).float()  # group k: k ones, then zeros
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.2), layout="constrained")
-    for estimator in _by_estimator(runs):
+    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for estimator in grouped:
         advantages, stats = group_advantages(
             rewards.flatten(),
             group_size=size,
@@ -211,21 +162,16 @@ def _draw_advantages(log: Record, runs: list[Record]) -> Figure:
             return_stats=True,
         )
         ratio, table = stats.success_ratio, advantages.view(size + 1, size)
-        curves = (
-            (ratio, stats.certainty),
-            (ratio[1:-1], table[1:-1, 0]),
-            (ratio[1:-1], table[1:-1, -1]),
-        )
-        for ax, (x, y) in zip(axes, curves, strict=True):
-            ax.plot(
-                x.numpy(),
-                y.numpy(),
-                color=COLOURS[estimator],
-                linewidth=2.2,
-                label=_label(estimator, log, 1),
-                marker="o",
-                markersize=4,
-            )
+        inner = slice(1, -1)  # the groups that have both right and wrong answers
+        style: Any = {
+            "color": STYLES[estimator][1],
+            "linewidth": 2.2,
+            "label": _label(estimator, log),
+        }
+        style |= {"marker": "o", "markersize": 4}
+        axes[0].plot(ratio, stats.certainty, **style)
+        axes[1].plot(ratio[inner], table[inner, 0], **style)
+        axes[2].plot(ratio[inner], table[inner, -1], **style)
     titles = ("Certainty weight $\\lambda(p)$", "Advantage of a success", "Advantage of a failure")
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, loc="left")

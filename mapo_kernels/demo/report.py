@@ -2,79 +2,54 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from types import TracebackType
-from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
-from mapo_kernels.demo.runs import Record, Settings, model_path
-from mapo_kernels.demo.train import WARM_UP
+from mapo_kernels.demo.folder import LOG_NAME, Record, model_path
+from mapo_kernels.demo.settings import WARM_UP, Settings
 
 PLAIN_STRIDE = 25  # steps between two lines where stdout is no terminal
 
 
-class Progress:
+class Progress(progress.Progress):
     """A bar per run in a terminal, a line now and then in a log file."""
 
     def __init__(self, settings: Settings) -> None:
         """Prepare; the bars appear on entering."""
+        super().__init__(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[status]}"),
+            progress.TimeElapsedColumn(),
+            disable=not Console().is_terminal,
+        )
         self._settings = settings
-        console = Console()
-        self._bars: Bars | None = None
-        self._tasks: dict[str, Any] = {}
-        if console.is_terminal:
-            self._bars = Bars(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                console=console,
-            )
 
-    def __enter__(self) -> Progress:
-        """Show the bars."""
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the bars as they stand."""
-        if self._bars is not None:
-            self._bars.stop()
-
-    def step(self, title: str, record: Record) -> None:
-        """One step of the run called `title` is done."""
-        reward, success = record["reward"], record["success"]
+    def step(self, run: Record) -> None:
+        """Show the last step of a run."""
+        record, title = run["steps"][-1], f"{run['phase']}, seed {run['seed']}"
+        step = record["step"]
+        # A warm-up has no total in advance.
+        total = None if run["phase"] == WARM_UP else self._settings.steps
         silent = f"{record['groups_without_signal']:2d}/{self._settings.prompts}"
-        status = f"reward {reward:.2f}  success {success:.2f}  no signal {silent}"
-        total = None if title.startswith(WARM_UP) else self._settings.steps
-        if self._bars is None:
-            self._print_line(title, record["step"], total, status)
+        status = f"reward {record['reward']:.2f}  success {record['success']:.2f}"
+        status += f"  no signal {silent}"
+        if self.disable:
+            if step % PLAIN_STRIDE == 0 or step + 1 == total:
+                counter = f"{step}" if total is None else f"{step + 1}/{total}"
+                print(f"{title}  step {counter}  {status}", flush=True)
             return
-        if title not in self._tasks:
-            # A warm-up has no total in advance: its bar is full when the next phase begins.
-            for earlier in self._bars.tasks:
-                self._bars.update(earlier.id, total=earlier.completed)
-            self._tasks[title] = self._bars.add_task(title, total=total, status="")
-        self._bars.update(self._tasks[title], completed=record["step"] + 1, status=status)
-
-    def _print_line(self, title: str, step: int, total: int | None, status: str) -> None:
-        if step % PLAIN_STRIDE == 0 or step + 1 == total:
-            counter = f"{step}" if total is None else f"{step + 1}/{total}"
-            print(f"{title}  step {counter}  {status}", flush=True)
+        if title not in [bar.description for bar in self.tasks]:
+            for bar in self.tasks:  # a warm-up's is full when the next phase begins
+                self.update(bar.id, total=bar.completed)
+            self.add_task(title, total=total, status="")
+        self.update(self.task_ids[-1], completed=step + 1, status=status)
 
 
 def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
@@ -88,17 +63,13 @@ def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
     verdict = conclusion(final_success(log))
     if verdict:
         console.print(verdict, soft_wrap=True)
+    seconds = sum(run["seconds"] for run in log["runs"])
     where = f"{log['device']}, {log['backend']} backend"
-    console.print(f"{total_seconds(log):.0f} s of training in all, on {where}", soft_wrap=True)
+    console.print(f"{seconds:.0f} s of training in all, on {where}", soft_wrap=True)
     models = [model_path(out, run["phase"], run["seed"]) for run in log["runs"]]
     written = sorted(path.name for path in [*models, *drawn] if path.exists())
     # A name is no markup, whatever brackets it has.
-    console.print(f"In {out}: {', '.join(['log.json', *written])}", soft_wrap=True, markup=False)
-
-
-def total_seconds(log: Record) -> float:
-    """Seconds spent in training steps and evaluations, over all runs."""
-    return sum(run["seconds"] for run in log["runs"])
+    console.print(f"In {out}: {', '.join([LOG_NAME, *written])}", soft_wrap=True, markup=False)
 
 
 def _results_table(log: Record, runs: Sequence[Record]) -> Table:
@@ -108,14 +79,12 @@ def _results_table(log: Record, runs: Sequence[Record]) -> Table:
         table.add_column(name, justify="left" if name == "estimator" else "right")
     for run in runs:
         first, last = run["evals"][0], run["evals"][-1]
-        table.add_row(
-            run["phase"],
-            str(run["seed"]),
-            str(last["step"]),
-            f"{first['success_sampled']:.3f} -> {last['success_sampled']:.3f}",
-            f"{first['success_greedy']:.3f} -> {last['success_greedy']:.3f}",
-            f"{run['seconds']:.0f}",
-        )
+        changes = [
+            f"{first[kind]:.3f} -> {last[kind]:.3f}"
+            for kind in ("success_sampled", "success_greedy")
+        ]
+        numbers = [str(run["seed"]), str(last["step"]), *changes, f"{run['seconds']:.0f}"]
+        table.add_row(run["phase"], *numbers)
     return table
 
 
@@ -136,35 +105,29 @@ def conclusion(final: dict[str, dict[int, float]]) -> str:
     same warm-up there. A difference counts only if its mean exceeds the standard deviation over
     seeds and every seed agrees on its sign.
     """
-    lines = []
-    for estimator, by_seed in final.items():
-        values = list(by_seed.values())
-        if len(values) > 1:
-            lines.append(
-                f"{estimator}: mean {mean(values):.3f}, standard deviation {stdev(values):.3f} "
-                f"over {len(values)} seeds"
-            )
+    lines = [
+        f"{estimator}: mean {mean(by_seed.values()):.3f}, standard deviation "
+        f"{stdev(by_seed.values()):.3f} over {len(by_seed)} seeds"
+        for estimator, by_seed in final.items()
+        if len(by_seed) > 1
+    ]
     baseline = "grpo" if "grpo" in final else next(iter(final), "")
-    for estimator in final:
-        if estimator != baseline:
-            lines.append(_compare(estimator, baseline, final))
+    lines += [_compare(name, baseline, final) for name in final if name != baseline]
     return "\n".join(lines)
 
 
 def _compare(estimator: str, baseline: str, final: dict[str, dict[int, float]]) -> str:
-    shared = sorted(set(final[estimator]) & set(final[baseline]))
-    differences = [final[estimator][seed] - final[baseline][seed] for seed in shared]
+    ours, theirs = final[estimator], final[baseline]
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if len(differences) < 2:
         return (
             f"{estimator} against {baseline}: one seed cannot rank the estimators; "
             "--seeds 5 shows how far seeds differ."
         )
     center, spread = mean(differences), stdev(differences)
-    agree = len({math.copysign(1, difference) for difference in differences}) == 1
-    if abs(center) > spread and agree:
+    verdict = "within the spread of the seeds: no ranking"
+    if abs(center) > spread and len({difference > 0 for difference in differences}) == 1:
         verdict = "larger than the spread and of one sign in every seed, on this task and settings"
-    else:
-        verdict = "within the spread of the seeds: no ranking"
     return (
         f"{estimator} - {baseline}: mean difference {center:+.3f}, standard deviation {spread:.3f} "
         f"over {len(differences)} seeds; {verdict}."

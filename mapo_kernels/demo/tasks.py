@@ -17,40 +17,26 @@ Entry = dict[str, Any]
 HELD_OUT_SHARE = 5  # one compact prompt in five is never trained on
 SEED_STRIDE = 10**7  # reasoning-gym draws problem i from seed + i: neighbouring seeds would overlap
 HELD_OUT_SEED = -1
-VIRTUAL_SIZE = 2**31  # problems are generated on demand, so a stream has no end
 PARTIAL_CREDIT_CAP = 0.99
 
 
 @dataclass(frozen=True)
 class Task:
-    """One reasoning-gym dataset and its compact form.
+    """One reasoning-gym dataset and its compact form."""
 
-    Args:
-        name: the reasoning-gym dataset.
-        description: one line for the help text.
-        alphabet: every character of compact prompts and answers.
-        prompt_length: the longest compact prompt, in characters.
-        answer_length: the longest compact answer, in characters.
-        partial_credit: reward scores between 0 and 1 too. Off where the scorer pays for answers
-            that merely contain the right one: RL learns to write those, and success falls.
-        options: what `reasoning_gym.create_dataset` gets.
-        prompt: entry -> compact prompt.
-        solution: entry -> a compact right answer, for the supervised warm-up.
-        expand: compact answer -> the text that the scorer expects.
-        scored_entry: entry -> the entry that the scorer sees.
-    """
-
-    name: str
-    description: str
-    alphabet: str
-    prompt_length: int
-    answer_length: int
-    prompt: Callable[[Entry], str]
-    solution: Callable[[Entry], str]
-    expand: Callable[[str], str] = str
-    scored_entry: Callable[[Entry], Entry] = dict
+    name: str  # of the dataset
+    description: str  # one line for the help text
+    alphabet: str  # every character of compact prompts and answers
+    prompt_length: int  # of the longest compact prompt, in characters
+    answer_length: int  # of the longest compact answer
+    prompt: Callable[[Entry], str]  # entry -> compact prompt
+    solution: Callable[[Entry], str]  # entry -> a compact right answer, for the warm-up
+    expand: Callable[[str], str] = str  # compact answer -> the text that the scorer expects
+    scored_entry: Callable[[Entry], Entry] = dict  # entry -> the entry that the scorer sees
+    # Whether to reward scores between 0 and 1 too. Off where the scorer pays for answers that
+    # merely contain the right one: RL learns to write those, and success falls.
     partial_credit: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `reasoning_gym.create_dataset`
 
 
 @dataclass(frozen=True)
@@ -94,14 +80,8 @@ TASKS: dict[str, Task] = {
             solution=lambda entry: _digits(entry["metadata"]["sorted_numbers"]),
             expand=_as_tens,
             scored_entry=_sorting_scored_entry,
-            options={
-                "min_numbers": 3,
-                "max_numbers": 6,
-                "min_decimals": 0,
-                "max_decimals": 0,
-                "min_value": 0.0,
-                "max_value": 9.0,
-            },
+            options={"min_numbers": 3, "max_numbers": 6, "min_value": 0.0, "max_value": 9.0}
+            | {"min_decimals": 0, "max_decimals": 0},
         ),
         Task(
             name="spell_backward",
@@ -143,6 +123,13 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
+def _dataset(task: Task, seed: int) -> Any:
+    from reasoning_gym import create_dataset
+
+    # Problems are generated on demand, so a dataset may be as long as its numbers allow.
+    return create_dataset(task.name, seed=seed, size=2**31, **task.options)
+
+
 class ProblemStream:
     """Endless problems of one task and one split; `position` is all its state.
 
@@ -154,14 +141,10 @@ class ProblemStream:
 
     def __init__(self, task: Task, seed: int, *, held_out: bool = False) -> None:
         """Create the reasoning-gym dataset behind the stream."""
-        from reasoning_gym import create_dataset
-
         self.task = task
         self.held_out = held_out
         self.position = 0
-        self._dataset = create_dataset(
-            task.name, seed=(seed + 1) * SEED_STRIDE, size=VIRTUAL_SIZE, **task.options
-        )
+        self._dataset = _dataset(task, (seed + 1) * SEED_STRIDE)
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems of the split."""
@@ -189,10 +172,8 @@ class Verifier:
 
     def __init__(self, task: Task) -> None:
         """Create the reasoning-gym dataset that scores."""
-        from reasoning_gym import create_dataset
-
         self.task = task
-        self._dataset = create_dataset(task.name, seed=0, size=1, **task.options)
+        self._dataset = _dataset(task, 0)
         self._cache: dict[tuple[str, str], float] = {}
 
     def reward(self, problem: Problem, answer: str | None) -> float:

@@ -1,17 +1,23 @@
-"""The two phases of training: a supervised warm-up, then RL with `mapo_loss`."""
+"""One phase of training for one seed: a supervised warm-up, or RL with `mapo_loss`."""
 
 from __future__ import annotations
 
-import time
-from typing import Any, Protocol
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mapo_kernels import AdvantageSpec, LossSpec, mapo_loss
-from mapo_kernels.demo.model import PAD, Rollouts, answer_logprobs
-from mapo_kernels.demo.runs import Record, Run, success_share
+from mapo_kernels.demo import folder
+from mapo_kernels.demo.folder import Record
+from mapo_kernels.demo.model import PAD, Characters, Decoder, Rollouts, answer_logprobs, sample
+from mapo_kernels.demo.settings import WARM_UP, Settings
+from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.files import check
 
+EVAL_SEED = 10**6
 LOGGED_METRICS = (
     "clip_fraction_low",
     "clip_fraction_high",
@@ -21,20 +27,157 @@ LOGGED_METRICS = (
     "lambda_mean",
     "zero_advantage_groups",
 )
-WARM_UP = "warm-up"
 GRADIENT_NORM = 1.0
 WARM_UP_STRIDE = 10  # supervised updates between two looks at sampled success
-CHECKPOINT_STRIDE = 25
 
 
-class Listener(Protocol):
-    """Who hears about progress: the terminal and the log file."""
+class Workbench:
+    """What the runs of one experiment share: the task, its verifier and the held-out problems."""
 
-    def step(self, run: Run, record: Record) -> None:
-        """One step of `run` is done; `record` is its line in the log."""
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        """Create the task's datasets."""
+        self.settings = settings
+        self.device = device
+        self.task = TASKS[settings.task]
+        self.characters = Characters(self.task.alphabet)
+        self.verifier = Verifier(self.task)
+        self.max_tokens = self.task.answer_length + 1  # the end token
+        self.held_out = held_out_problems(self.task, settings.eval_prompts)
+        self.model_config = {
+            "vocabulary": self.characters.size,
+            "length": self.task.prompt_length + self.task.answer_length,
+            "width": settings.width,
+            "layers": settings.layers,
+            "heads": settings.heads,
+        }
 
-    def checkpoint(self) -> None:
-        """A checkpoint was written: a good moment to flush the log."""
+    def new_model(self, seed: int) -> Decoder:
+        """A freshly initialized decoder; the global random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Decoder(**self.model_config).to(self.device)
+
+    def prompts(self, problems: list[Problem]) -> Tensor:
+        """[Q, P] prompt tokens on the device."""
+        texts = [problem.prompt for problem in problems]
+        return self.characters.prompts(texts, self.task.prompt_length).to(self.device)
+
+    def roll_out(
+        self, model: Decoder, problems: list[Problem], copies: int, generator: Generator | None
+    ) -> tuple[Rollouts, list[float]]:
+        """Sampled answers (greedy without a generator), `copies` per problem, and their rewards."""
+        prompts = self.prompts(problems)
+        rollouts = sample(model, prompts, self.max_tokens, copies=copies, generator=generator)
+        rewards = [
+            self.verifier.reward(problems[row // copies], answer)
+            for row, answer in enumerate(self.characters.decode(rollouts.tokens))
+        ]
+        return rollouts, rewards
+
+    def evaluate(self, model: Decoder, step: int) -> Record:
+        """Held-out success at temperature 1 and greedy; the same random numbers at each `step`."""
+        generator = Generator(self.device).manual_seed(EVAL_SEED + step)
+        copies = self.settings.eval_copies
+        _, sampled = self.roll_out(model, self.held_out, copies, generator)
+        _, greedy = self.roll_out(model, self.held_out, 1, None)
+        return {
+            "step": step,
+            "success_sampled": success_share(sampled),
+            "success_greedy": success_share(greedy),
+            "reward_sampled": sum(sampled) / len(sampled),
+        }
+
+
+class Run:
+    """One phase of training for one seed: model, optimizer, randomness, data position, record.
+
+    Saved and loaded as a whole, so that a resumed run continues exactly where the file was written.
+    """
+
+    def __init__(
+        self, bench: Workbench, phase: str, seed: int, out: Path, start: Run | None = None
+    ) -> None:
+        """Continue from this run's checkpoint; without one begin where `start` ended, or afresh.
+
+        Raises:
+            CommandError: the checkpoint is damaged, of other settings, or none of the demo's.
+        """
+        self.bench = bench
+        self._model_path = folder.model_path(out, phase, seed)
+        self._checkpoint = folder.checkpoint_path(out, phase, seed)
+        self.model = bench.new_model(seed)
+        self.stream = ProblemStream(bench.task, seed)
+        self.generator = Generator(bench.device).manual_seed(seed)
+        if start is not None:
+            self.model.load_state_dict(start.model.state_dict())
+            self.stream.position = start.stream.position
+            self.generator.set_state(start.generator.get_state())
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=bench.settings.learning_rate, betas=(0.9, 0.95)
+        )
+        self.record: Record = {"phase": phase, "seed": seed, "finished": False, "seconds": 0.0}
+        self.record |= {"steps": [], "evals": []}
+        if self._checkpoint.exists():
+            folder.load(self._checkpoint, self._restore)
+
+    def save(self) -> None:
+        """Write the checkpoint; a crash in the middle leaves the previous one."""
+        state = {
+            **self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "position": self.stream.position,
+            "record": self.record,
+        }
+        folder.save(self._checkpoint, state)
+
+    def save_model(self) -> None:
+        """Write the weights, with what it takes to rebuild the model and to read its tokens."""
+        state = {"model": self.model.state_dict(), "model_config": self.bench.model_config}
+        task = self.bench.task
+        folder.save(self._model_path, {**state, "task": task.name, "alphabet": task.alphabet})
+
+    def begin(self) -> None:
+        """Evaluate before the first step of RL."""
+        if self.record["phase"] != WARM_UP:
+            if not self.record["evals"]:
+                self.record["evals"].append(self.bench.evaluate(self.model, 0))
+            self.record["finished"] = len(self.record["steps"]) == self.bench.settings.steps
+
+    def step(self) -> Record:
+        """One step of the phase, which may be its last; returns what the log says of it."""
+        return _warm_up_step(self) if self.record["phase"] == WARM_UP else _reinforce_step(self)
+
+    def update(self, loss: Tensor) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        self.optimizer.step()
+
+    def _identity(self) -> Record:
+        """What a checkpoint of this demo must say."""
+        return {"format": folder.FORMAT, "configuration": asdict(self.bench.settings)}
+
+    def _restore(self, state: Record) -> None:
+        for name, expected in self._identity().items():
+            if state[name] != expected:
+                raise ValueError(f"another {name}")
+        check(state["record"], folder.RECORD_SCHEMA)
+        for name in ("phase", "seed"):
+            if state["record"][name] != self.record[name]:
+                raise ValueError(f"that of {name} {state['record'][name]!r}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.stream.position = state["position"]
+        self.record.update(state["record"])
+
+
+def success_share(rewards: list[float]) -> float:
+    """The share of exactly right answers: partial credit is not success."""
+    return sum(reward >= 1.0 for reward in rewards) / len(rewards)
 
 
 def group_summary(rewards: list[float], group_size: int) -> Record:
@@ -55,77 +198,52 @@ def group_summary(rewards: list[float], group_size: int) -> Record:
     }
 
 
-def warm_up(run: Run, listener: Listener) -> None:
-    """Supervised updates on right answers until sampled success reaches the target."""
+def _warm_up_step(run: Run) -> Record:
+    """A look at sampled success, then supervised updates on right answers if it is too low yet."""
     settings = run.bench.settings
-    while not run.record["finished"]:
-        began = time.perf_counter()
-        updates = WARM_UP_STRIDE * len(run.record["steps"])
-        problems = run.stream.take(settings.prompts)
-        _, rewards = run.bench.roll_out(run.model, problems, settings.group_size, run.generator)
-        record = {"step": updates, **group_summary(rewards, settings.group_size)}
-        done = record["success"] >= settings.warmup_success or updates >= settings.warmup_steps
-        if not done:
-            record["loss"] = [_supervised_update(run) for _ in range(WARM_UP_STRIDE)][-1]
-        note(run, listener, record, began)
-        if done:
-            run.record["finished"] = True
-        if done or len(run.record["steps"]) % CHECKPOINT_STRIDE == 0:
-            run.save()
-            listener.checkpoint()
+    updates = WARM_UP_STRIDE * len(run.record["steps"])
+    problems = run.stream.take(settings.prompts)
+    _, rewards = run.bench.roll_out(run.model, problems, settings.group_size, run.generator)
+    record = {"step": updates, **group_summary(rewards, settings.group_size)}
+    if record["success"] >= settings.warmup_success or updates >= settings.warmup_steps:
+        run.record["finished"] = True
+    else:
+        record["loss"] = [_supervised_update(run) for _ in range(WARM_UP_STRIDE)][-1]
+    return record
 
 
 def _supervised_update(run: Run) -> float:
     bench = run.bench
     problems = run.stream.take(bench.settings.warmup_batch)
-    length = bench.task.answer_length + 1  # the end token
-    answers = bench.characters.answers([problem.solution for problem in problems], length)
-    answers = answers.to(bench.device)
+    texts = [problem.solution for problem in problems]
+    answers = bench.characters.answers(texts, bench.max_tokens).to(bench.device)
     logp = answer_logprobs(run.model, bench.prompts(problems), answers)
     loss = -logp[answers != PAD].mean()
-    _update(run, loss)
+    run.update(loss)
     return loss.item()
-
-
-def reinforce(run: Run, listener: Listener) -> None:
-    """RL steps until `settings.steps`, with an evaluation and a checkpoint at regular intervals."""
-    settings = run.bench.settings
-    if not run.record["evals"]:
-        run.record["evals"].append(run.bench.evaluate(run.model, 0))
-    while not run.record["finished"]:
-        began = time.perf_counter()
-        step = len(run.record["steps"])
-        if step < settings.steps:
-            _set_learning_rate(run, settings.learning_rate * (1 - step / settings.steps))
-            record = {"step": step, **_reinforce_step(run)}
-            step += 1
-            if step % settings.eval_every == 0 or step == settings.steps:
-                run.record["evals"].append(run.bench.evaluate(run.model, step))
-            note(run, listener, record, began)
-        run.record["finished"] = step == settings.steps
-        if run.record["finished"] or step % CHECKPOINT_STRIDE == 0:
-            run.save()
-            listener.checkpoint()
 
 
 def _reinforce_step(run: Run) -> Record:
     """Sample whole groups, score them, and take one optimizer step per minibatch of groups."""
-    settings = run.bench.settings
+    settings, step = run.bench.settings, len(run.record["steps"])
+    for parameters in run.optimizer.param_groups:
+        parameters["lr"] = settings.learning_rate * (1 - step / settings.steps)
     problems = run.stream.take(settings.prompts)
     rollouts, scores = run.bench.roll_out(run.model, problems, settings.group_size, run.generator)
     rewards = torch.tensor(scores, device=run.bench.device)
     rows = len(scores) // settings.minibatches
-    measured = []
-    for first in range(0, len(scores), rows):
-        part = slice(first, first + rows)
-        minibatch = Rollouts(*(tensor[part] for tensor in rollouts))
-        measured.append(_minibatch_update(run, minibatch, rewards[part]))
+    measured = [
+        _minibatch_update(run, Rollouts(*parts[:-1]), parts[-1])
+        for parts in zip(*(tensor.split(rows) for tensor in (*rollouts, rewards)), strict=True)
+    ]
     # A minibatch without a scored token says NaN; so does a step of such minibatches.
     means = torch.stack(measured).nanmean(dim=0).tolist()
-    return {
-        **group_summary(scores, settings.group_size),
-        **dict(zip(("loss", *LOGGED_METRICS), means, strict=True)),
-    }
+    done = step + 1
+    if done % settings.eval_every == 0 or done == settings.steps:
+        run.record["evals"].append(run.bench.evaluate(run.model, done))
+    run.record["finished"] = done == settings.steps
+    summary = group_summary(scores, settings.group_size)
+    return {"step": step, **summary, **dict(zip(("loss", *LOGGED_METRICS), means, strict=True))}
 
 
 def _minibatch_update(run: Run, rollouts: Rollouts, rewards: Tensor) -> Tensor:
@@ -142,26 +260,6 @@ def _minibatch_update(run: Run, rollouts: Rollouts, rewards: Tensor) -> Tensor:
         spec=LossSpec(eps_low=settings.eps_low, eps_high=settings.eps_high),
         advantage_spec=AdvantageSpec(estimator=estimator, certainty=settings.certainty),
     )
-    _update(run, output.loss)
+    run.update(output.loss)
     values = [output.loss.detach(), *(output.metrics[name] for name in LOGGED_METRICS)]
     return torch.stack([value.float() for value in values])
-
-
-def _update(run: Run, loss: Tensor) -> None:
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), GRADIENT_NORM)
-    run.optimizer.step()
-
-
-def _set_learning_rate(run: Run, rate: float) -> None:
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-
-
-def note(run: Run, listener: Listener, record: Record, began: float) -> None:
-    """Add a step's record to the run, with the seconds since `began`, and pass it on."""
-    record["seconds"] = time.perf_counter() - began
-    run.record["seconds"] += record["seconds"]
-    run.record["steps"].append(record)
-    listener.step(run, record)

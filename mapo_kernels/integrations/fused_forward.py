@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers.utils import ModelOutput
 
-from mapo_kernels.api_linear import mapo_loss_from_hidden, token_logprobs_from_hidden
-from mapo_kernels.api_logits import mapo_loss_from_logits, token_logprobs
+from mapo_kernels.losses import mapo_loss_from_hidden, mapo_loss_from_logits
+from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
 
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 

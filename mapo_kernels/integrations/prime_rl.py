@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels.api import mapo_loss
+from mapo_kernels.losses import mapo_loss
 from mapo_kernels.spec import LossSpec
 
 

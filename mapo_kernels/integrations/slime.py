@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from mapo_kernels.api import group_advantages, mapo_loss
+from mapo_kernels.api import group_advantages
+from mapo_kernels.losses import mapo_loss
 from mapo_kernels.spec import LossSpec
 
 # What slime's own policy loss adds to the clipped term, and the value that leaves it out.

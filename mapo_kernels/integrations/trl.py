@@ -17,9 +17,10 @@ from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
 from mapo_kernels.advantages import warn_of_threshold
-from mapo_kernels.api import group_advantages, mapo_loss
+from mapo_kernels.api import group_advantages
 from mapo_kernels.integrations import trl_options as options
 from mapo_kernels.integrations.fused_forward import FusedOutput, LossCall, patch_forward
+from mapo_kernels.losses import mapo_loss
 from mapo_kernels.metrics import sum_behind
 
 __all__ = ["MAPOConfig", "MAPOTrainer"]

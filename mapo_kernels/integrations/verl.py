@@ -107,7 +107,7 @@ def mapo_fused_loss(
         ValueError: a mode or a clip range that makes no sense, or a count over the global batch
             that is missing though there are several ranks.
     """
-    from mapo_kernels.api import mapo_loss
+    from mapo_kernels.losses import mapo_loss
 
     if config is None:
         raise ValueError("config: expected verl's actor config, got None")

@@ -1,0 +1,182 @@
+"""A loss call: its arguments, validated and resolved once, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from mapo_kernels import checks, checks_rows, parallel
+from mapo_kernels.advantages import decide_rewards
+from mapo_kernels.agreement import group_ranks
+from mapo_kernels.arguments import DEFAULTS
+from mapo_kernels.batch import (
+    GROUP_METRICS,
+    RESULTS,
+    Batch,
+    GroupInputs,
+    KnownMetrics,
+    RowInputs,
+    replaced,
+)
+from mapo_kernels.layout import Layout
+from mapo_kernels.metrics import as_metrics
+from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.vocab_parallel import Split
+
+# What a plan stands for.
+_SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
+_LAYOUT = ("mask", "cu_seqlens", "normalizer")
+_TOKENS = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights")
+
+
+class LossOutput(NamedTuple):
+    """What a loss call returns.
+
+    Attributes:
+        loss: [] differentiable scalar, float32 (float64 for float64 log-probs on the eager
+            backend).
+        metrics: name to 0-d tensor, on the device and detached; see `mapo_loss`. They are
+            `Metrics`, with `reduce(process_group)`, except from a graph compiled by an old torch.
+        advantages: [B] as computed from the rewards, or as they were given.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    advantages: torch.Tensor
+
+
+class Call(NamedTuple):
+    """One call of a loss.
+
+    Attributes:
+        batch: its tensors, and what they are.
+        spec: which loss.
+        advantage_spec: how rewards become advantages.
+        known: metrics about groups that were known before.
+        planned: whether they come from a plan.
+    """
+
+    batch: Batch
+    spec: LossSpec
+    advantage_spec: AdvantageSpec
+    known: KnownMetrics
+    planned: bool
+
+    def rows(
+        self,
+        token_ids: torch.Tensor,
+        temperature: torch.Tensor | float,
+        vocab: int,
+        split: Split | None = None,
+    ) -> RowInputs:
+        """Validated token ids and temperatures, one of these per token where packed.
+
+        `vocab` is the number of columns here: all of them unless rows are split over ranks.
+        """
+        batch = self.batch
+        checks_rows.check_temperature(temperature, batch.n_sequences(token_ids), token_ids.device)
+        share = None
+        if split is not None:
+            split = split._replace(
+                spec=self.spec, advantage_spec=self.advantage_spec, planned=self.planned
+            )
+            share = split.agree(token_ids, batch, temperature)
+        checks_rows.check_token_ids(token_ids, batch.mask, vocab if share is None else share.vocab)
+        if isinstance(temperature, torch.Tensor) and batch.cu_seqlens is not None:
+            temperature = Layout(token_ids, batch).spread(temperature)
+        return RowInputs(token_ids, temperature, share)
+
+    def output(self, loss: torch.Tensor, results: torch.Tensor, own: torch.Tensor) -> LossOutput:
+        """What the call returns, from what its autograd node did."""
+        batch = self.batch
+        values = dict(zip(RESULTS, results.detach()[: len(RESULTS)].unbind(0), strict=True))
+        del values["gradient_scale"]
+        if batch.ref_logprobs is None:
+            del values["ref_kl"]
+        if batch.groups is None:
+            for name in GROUP_METRICS:
+                del values[name]
+        values.update(self.known.values)
+        advantages = own if batch.advantages is None else batch.advantages
+        return LossOutput(loss, as_metrics(values, self.known.ranks), advantages.detach())
+
+
+def resolve(
+    name: str, tokens: torch.Tensor, dtype: torch.dtype, arguments: Mapping[str, Any]
+) -> Call:
+    """The validated call that was made with these `arguments`.
+
+    `name` and `tokens` are the argument that says which shape token tensors have, `dtype` is that
+    of what the loss is differentiated by.
+    """
+    given = {**DEFAULTS, **arguments}
+    spec, advantage_spec, plan = given["spec"], given["advantage_spec"], given["plan"]
+    checks.check_specs(spec, advantage_spec)
+    process_group = given["process_group"]
+    is_double = dtype == torch.float64
+    layout = {key: given[key] for key in _LAYOUT}
+    known = KnownMetrics({})
+    groups: GroupInputs | None = None
+    if plan is not None:
+        spec = _spec_of(plan, given)
+        layout = {key: getattr(plan, key) for key in _LAYOUT}
+        signal, per_token = plan.signal(is_double), plan.per_token
+        advantages = signal.advantages
+        known = KnownMetrics(signal.metrics, plan.ranks)
+    else:
+        advantages = given["advantages"]
+        groups = groups_of(given)
+        per_token = checks.is_per_token(advantages, tokens, layout["cu_seqlens"])
+    token_tensors = {key: given[key] for key in _TOKENS}
+    batch = Batch(
+        advantages=advantages, groups=groups, per_token=per_token, **layout, **token_tensors
+    )
+    is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
+    checks.check_tokens(name, tokens, batch, spec, is_part)
+    checks.check_denominator(
+        batch.normalizer, batch.mask, torch.float64 if is_double else torch.float32
+    )
+    if groups is not None:
+        groups = replaced(groups, wide=is_double and groups.rewards.dtype == torch.float64)
+        batch = replaced(batch, groups=groups)
+    call = Call(batch, spec, advantage_spec, known, plan is not None)
+    if process_group is not None:
+        return _among_ranks(call, tokens, process_group)
+    if groups is not None:
+        batch = replaced(batch, groups=decide_rewards(groups, advantage_spec))
+    return replaced(call, batch=batch)
+
+
+def _among_ranks(
+    call: Call, tokens: torch.Tensor, process_group: torch.distributed.ProcessGroup
+) -> Call:
+    """The call with advantages and denominator of the batch of all ranks, and its group metrics."""
+    batch, known = call.batch, call.known
+    n_tokens: torch.Tensor | int = tokens.numel()
+    if batch.mask is not None or batch.cu_seqlens is not None:
+        n_tokens = count_tokens(batch.mask, batch.cu_seqlens)
+    part = parallel.Part(batch.n_sequences(tokens), n_tokens, batch.groups)
+    settings = parallel.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer)
+    shared = parallel.share(part, settings, process_group, tokens.device)
+    if shared.signal is not None:
+        batch = replaced(batch, groups=None, advantages=shared.signal.advantages)
+        known = KnownMetrics(shared.signal.metrics, group_ranks(process_group))
+    if shared.normalizer is not None:
+        batch = replaced(batch, normalizer=shared.normalizer)
+    return replaced(call, batch=batch, known=known)
+
+
+def _spec_of(plan: Plan, given: Mapping[str, Any]) -> LossSpec:
+    """The plan's spec, after making sure that nothing contradicts the plan."""
+    require_plan(plan)
+    twice = [name for name in (*_SOURCE, *_LAYOUT) if given[name] is not None]
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: expected None with a plan, which has them already")
+    for name in ("spec", "advantage_spec"):
+        planned = getattr(plan, name)
+        if given[name] not in (DEFAULTS[name], planned):
+            raise ValueError(f"{name}: expected the plan's {name} {planned}, got {given[name]}")
+    return plan.spec

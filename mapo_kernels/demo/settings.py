@@ -1,0 +1,48 @@
+"""What decides the results of the demo; needs no torch, so that `demo --help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
+WARM_UP = "warm-up"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides the result of a run, apart from its estimator and seed."""
+
+    task: str = "number_sorting"  # a name in `TASKS`
+    steps: int = 300  # of RL; the learning rate falls linearly to 0 over them
+    certainty: str | float = "quadratic"  # lambda(p) of the mapo estimator
+    prompts: int = 32  # groups per step
+    group_size: int = 16  # answers per prompt
+    minibatches: int = 4  # optimizer steps per batch of rollouts; all but the first are off-policy
+    learning_rate: float = 1e-3  # of RL
+    eps_low: float = 0.2  # clip range
+    eps_high: float = 0.28  # DAPO's clip-higher
+    warmup_success: float = 0.1  # sampled success at which the warm-up ends; 0 skips it
+    warmup_steps: int = 2000  # its longest duration
+    warmup_batch: int = 64  # problems per supervised update
+    eval_prompts: int = 512  # held-out prompts (fewer where the task has fewer)
+    eval_copies: int = 2  # sampled answers for each of them
+    eval_every: int = 25  # RL steps between evaluations
+    width: int = 64  # hidden size of the model
+    layers: int = 2
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse what could not run."""
+        least = dict.fromkeys(("minibatches", "warmup_batch", "eval_prompts", "eval_every"), 1)
+        for name, low in {"steps": 0, "prompts": 1, "group_size": 2, **least}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.warmup_success <= 1:  # and no NaN
+            raise ValueError(
+                f"warmup_success: expected a number in [0, 1], got {self.warmup_success}"
+            )
+        if self.prompts % self.minibatches:
+            raise ValueError(
+                f"prompts: expected a multiple of minibatches = {self.minibatches}, "
+                f"got {self.prompts}"
+            )

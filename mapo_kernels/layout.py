@@ -1,0 +1,98 @@
+"""Padded or packed: where sequences lie, which tokens are valid, and which contribute."""
+
+from __future__ import annotations
+
+import torch
+
+from mapo_kernels import twin
+from mapo_kernels.batch import Batch
+from mapo_kernels.spec import LossSpec
+from mapo_kernels.sums import accumulator_dtype, row_sum
+
+
+class Layout:
+    """Which tokens are valid, and how to go between tokens and sequences.
+
+    Attributes:
+        n_sequences: B.
+        valid: bool, the shape of the tokens: those of a sequence that are not masked.
+    """
+
+    def __init__(self, tokens: torch.Tensor, batch: Batch) -> None:
+        """Of `tokens`, [B, T] or [total], only the shape and the device matter."""
+        self.n_sequences = batch.n_sequences(tokens)
+        self._batch = batch
+        self._length = tokens.shape[-1]
+        self._sequence: torch.Tensor | None = None
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        if batch.cu_seqlens is not None:
+            positions = torch.arange(tokens.shape[0], device=tokens.device)
+            bounds = batch.cu_seqlens.to(positions.dtype)
+            sequence = torch.searchsorted(bounds[1:].contiguous(), positions, right=True)
+            valid = (positions >= bounds[0]) & (positions < bounds[-1])
+            self._sequence = sequence.clamp(max=self.n_sequences - 1)
+        self.valid = valid if batch.mask is None else valid & (batch.mask != 0)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of a token tensor over each sequence, [B]."""
+        if self._sequence is None:
+            return row_sum(x)
+        wide = x.to(accumulator_dtype(x.device))
+        return wide.new_zeros(self.n_sequences).index_add(0, self._sequence, wide).to(x.dtype)
+
+    def n_valid(self) -> torch.Tensor:
+        """Valid tokens of each sequence, [B] float32: exact up to 2^24."""
+        return self.sum(self.valid.to(torch.float32))
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of sequences [B] in a shape that broadcasts against token tensors."""
+        return x[:, None] if self._sequence is None else x[self._sequence]
+
+    def advantage(self) -> torch.Tensor:
+        """The given advantages in a shape that broadcasts against token tensors."""
+        given = self._batch.advantages
+        assert given is not None
+        return given if self._batch.per_token else self.spread(given)
+
+    def contributing(
+        self, spec: LossSpec, advantage: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Which tokens can change the loss, its gradient, or a metric that was asked for."""
+        if spec.needs_every_token:
+            return self.valid
+        with_signal = self.valid & (advantage != 0)
+        if weight is not None:
+            with_signal = with_signal & (weight != 0)
+        if spec.importance_level == "token":
+            return with_signal
+        # Every token moves its sequence's ratio, so a sequence is scored whole or not at all.
+        in_sequence = self.sum(with_signal.to(advantage.dtype)) > 0
+        return self.valid & self.spread(in_sequence)
+
+    def divisor(self, spec: LossSpec) -> torch.Tensor:
+        """What each sequence's token losses are divided by, [B], beside the denominator."""
+        n_valid = self.n_valid().clamp(min=1.0)
+        return twin.sequence_divisor(n_valid, spec.fixed_length(self._length), spec.kind)
+
+    def denominator(self, spec: LossSpec, n_valid: torch.Tensor) -> torch.Tensor:
+        """The batch's denominator [], of which `n_valid` [] tokens are valid, in their dtype."""
+        found = self._batch.denominator(spec, self.n_sequences)
+        if found is None:
+            found = n_valid
+        elif isinstance(found, torch.Tensor):
+            found = found.to(n_valid.dtype).reshape(())
+        else:
+            found = torch.full_like(n_valid, found)
+        return twin.loss_denominator(found, n_valid)
+
+    def entropy_weights(self, spec: LossSpec, like: torch.Tensor) -> torch.Tensor | None:
+        """Weight of each token's entropy bonus, the shape of the tokens; None if there is none.
+
+        Before the batch's denominator, in the dtype of `like`.
+        """
+        if spec.entropy_coef == 0:
+            return None
+        per_sequence = spec.entropy_coef / self.divisor(spec).to(like.dtype)
+        weights = self.spread(per_sequence).expand(self.valid.shape).contiguous()
+        factor = self._batch.loss_weights
+        return weights if factor is None else weights * factor

@@ -1,0 +1,310 @@
+"""The losses, from log-probs, from logits, from hidden states and lm_head, and their modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mapo_kernels import checks, checks_head, checks_rows
+from mapo_kernels.arguments import DEFAULTS, LossArguments, takes
+from mapo_kernels.autograd import (
+    MapoLinearLossFunction,
+    MapoLogitsLossFunction,
+    MapoLossFunction,
+)
+from mapo_kernels.batch import HeadInputs
+from mapo_kernels.calls import LossOutput, resolve
+from mapo_kernels.keywords import require_names, settings_checked
+from mapo_kernels.plan import bounds_of
+from mapo_kernels.scoring import checked_head, head_description, split_of
+from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@takes(LossArguments)
+def mapo_loss(logprobs: torch.Tensor, **arguments: Unpack[LossArguments]) -> LossOutput:
+    """Clipped policy loss of a batch from its log-probs, group advantages included.
+
+    One launch computes the loss, every metric and the gradient; backward is one more. Neither waits
+    for the host. Token tensors have the shape of `logprobs`: [B, T] padded, or [total] packed.
+
+    Args:
+        logprobs: log-probs of the sampled tokens under the current policy, float32, bfloat16,
+            float16, or float64 (eager backend). Rows may be strided; they are copied then.
+        **arguments: those that all losses share, in `arguments.LossArguments`.
+
+    Returns:
+        `LossOutput`. Metrics are means over the scored tokens (`scored_tokens` of `active_tokens`;
+        a token whose advantage is 0 is not scored unless KL or `score_all` needs it), NaN if there
+        is none:
+        `clip_fraction_low`, `clip_fraction_high`, `ratio_mean`, `ratio_max` (their largest),
+        `approx_kl` (k3 of new against old), `ref_kl` with a reference; from rewards also
+        `success_ratio_mean`, `lambda_mean` (over the `active_groups`, those with a finite reward),
+        `zero_advantage_groups`, `nonfinite_rewards` (counts). With `process_group` these speak of
+        the groups of all ranks; `metrics.reduce(process_group)` does it for every metric.
+
+    Raises:
+        ValueError: a shape, a value, a device or a combination that makes no sense.
+        TypeError: an argument of the wrong type.
+    """
+    dtype = getattr(logprobs, "dtype", torch.float32)
+    call = resolve("logprobs", logprobs, dtype, arguments)
+    checks.check_no_bonus(call.spec)
+    if not torch.is_grad_enabled():
+        # Otherwise the node would be told that a gradient is needed, and write one for nobody.
+        logprobs = logprobs.detach()
+    out = call.output(*MapoLossFunction.apply(logprobs, call.batch, call.spec, call.advantage_spec))
+    del out.metrics["entropy"]
+    return out
+
+
+@takes(LossArguments)
+def mapo_loss_from_logits(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: torch.Tensor | float = 1.0,
+    inplace: bool = False,
+    vocab_group: Any = None,
+    **arguments: Unpack[LossArguments],
+) -> LossOutput:
+    """The loss of `mapo_loss` from logits: log-probs, entropy, loss and gradient in one launch.
+
+    Each live row of logits is read from memory once and its gradient written once; rows that are
+    masked, or whose advantage is 0, are not read. Sequence-level importance takes three launches,
+    because a row's gradient then waits for its whole sequence. Old log-probs of `token_logprobs` at
+    the same temperature give ratios of exactly 1 as long as the weights are unchanged.
+
+    `normalizer` is the exact way to accumulate over micro-batches: dividing the loss instead costs
+    a second pass over the gradient, and one more rounding. The gradient is rounded to the dtype of
+    the logits before anything multiplies it: under a GradScaler, whose factor saves float16 from
+    underflow, divide the normalizer by the scale rather than multiply the loss by it.
+    `spec.entropy_coef` adds an entropy bonus here.
+
+    Args:
+        logits: [B, T, V], or [total, V] with `cu_seqlens`: float32, bfloat16, float16, or float64
+            (eager backend), row t predicting `token_ids[t]`. Rows may be strided, as in
+            `logits[:, :-1]`; autograd then copies the gradient into a tensor of the full size, and
+            passing the whole `logits` with a last token that is masked saves that. Columns that are
+            not adjacent in memory are copied by Triton's backend, from 64 MiB on with a warning.
+        token_ids: [B, T] or [total], integers in [0, V) where live; anything elsewhere.
+        **arguments: those that all losses share, in `arguments.LossArguments`.
+        temperature: what the logits are divided by: a positive number, or a tensor [B]. Log-probs,
+            entropy and gradient are those of softmax(logits / temperature).
+        inplace: let the gradient overwrite the logits, so that there is no second [N, V] tensor.
+            Nobody may use the logits afterwards; autograd raises an error if it saved them.
+        vocab_group: a `torch.distributed` process group over whose ranks each row is split: then
+            `logits` are this rank's adjacent columns, [B, T, V / ranks] or any other share, and the
+            rest of the arguments is the same on every rank (token ids too, in [0, V)): ranks first
+            exchange 216 bytes that say how each was called, for which the host waits. One
+            collective gathers 16 bytes a row and rank; loss and metrics are those of the whole
+            rows, the gradient is that of the columns here.
+
+    Returns:
+        `LossOutput` as of `mapo_loss`; metrics also have `entropy`, the mean over the scored tokens
+        in nats. Backward may run once: it hands over the gradient that forward computed.
+
+    Raises:
+        ValueError: a shape, a value, a device or a combination that makes no sense; or ranks of
+            `vocab_group` that were called differently: all of them are told.
+        TypeError: an argument of the wrong type.
+    """
+    bounds = bounds_of(arguments.get("plan"), arguments.get("cu_seqlens"))
+    token_ids = checks_rows.check_rows("logits", logits, token_ids, bounds)
+    checks_rows.check_inplace(logits, inplace)
+    call = resolve("token_ids", token_ids, logits.dtype, arguments)
+    split = split_of(logits, vocab_group, "mapo_loss_from_logits")
+    if split is not None:
+        split = split._replace(wanted=(_needs_grad(logits),))
+    rows = call.rows(token_ids, temperature, logits.shape[-1], split)
+    if not torch.is_grad_enabled():
+        logits = logits.detach()
+    apply = MapoLogitsLossFunction.apply
+    if split is not None:
+        apply = torch.compiler.disable(apply)
+    return call.output(*apply(logits, rows, call.batch, call.spec, call.advantage_spec, inplace))
+
+
+@torch.compiler.disable
+@takes(LossArguments)
+def mapo_loss_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: torch.Tensor | float = 1.0,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    vocab_group: Any = None,
+    **arguments: Unpack[LossArguments],
+) -> LossOutput:
+    """The loss of `mapo_loss` from hidden states and the lm_head, without the [N, V] logits.
+
+    Logits are `softcap(logit_scale (h W^T + bias)) / temperature`, computed in float32 for a chunk
+    of live tokens at a time. A token that is masked, or whose advantage is 0, enters no product.
+    Where the gradients of hidden states and weight are asked for there are three products a chunk
+    (two with a frozen weight, one without gradients; one more for sequence-level importance).
+
+    With a plan of `make_plan` nothing here waits for the device; without one, finding the live
+    tokens does, once, and with a `vocab_group` so does making sure that its ranks were called
+    alike. Inside `torch.compile` the call is a graph break.
+
+    Args:
+        hidden: [B, T, H], or [total, H] with `cu_seqlens`: float32, bfloat16, float16, or float64
+            (eager backend), the decoder's last hidden states, position t predicting `token_ids[t]`.
+        lm_head_weight: [V, H], of the same dtype; under autocast both are cast as in `linear`. A
+            DTensor with Shard(0) on one mesh dimension has this rank's rows, and that dimension's
+            group is the `vocab_group`; with Replicate it is whole.
+        token_ids: [B, T] or [total], integers in [0, V) where live; anything elsewhere.
+        **arguments: those that all losses share, in `arguments.LossArguments`.
+        temperature: a positive number, or a tensor [B].
+        bias: [V], of the head, or None.
+        softcap: c of `c tanh(x / c)` (Gemma), or None.
+        logit_scale: positive factor of the product (Cohere, Granite).
+        chunk_rows: tokens per chunk, or None for as many as make 2 GiB (64 MiB on a CPU) of float32
+            logits, hidden states and their gradients, halved while that is more than half of a
+            GPU's free memory.
+            It changes results by float32 rounding alone.
+        vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
+            then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
+            other share, and the rest of the arguments is the same on every rank (token ids too, in
+            [0, V)): ranks first exchange 216 bytes that say how each was called, for which the host
+            waits. A chunk takes one collective of 16 bytes a row and rank; the gradient by `hidden`
+            is summed over ranks once, in float32, that by the weight stays here.
+
+    Returns:
+        `LossOutput` as of `mapo_loss_from_logits`. Gradients reach `hidden`, `lm_head_weight`
+        (summed in float32) and `bias`, each only if it requires grad. Backward may run once.
+
+    Raises:
+        ValueError: a shape, a value, a device, a placement or a combination that makes no sense; or
+            ranks of `vocab_group` that were called differently: all of them are told.
+        TypeError: an argument of the wrong type, such as a quantised weight.
+    """
+    plan = arguments.get("plan")
+    bounds = bounds_of(plan, arguments.get("cu_seqlens"))
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    hidden, weight, bias, token_ids, split = checked_head(
+        hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
+    )
+    call = resolve("token_ids", token_ids, hidden.dtype, arguments)
+    if split is not None:
+        split = split._replace(
+            function="mapo_loss_from_hidden",
+            chunk_rows=chunk_rows or 0,
+            head=head_description(softcap, logit_scale, bias),
+            wanted=tuple(_needs_grad(x) for x in (hidden, weight, bias)),
+        )
+    rows = call.rows(token_ids, temperature, weight.shape[0], split)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    live_rows = None if plan is None else plan.live_rows
+    head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows, live_rows)
+    return call.output(
+        *MapoLinearLossFunction.apply(
+            hidden, weight, bias, head, rows, call.batch, call.spec, call.advantage_spec
+        )
+    )
+
+
+def _needs_grad(x: torch.Tensor | None) -> bool:
+    """Whether the gradient by `x` will be asked for."""
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+
+@settings_checked
+class MapoLoss(torch.nn.Module):
+    """`mapo_loss` with its specs fixed, as a module.
+
+    Args:
+        spec: which loss, and how it is aggregated.
+        advantage_spec: how rewards become advantages.
+
+    Shapes, dtypes and errors are those of `mapo_loss`: log-probs [B, T] or [total] in, `LossOutput`
+    out.
+    """
+
+    def __init__(
+        self,
+        spec: LossSpec = DEFAULTS["spec"],
+        advantage_spec: AdvantageSpec = DEFAULTS["advantage_spec"],
+    ) -> None:
+        """Keep the specs."""
+        super().__init__()
+        self.spec = spec
+        self.advantage_spec = advantage_spec
+
+    def forward(self, logprobs: torch.Tensor, **arguments: Any) -> LossOutput:
+        """The loss of `logprobs` [B, T] or [total]; `arguments` are the keywords of `mapo_loss`."""
+        return mapo_loss(logprobs, spec=self.spec, advantage_spec=self.advantage_spec, **arguments)
+
+    def extra_repr(self) -> str:
+        """The specs."""
+        return f"{self.spec}, {self.advantage_spec}"
+
+
+class MapoLinearLoss(torch.nn.Module):
+    """`mapo_loss_from_hidden` as a module that owns the lm_head.
+
+    FSDP2 gathers a sharded weight only inside the forward of a module that owns it: call
+    `fully_shard` on this one. Its mixed precision takes `cast_forward_inputs=False`, because
+    log-probs in bfloat16 are off by as much as a ratio is clipped at. The head stays the model's
+    own (tied embeddings too): nothing is copied.
+
+    Args:
+        lm_head: a `torch.nn.Linear` with weight [V, H], with or without bias [V].
+        spec: which loss, and how it is aggregated.
+        advantage_spec: how rewards become advantages.
+        **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows, temperature,
+            vocab_group.
+
+    Raises:
+        TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of
+            its own has a weight that is not `lm_head.weight`; merge it, or leave lm_head out of the
+            adapted modules.
+    """
+
+    def __init__(
+        self,
+        lm_head: torch.nn.Linear,
+        spec: LossSpec = DEFAULTS["spec"],
+        advantage_spec: AdvantageSpec = DEFAULTS["advantage_spec"],
+        **options: Any,
+    ) -> None:
+        """Keep the head, the specs and the options."""
+        super().__init__()
+        require_names(type(self).__name__, options, mapo_loss_from_hidden)
+        if not isinstance(lm_head, torch.nn.Linear) or hasattr(lm_head, "base_layer"):
+            raise TypeError(
+                f"lm_head: expected a torch.nn.Linear without adapters, got "
+                f"{type(lm_head).__module__}.{type(lm_head).__name__}"
+            )
+        self.lm_head = lm_head
+        self.spec = spec
+        self.advantage_spec = advantage_spec
+        self.options = options
+
+    def forward(
+        self, hidden: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
+    ) -> LossOutput:
+        """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
+        if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
+            checks_head.check_not_rounded(arguments)
+        specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
+        return mapo_loss_from_hidden(
+            hidden,
+            self.lm_head.weight,
+            token_ids,
+            bias=self.lm_head.bias,
+            **{**specs, **self.options, **arguments},
+        )
+
+    def extra_repr(self) -> str:
+        """The specs and the options."""
+        return f"{self.spec}, {self.advantage_spec}, {self.options}"

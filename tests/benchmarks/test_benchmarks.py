@@ -1,0 +1,511 @@
+"""The harness of the benchmarks: what it counts, gates, writes and draws. No test is timed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import cases, codegen, harness, peers, plots, report, results, shapes, timers
+from benchmarks.cases import HIDDEN, LOGITS, LOGPROBS, MAPO, Case, Effort
+from benchmarks.harness import CaseRun, Run, cache_bytes, evaluate, relative_error, work_of
+from benchmarks.levels import LEVELS, OURS, Inputs, Level, Provider
+from benchmarks.roofs import Roofs
+from benchmarks.timers import Samples, Work
+from mapo_kernels import files
+
+# The runs that these look at are made once in a process of `pytest -n`.
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("pytest_benchmark")
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+ONCE = Effort(0.0, least=2, most=2)
+HEAD = shapes.Head("tiny", width=8, vocab=50)
+BATCH = shapes.Batch(16, 4, 8, padding=0.5, no_signal=0.3)
+
+
+def by_the_wall(work, effort):
+    """Stands in for a library's timer."""
+    samples = []
+    for _ in range(effort.least):
+        given = work.prepare()
+        began = time.perf_counter()
+        work.region(given)
+        samples.append((time.perf_counter() - began) * 1e3)
+    return Samples(samples, "wall")
+
+
+@pytest.fixture(scope="module")
+def roofs():
+    return Roofs(CPU, ONCE, tiny=True)
+
+
+def tiny_cases():
+    score = ("score",)
+    found = [
+        Case(MAPO, shapes.Batch(64, 1), directions=score),
+        Case(cases.GRPO, shapes.Batch(64, 1), directions=score),
+        Case(LOGPROBS, BATCH, directions=cases.STEPS),
+        Case(LOGITS, BATCH, HEAD),
+        Case(cases.SCORING, BATCH, HEAD, directions=score),
+        Case(HIDDEN, BATCH, HEAD),
+        Case(HIDDEN, BATCH, HEAD, sweep="live"),
+    ]
+    return [replace(case, compile=False) for case in found]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of tiny cases of every level, and the files that it wrote on the way."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(harness, "cases_of", lambda suite, device: (tiny_cases(), ONCE))
+    patch.setattr(harness, "Roofs", lambda device, effort, tiny: Roofs(CPU, ONCE, tiny=True))
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path_factory.mktemp("run") / "x.json"
+    try:
+        run = Run("quick", [], dry_run=False)
+        run.start(path, notes="a test", parity=None)
+        written = [results.read(path)]
+        for item in run.items:
+            run.measure(*item, by_the_wall)
+            written.append(results.read(path))
+        return run, written
+    finally:
+        patch.undo()
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return run[0].result
+
+
+def hand_counted(level, direction, dtype=torch.float32):
+    """4 sequences of 5 tokens, a head of 3 x 7; half of the positions alive."""
+    batch, head = shapes.Batch(4, 5, 2), shapes.Head("x", width=3, vocab=7)
+    counts = LEVELS[level].count(Case(level, batch, head, dtype), 0.5, direction)
+    return counts.nbytes, counts.flops
+
+
+def test_counted_bytes_and_flops_by_hand():
+    # A reward read, an advantage written.
+    case = Case("advantages, MAPO", shapes.Batch(1024, 1))
+    assert LEVELS["advantages, MAPO"].count(case, 1.0, "score").nbytes == 1024 * (4 + 4)
+    # 20 mask bytes; 10 live tokens' new and old log-probs; 20 gradients.
+    assert hand_counted("log-probs", "forward") == (20 + 10 * 8, 0)
+    assert hand_counted("log-probs", "both") == (20 + 10 * 8 + 20 * 4, 0)
+    # 10 live rows of 7 read; 24 rows (each sequence has one position more) written.
+    assert hand_counted("logits", "forward") == (10 * 7 * 4, 0)
+    assert hand_counted("logits", "both") == (10 * 7 * 4 + 24 * 7 * 4, 0)
+    assert hand_counted("logits", "both", torch.bfloat16) == (10 * 7 * 2 + 24 * 7 * 2, 0)
+    assert hand_counted("scoring logits", "score", torch.bfloat16) == (20 * 7 * 2, 0)
+    # 10 live rows of 3, a weight of 7 x 3; gradients of all 20 rows and of the weight.
+    assert hand_counted("hidden states", "forward") == ((10 + 7) * 3 * 4, 2 * 10 * 3 * 7)
+    assert hand_counted("hidden states", "both") == (
+        (10 + 7) * 3 * 4 + (20 + 7) * 3 * 4,
+        6 * 10 * 3 * 7,
+    )
+    assert hand_counted("hidden states", "backward")[1] == 4 * 10 * 3 * 7
+
+
+def test_the_roof_that_binds_is_the_slowest():
+    roofs = Roofs.__new__(Roofs)
+    roofs.copy, roofs.launch, roofs.product_rate = 1e9, 1e-5, lambda case: 1e12
+    small = roofs.compare(None, SimpleNamespace(nbytes=1000, flops=0, launches=2), 0.04)
+    assert small["roof"] == "launch" and math.isclose(small["percent_of_roof"], 50)
+    wide = roofs.compare(None, SimpleNamespace(nbytes=10**9, flops=10**9, launches=1), 4000)
+    assert wide["roof"] == "copy" and math.isclose(wide["percent_of_roof"], 25)
+    assert math.isclose(wide["gigabytes_per_second"], 0.25)
+    deep = roofs.compare(None, SimpleNamespace(nbytes=1000, flops=10**12, launches=1), 2000)
+    assert deep["roof"] == "products" and math.isclose(deep["teraflops_per_second"], 0.5)
+
+
+@pytest.mark.parametrize("padding", shapes.PADDING)
+@pytest.mark.parametrize("no_signal", shapes.NO_SIGNAL)
+@pytest.mark.parametrize("group_size", shapes.GROUP_SIZES)
+def test_batches_have_their_padding_and_silent_groups(padding, no_signal, group_size):
+    batch = shapes.Batch(20 * group_size, 1024, group_size, padding, no_signal)
+    generator = torch.Generator().manual_seed(0)
+    lengths = shapes.lengths(batch, generator)
+    assert lengths.min() >= 1 and lengths.max() <= 1024
+    assert abs(1 - float(lengths.double().mean()) / 1024 - padding) < 0.01
+    # Different lengths, and none of them sorted.
+    assert len(lengths.unique()) > 20 and not bool((lengths.diff() >= 0).all())
+    groups = shapes.rewards(batch, generator).view(20, group_size)
+    silent = (groups == groups[:, :1]).all(1)
+    assert int(silent.sum()) == round(20 * no_signal)
+
+
+@pytest.mark.parametrize("level", ["logits", "hidden states"])
+def test_truth_is_the_gradient_of_the_whole_batch(level, monkeypatch):
+    case = Case(level, BATCH, HEAD)
+    inputs = LEVELS[level].make(case, torch.Generator().manual_seed(1), CPU)
+    exact = Inputs(tuple(x.double() for x in inputs.leaves), inputs.rest, inputs.live)
+    # The trainer's log-probs are float32; the truth's are not.
+    monkeypatch.setattr(
+        peers,
+        "plain_token_logprobs",
+        lambda logits, ids: torch.log_softmax(logits, -1).gather(-1, ids[..., None]).squeeze(-1),
+    )
+    whole = evaluate(LEVELS[level].providers["plain PyTorch"], exact, "both")
+    assert relative_error(whole, LEVELS[level].truth(inputs)) < 1e-6
+
+
+def test_relative_error_sees_what_is_off():
+    exact = [torch.arange(1.0, 5.0), torch.ones(3)]
+    assert relative_error([x.clone() for x in exact], exact) == 0
+    assert math.isclose(relative_error([exact[0], exact[1] * 1.5], exact), 0.5)
+    assert math.isnan(relative_error([exact[0] * float("nan"), exact[1]], exact))
+    assert math.isnan(relative_error([exact[0], exact[1] / 0 * 0], exact))
+    assert math.isnan(relative_error([exact[0][:2], exact[1]], exact))
+    assert relative_error([torch.ones(2)], [torch.zeros(2)]) > 1
+
+
+def measured(provider, roofs, leaf=None, directions=("both",), timer=by_the_wall):
+    """The rows of a provider of the loss sum(x^2), whose gradient is 2x."""
+    leaf = torch.linspace(1, 2, 1000) if leaf is None else leaf
+    case = Case(LOGITS, shapes.Batch(10, 100), HEAD, directions=directions)
+    level = Level(
+        lambda case, generator, device: Inputs((leaf,), SimpleNamespace(), 1.0),
+        lambda inputs: [2 * inputs.leaves[0].double()],
+        LEVELS[LOGITS].count,
+        {"x": provider},
+    )
+    run = CaseRun(level, case, roofs, ONCE)
+    return [run.measure("x", direction, timer) for direction in directions]
+
+
+def test_a_right_provider_is_timed_in_every_direction(roofs):
+    provider = Provider(lambda x, rest: (x * x).sum())
+    rows = measured(provider, roofs, directions=cases.STEPS)
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row["direction"] for row in rows] == ["both", "forward", "backward"]
+    for row in rows:
+        assert len(row["samples_ms"]) == 2
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["error"] < 1e-6 and row["peak_bytes"] >= 4000
+
+
+@pytest.fixture
+def triton_timers(monkeypatch):
+    """Triton's timers as far as a CPU has them: they call, and reset gradients, as Triton does."""
+    testing = pytest.importorskip("triton.testing")
+    calls = []
+
+    def do_bench(fn, warmup, rep, grad_to_none, return_mode):
+        assert return_mode == "all"
+        calls.append(("do_bench", rep))
+        for _ in range(3):  # an estimate, then a warm-up
+            fn()
+        for _ in range(2):
+            for x in grad_to_none:
+                x.grad = None
+            fn()
+        return [do_bench.launched] * 2 if len(calls) == 1 else [3.0, 5.0]
+
+    def do_bench_cudagraph(fn, rep, return_mode):
+        assert return_mode == "all"
+        calls.append(("graph", rep))
+        fn()
+        return [0.01] * 10
+
+    do_bench.launched = 0.2
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(testing, "do_bench_cudagraph", do_bench_cudagraph)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return do_bench, calls
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "prepared", "waits"])
+def test_short_work_that_never_waits_is_replayed_as_a_graph(triton_timers, kind):
+    do_bench, calls = triton_timers
+    do_bench.launched = 200.0 if kind == "long" else 0.2
+    prepared, seen, guarded = [], [], []
+
+    def prepare():
+        prepared.append(object())
+        return prepared[-1]
+
+    def region(given):
+        # As a call that waits for the device does where waiting is an error.
+        if kind == "waits" and guarded:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        seen.append(given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: guarded.append(mode) or (
+            guarded.clear() if mode == 0 else None
+        ))  # fmt: skip
+        found = timers.on_gpu(Work(region, prepare, kind != "prepared"), Effort(0.2, least=5))
+    if kind == "short":
+        assert found == Samples([0.01] * 10, "graph", 0.2)
+        assert calls == [("do_bench", 10), ("graph", timers.GRAPH_MS)]
+    else:
+        assert found == Samples([3.0, 5.0], "events")
+        # At least five samples of what takes long.
+        assert calls == [("do_bench", 10), ("do_bench", 1000.0 if kind == "long" else 200.0)]
+    assert len(set(seen)) == len(seen)  # nothing prepared is used twice
+
+
+@pytest.mark.parametrize("direction", cases.STEPS)
+@pytest.mark.parametrize("consumes", [False, True])
+def test_a_gpu_row_of_every_direction(triton_timers, roofs, direction, consumes):
+    provider = Provider(lambda x, rest: (x * x).sum(), consumes=consumes)
+    (row,) = measured(provider, roofs, directions=(direction,), timer=timers.on_gpu)
+    replayed = direction != "backward" and not consumes
+    assert row["status"] == "ok"
+    assert (row["timer"], row["launched_ms"]) == (("graph", 0.2) if replayed else ("events", None))
+    assert row["median_ms"] == (0.01 if replayed else 4.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "reason"),
+    [
+        (lambda x, rest: (x * x).sum() * 1.01, "wrong", "off"),
+        (lambda x, rest: (x * x).sum() * float("nan"), "wrong", "off"),
+        (lambda x, rest: undefined(x), "failed", "NameError"),  # noqa: F821
+    ],
+)
+def test_a_wrong_provider_is_never_fast(roofs, function, status, reason):
+    (row,) = measured(Provider(function), roofs)
+    assert row["status"] == status and reason in row["reason"]
+    assert "median_ms" not in row and "samples_ms" not in row
+
+
+def test_what_cannot_be_measured_is_a_line(roofs):
+    right = {"call": lambda x, rest: (x * x).sum()}
+    for provider, reason in (
+        (Provider(**right, package="surely_not_installed"), "not installed"),
+        (Provider(**right, needs_gpu=True), "needs a GPU"),
+        (Provider(**right, beyond=lambda case: "has no such thing"), "no such thing"),
+    ):
+        (row,) = measured(provider, roofs)
+        assert row["status"] == "unavailable" and reason in row["reason"]
+
+
+def test_a_provider_that_destroys_its_input_gets_a_fresh_one_each_time(roofs):
+    leaf = torch.linspace(1, 2, 1000)
+    seen = []
+
+    class Destroys(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(float(x.detach().sum()))
+            ctx.save_for_backward(x.detach().clone())
+            x.detach().zero_()
+            return x.new_ones(())
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0]
+
+    provider = Provider(lambda x, rest: Destroys.apply(x), consumes=True)
+    (row,) = measured(provider, roofs, leaf)
+    assert row["status"] == "ok"
+    assert len(set(seen)) == 1 and seen[0] > 0
+    assert torch.equal(leaf, torch.linspace(1, 2, 1000))
+
+
+def test_inputs_take_turns_beyond_the_cache(roofs):
+    small = CaseRun(LEVELS[MAPO], Case(MAPO, shapes.Batch(64, 1)), roofs, ONCE)
+    small.fill_cache()
+    assert len(small.inputs) == harness.MAX_SETS
+    batch = shapes.Batch(cache_bytes(CPU) // 4, 1)
+    large = CaseRun(LEVELS[MAPO], Case(MAPO, batch), roofs, ONCE)
+    large.fill_cache()
+    one, two = large.inputs
+    assert one.leaves[0].data_ptr() != two.leaves[0].data_ptr()
+    prepare = work_of(LEVELS[MAPO].providers[OURS], large.inputs, "score").prepare
+    assert [prepare() is x for x in (one, two, one)] == [True] * 3
+
+
+def test_a_run_that_is_killed_keeps_every_finished_row(run):
+    whole, written = run
+    assert [len(found["rows"]) for found in written] == list(range(len(whole.items) + 1))
+    assert [found["finished"] for found in written] == [False] * len(whole.items) + [True]
+    for found in written[:-1]:
+        jsonschema.validate(found, results.SCHEMA)
+        assert "rows are missing" in report.markdown(found)
+    assert "rows are missing" not in report.markdown(written[-1])
+
+
+def test_a_run_has_every_level_and_every_provider(found):
+    jsonschema.validate(found, results.SCHEMA)
+    assert {row["level"] for row in found["rows"]} == set(LEVELS)
+    for name, level in LEVELS.items():
+        rows = [row for row in found["rows"] if row["level"] == name]
+        assert {row["provider"] for row in rows} == set(level.providers)
+        ours = [row for row in rows if row["provider"].startswith(OURS)]
+        assert {row["status"] for row in ours if "compile" not in row["provider"]} == {"ok"}
+    assert {"torch", "triton", "python"} <= set(found["environment"]["versions"])
+
+
+def test_the_schema_rejects_rows_without_a_time(found):
+    broken = json.loads(json.dumps(found))
+    row = next(row for row in broken["rows"] if row["status"] == "ok")
+    del row["samples_ms"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, results.SCHEMA)
+
+
+def test_result_files_and_what_is_drawn_from_them(found, tmp_path):
+    path = tmp_path / "example.json"
+    results.write(found, path)
+    results.write_table(found, path)
+    again = results.read(path)
+    assert again == json.loads(json.dumps(found))
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert len(lines) == len(found["rows"]) + 1
+    drawn = plots.draw(again, tmp_path, "example")
+    kinds = ("time_against_tokens", "memory_against_tokens", "percent_of_roof", "speed_up")
+    expected = [f"example_{kind}.png" for kind in (*kinds, "time_against_live")]
+    assert [x.name for x in drawn] == expected
+    assert all(x.read_bytes().startswith(b"\x89PNG") for x in drawn)
+    assert "cut-cross-entropy: not installed" in report.markdown(again)
+
+
+def test_every_provider_has_a_colour_in_the_plots():
+    assert {name for level in LEVELS.values() for name in level.providers} <= set(plots.STYLE)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("[]")
+    with pytest.raises(files.CommandError, match="expected a result file"):
+        results.read(path)
+
+
+def row_of(provider, ms, **more):
+    same = {"level": "logits", "shape": "8 x 8, x, float32", "direction": "both", "live": 0.5}
+    same |= {"group_size": 8, "padding": 0.0, "no_signal": 0.5, "status": "ok", "median_ms": ms}
+    return same | {"percent_of_roof": 12.3, "roof": "copy", "peak_bytes": 4e6} | more | {
+        "provider": provider
+    }  # fmt: skip
+
+
+def test_the_readme_table_is_the_file(tmp_path):
+    rows = [
+        row_of(OURS, 2.0),
+        row_of("TRL", 5.0, peak_bytes=8e6),
+        row_of("Liger", 1.0, status="wrong", reason="its result is off"),
+        row_of("plain PyTorch", 0.0, status="unavailable", reason="not installed"),
+        row_of(OURS, 0.1, direction="backward"),
+    ]
+    heads, lines = report.level_table("logits", rows)
+    assert heads == ["logits", "live", f"{OURS}, ms", "of the roof", "peak MB", "TRL", "Liger"]
+    cells = ["8 x 8, x, float32", "50%", "2", "12.3% of copy", "4", "2.50 (8 MB)", "wrong"]
+    assert lines == [cells]
+    bad, absent = report.notes({"rows": rows})
+    assert "Liger: wrong, its result is off" in bad and "plain PyTorch: not installed" in absent
+    text = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb"
+    assert report.insert(text, "x", "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="<!-- y: begin -->"):
+        report.insert(text, "y", "new")
+
+
+def test_a_replayed_row_is_compared_with_one_that_is_not_as_both_are_launched():
+    ours = row_of(OURS, 0.01, timer="graph", launched_ms=0.2)
+    assert report.times(row_of("TRL", 0.02, timer="graph", launched_ms=0.3), ours) == 2
+    assert report.times(row_of("verl", 0.8, timer="events", launched_ms=None), ours) == 4
+    assert report.times(ours, row_of("x", 0.8, timer="events")) == 0.25
+
+
+@pytest.mark.parametrize("suite", cases.SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_name_levels_heads_and_directions_that_exist(suite, device):
+    every, effort = cases.cases_of(suite, torch.device(device))
+    assert len(set(every)) == len(every) and effort.least >= 3
+    assert {case.level for case in every} == set(LEVELS) == set(cases.NAMES)
+    for case in every:
+        if case.head is shapes.NO_HEAD:  # The others draw one sequence of each group.
+            assert case.batch.n_sequences % case.batch.group_size == 0
+        scores = case.level.startswith(("advantages", "scoring"))
+        assert (case.directions == ("score",)) is scores
+        assert case.tiny().batch.tokens <= 96
+
+
+def bench(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "mapo_kernels", "bench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+def test_dry_run_walks_a_gpu_suite_on_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    done = bench(
+        "--suite=gpu", "--dry-run", "--level=logits", f"--out={tmp_path}", "--name=dry",
+        "--no-plots",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results.read(tmp_path / "dry.json")
+    jsonschema.validate(found, results.SCHEMA)
+    assert found["dry_run"] and "triton" in found["environment"]["backend"]
+    ours = [row for row in found["rows"] if row["provider"] == OURS]
+    assert ours and {(row["status"], row["timer"]) for row in ours} == {("ok", "wall")}
+    assert found["finished"] and "Dry run" in done.stdout
+
+
+def test_report_redraws_a_file_and_writes_the_readme(found, tmp_path):
+    path = tmp_path / "again.json"
+    results.write(found, path)
+    readme = tmp_path / "README.md"
+    readme.write_text("x\n<!-- again: begin -->\n<!-- again: end -->\n")
+    done = bench("report", path, f"--readme={readme}")
+    assert done.returncode == 0, done.stderr
+    assert report.markdown(results.read(path)) in readme.read_text()
+    assert (tmp_path / "again_time_against_live.png").exists()
+    assert bench("report").returncode == 2
+
+
+def test_bounds_by_hand():
+    gpu = codegen.Gpu("x", "sm_90", terabytes_per_second=4.0, multiprocessors=100, gigahertz=2.0)
+    # 100 multiprocessors at 2 GHz: 0.2 clocks a picosecond; 25.6 instructions, 3.2 exponentials.
+    bounds = gpu.bounds({"bytes": 4, "instructions": 12.8, "exponentials": 1.6})
+    assert bounds == pytest.approx({"memory": 1.0, "instructions": 0.5, "exponentials": 0.5})
+
+
+def test_static_table_of_one_architecture():
+    pytest.importorskip("triton")
+    rows = codegen.compile_for("sm_90")
+    assert {row["kernel"] for row in rows} == {title for title, _ in codegen.READERS.values()}
+    for row in rows:
+        assert row["spills"] == 0 and 0 < row["registers"] <= 128
+        assert all(
+            cell.format(**row, gpu="x", bound_ps=1, bound_by="memory")
+            for cell in codegen.COLUMNS.values()
+        )
+    passes = {row["part"]: row for row in rows if row["kernel"] == "loss from bfloat16 logits"}
+    assert passes["both passes"]["bytes"] == 4
+    assert passes["gradient pass"]["exponentials"] <= 1.05
+    (tokens,) = [row for row in rows if row["part"] == "a token"]
+    assert 20 < tokens["instructions"] < 130
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").glob("*.csv")), ids=lambda x: x.stem
+)
+def test_committed_results_are_whole(path):
+    found = results.read(path.with_suffix(".json"))
+    jsonschema.validate(found, results.SCHEMA)
+    assert found["environment"]["dirty"] is False
+    assert not [
+        r for r in found["rows"] if r["provider"].startswith(OURS) and r["status"] == "wrong"
+    ]
+    assert list(path.parent.glob(f"{path.stem}_*.png"))

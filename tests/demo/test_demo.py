@@ -1,0 +1,355 @@
+"""The demo end to end at toy size, and the parts whose mistakes training would hide."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("reasoning_gym")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from mapo_kernels import demo
+from mapo_kernels.demo import experiment, plots, report, train
+from mapo_kernels.demo.experiment import run_experiment
+from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logprobs, sample
+from mapo_kernels.demo.settings import Settings
+from mapo_kernels.demo.tasks import TASKS, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.demo.train import success_share
+from mapo_kernels.files import CommandError
+
+# The runs that these look at are made once in a process of `pytest -n`.
+pytestmark = pytest.mark.xdist_group("demo")
+
+ROOT = Path(__file__).parents[2]
+# spell_backward gives partial credit, so that even an untrained model has signal to learn from.
+TINY = Settings(
+    task="spell_backward",
+    steps=7,
+    prompts=4,
+    group_size=4,
+    minibatches=2,
+    warmup_success=1.0,
+    warmup_steps=30,
+    warmup_batch=8,
+    eval_prompts=8,
+    eval_every=3,
+    width=16,
+    layers=1,
+    heads=2,
+)
+PLOTS = ("success", "groups_without_signal", "successes_per_group", "advantages")
+
+
+def run_tiny(out, settings=TINY, *, estimators=("mapo", "grpo"), seeds=1, resume=False):
+    return run_experiment(
+        settings,
+        estimators=estimators,
+        seeds=seeds,
+        device=torch.device("cpu"),
+        out=out,
+        resume=resume,
+    )
+
+
+def read_log(out):
+    return json.loads((out / "log.json").read_text())
+
+
+def without_clocks(log):
+    return [
+        {
+            **run,
+            "seconds": 0,
+            "steps": [{**record, "seconds": 0} for record in run["steps"]],
+        }
+        for run in log["runs"]
+    ]
+
+
+def interrupt_after(monkeypatch, calls):
+    shown = report.Progress.step
+    remaining = iter(range(calls))
+
+    def step(self, run):
+        shown(self, run)
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.Progress, "step", step)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they bring at this size, the more so where other tests run too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Spares the seconds that plots take where a test is not about them."""
+    monkeypatch.setattr(plots, "draw_all", lambda log, out: [])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    assert run_tiny(out) == 0
+    return out
+
+
+def assert_is_png(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 5000
+
+
+def test_run_leaves_log_models_and_plots(finished):
+    log = read_log(finished)
+    assert log["status"] == "finished"
+    assert log["configuration"]["task"] == "spell_backward"
+    assert set(log["versions"]) >= {"python", "torch", "reasoning-gym", "mapo-kernels"}
+    assert [run["phase"] for run in log["runs"]] == ["warm-up", "mapo", "grpo"]
+    for run in log["runs"][1:]:
+        assert [record["step"] for record in run["steps"]] == list(range(7))
+        assert [point["step"] for point in run["evals"]] == [0, 3, 6, 7]
+        for record in run["steps"]:
+            assert sum(record["successes_per_group"]) == TINY.prompts
+            assert record["success"] == pytest.approx(record["success_ratio_mean"])
+    assert log["runs"][1]["evals"][0] == log["runs"][2]["evals"][0]
+    for name in PLOTS:
+        assert_is_png(finished / f"{name}.png")
+
+
+def test_groups_without_signal_are_those_the_package_counts(finished):
+    for run in read_log(finished)["runs"][1:]:
+        for record in run["steps"]:
+            counted = (
+                record["zero_advantage_groups"] * TINY.minibatches
+            )  # the mean over minibatches
+            assert record["groups_without_signal"] == pytest.approx(counted)
+
+
+def test_saved_model_can_be_rebuilt(finished):
+    saved = torch.load(finished / "mapo_seed0.pt", weights_only=True)
+    model = Decoder(**saved["model_config"])
+    model.load_state_dict(saved["model"])
+    prompts = Characters(saved["alphabet"]).prompts(["stone<"], 7)
+    assert sample(model, prompts, 7).tokens.shape == (1, 7)
+
+
+def test_same_seed_gives_the_same_run(finished, tmp_path, undrawn):
+    run_tiny(tmp_path, estimators=("grpo",))
+    assert without_clocks(read_log(tmp_path))[1] == without_clocks(read_log(finished))[2]
+
+
+# 2 interrupts the warm-up, 6 the first estimator (after 4 warm-up lines), 14 the second.
+@pytest.mark.parametrize("calls", [2, 6, 14])
+def test_interrupt_then_resume_equals_uninterrupted(
+    finished, tmp_path, monkeypatch, undrawn, calls
+):
+    monkeypatch.setattr(experiment, "CHECKPOINT_STRIDE", 2)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, calls)
+        assert run_tiny(tmp_path) == 130
+    partial = read_log(tmp_path)
+    assert partial["status"] == "interrupted"
+    assert sum(len(run["steps"]) for run in partial["runs"]) == calls + 1
+
+    assert run_tiny(tmp_path, resume=True) == 0
+    assert without_clocks(read_log(tmp_path)) == without_clocks(read_log(finished))
+    for name in ("mapo_seed0.pt", "grpo_seed0.pt"):
+        resumed = torch.load(tmp_path / name, weights_only=True)["model"]
+        straight = torch.load(finished / name, weights_only=True)["model"]
+        assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+def test_interrupted_run_draws_what_it_has(tmp_path, monkeypatch, capsys):
+    interrupt_after(monkeypatch, 6)
+    assert run_tiny(tmp_path) == 130
+    assert "Interrupted" in capsys.readouterr().out
+    for name in PLOTS:
+        assert_is_png(tmp_path / f"{name}.png")
+
+
+def test_resume_refuses_other_settings(finished, tmp_path):
+    with pytest.raises(CommandError, match="steps was 7, is 8"):
+        run_tiny(finished, replace(TINY, steps=8), resume=True)
+    with pytest.raises(CommandError, match="found none"):
+        run_tiny(tmp_path, resume=True)
+
+
+def test_fresh_run_ignores_old_checkpoints(tmp_path, undrawn):
+    run_tiny(tmp_path, replace(TINY, steps=1), estimators=("grpo",))
+    run_tiny(tmp_path, replace(TINY, steps=2), estimators=("grpo",))
+    assert len(read_log(tmp_path)["runs"][1]["steps"]) == 2
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "mapo_kernels", "demo", "--out", str(tmp_path), "--steps", "2"]
+    small = ["--prompts", "4", "--group-size", "4", "--warmup-success", "0", "--estimator", "apd"]
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *small], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "apd, seed 0  step 2/2" in done.stdout
+    assert [run["phase"] for run in read_log(tmp_path)["runs"]] == ["warm-up", "apd"]
+
+
+def test_impossible_settings_are_one_line(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.main(parser.parse_args(["--prompts", "6", "--out", str(tmp_path)])) == 2
+    assert "prompts: expected a multiple of minibatches" in capsys.readouterr().err
+
+
+def test_missing_extra_is_one_line(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "rich" else find_spec(name)
+    )
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.main(parser.parse_args([])) == 2
+    error = capsys.readouterr().err
+    assert "rich" in error and "pip install mapo-kernels[demo]" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, value", [("linear", "linear"), ("0.25", 0.25)])
+def test_certainty_is_a_name_or_a_number(text, value):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert parser.parse_args(["--certainty", text]).certainty == value
+
+
+@pytest.mark.parametrize("text", ["2", "linaer", "nan"])
+def test_other_certainties_are_refused_in_one_line(text, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.main(parser.parse_args(["--certainty", text, "--out", str(tmp_path / "x")])) == 2
+    error = capsys.readouterr().err
+    assert "certainty: expected" in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, atexit; from mapo_kernels.__main__ import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main(['demo', '--help'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert "--resume" in done.stdout and done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+def wrong_answers(task, solution):
+    others = [character for character in task.alphabet if character != solution[0]]
+    yield from (character + solution[1:] for character in others)
+    yield solution + solution[-1]
+    yield solution[:-1]
+    yield ""
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_compact_form_agrees_with_the_scorer(task):
+    from reasoning_gym import create_dataset
+
+    scorer = create_dataset(task.name, seed=0, size=1, **task.options)
+    verifier = Verifier(task)
+    for problem in ProblemStream(task, 0).take(100):
+        assert set(problem.prompt + problem.solution) <= set(task.alphabet)
+        assert len(problem.prompt) <= task.prompt_length
+        assert len(problem.solution) <= task.answer_length
+        assert (
+            scorer.score_answer(task.expand(problem.solution), task.scored_entry(problem.entry))
+            == 1
+        )
+        assert scorer.score_answer(problem.entry["answer"], problem.entry) == 1
+        assert verifier.reward(problem, problem.solution) == 1
+        assert verifier.reward(problem, None) == 0
+        for answer in wrong_answers(task, problem.solution):
+            score = scorer.score_answer(task.expand(answer), task.scored_entry(problem.entry))
+            if answer.lstrip("0") != problem.solution.lstrip("0"):
+                assert score < 1
+            if score == 1:
+                assert verifier.reward(problem, answer) == 1
+            else:
+                assert verifier.reward(problem, answer) == task.partial_credit * min(score, 0.99)
+
+
+def test_sorting_is_exact_although_the_scorer_forgives_an_error_of_one():
+    task = TASKS["number_sorting"]
+    verifier = Verifier(task)
+    forgiven = 0
+    for problem in ProblemStream(task, 0).take(50):
+        digits = problem.solution
+        off_by_one = "".join(str(max(int(digit) - 1, 0)) for digit in digits)
+        if off_by_one == digits:
+            continue
+        as_list = str([f"{digit}.0" for digit in off_by_one])
+        forgiven += verifier._dataset.score_answer(as_list, problem.entry) == 1
+        assert verifier.reward(problem, off_by_one) < 1
+    assert forgiven > 0
+
+
+def test_success_is_exact_match_not_mean_reward():
+    task = TASKS["spell_backward"]
+    verifier = Verifier(task)
+    problem = next(p for p in ProblemStream(task, 0).take(200) if len(p.solution) == 6)
+    nearly = verifier.reward(problem, problem.solution[:5] + "<")
+    too_long = verifier.reward(problem, problem.solution + "x")  # scored 0.9999999999999999
+    assert 0.5 < nearly < 1
+    assert torch.tensor(too_long) < 1
+    rewards = [1.0, nearly, too_long, 0.0]
+    assert success_share(rewards) == 0.25
+    assert train.group_summary(rewards, 4)["successes_per_group"] == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_held_out_prompts_are_never_trained_on(task):
+    held_out = [problem.prompt for problem in held_out_problems(task, 256)]
+    assert len(held_out) == len(set(held_out)) > 100
+    for seed in range(3):
+        trained_on = {problem.prompt for problem in ProblemStream(task, seed).take(3000)}
+        assert trained_on.isdisjoint(held_out)
+
+
+def test_cached_sampling_agrees_with_the_full_forward_pass():
+    torch.manual_seed(0)
+    model = Decoder(vocabulary=9, length=9, width=16)
+    prompts = torch.randint(2, 9, (5, 4))
+    rollouts = sample(model, prompts, 5, copies=3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rollouts.prompts, prompts.repeat_interleave(3, dim=0))
+    full = answer_logprobs(model, rollouts.prompts, rollouts.tokens)
+    torch.testing.assert_close(rollouts.logprobs, full * rollouts.mask)
+    ended_before = (rollouts.tokens == END).cumsum(dim=1) - (rollouts.tokens == END).long() > 0
+    assert torch.equal(rollouts.mask, ~ended_before)
+    assert (rollouts.tokens[ended_before] == PAD).all()
+
+
+def test_unfinished_answers_decode_to_none():
+    characters = Characters("ab")
+    rows = torch.tensor([[2, 3, END], [2, 3, 2], [2, PAD, END], [END, PAD, PAD]])
+    assert characters.decode(rows) == ["ab", None, None, ""]
+
+
+def test_conclusion_claims_only_what_the_seeds_show():
+    one = report.conclusion({"mapo": {0: 0.9}, "grpo": {0: 0.1}})
+    assert "one seed cannot rank" in one
+    noisy = {"mapo": {0: 0.9, 1: 0.6, 2: 0.8}, "grpo": {0: 0.7, 1: 0.8, 2: 0.7}}
+    assert "no ranking" in report.conclusion(noisy)
+    clear = {"mapo": {0: 0.9, 1: 0.88, 2: 0.91}, "grpo": {0: 0.7, 1: 0.71, 2: 0.7}}
+    assert "larger than the spread" in report.conclusion(clear)
+    assert "mean difference +0.193" in report.conclusion(clear)
+    assert report.conclusion({}) == ""

@@ -1,0 +1,201 @@
+"""Machine code of what the public functions launch, for GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+# Every process of `pytest -n` that runs one of these compiles all kernels.
+pytestmark = pytest.mark.xdist_group("codegen")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TOKENS_PER_THREAD = 4
+
+
+@cache
+def compile_for(target):
+    root = Path(__file__).parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(root), *filter(None, [environment.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests/kernels/codegen.py"), target],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path)},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_case(target, case):
+    return compile_for(target)[case]
+
+
+def wide(accesses):
+    """Accesses of 16 bytes, and narrower ones, of the kernel's vector loads and stores."""
+    return sum(n for name, n in accesses.items() if is_wide(name))
+
+
+def is_wide(name):
+    return name.endswith((".128", "x4"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["clip", "bfloat16", "odd length", "packed", "sequence level", "sapo", "cispo"]
+    + ["groups of 16", "groups of 4096", "ids", "many ids"]
+    + [
+        "logits",
+        "logits view",
+        "logits, given advantages",
+        "float32 logits",
+        "float16 logits",
+        "odd vocabulary",
+    ]
+    + ["entropy bonus", "logits, sequence level", "packed logits"]
+    + ["hidden chunk", "hidden chunk, entropy bonus", "split rows"],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_leaves_the_registers(target, case):
+    for name, variants in compile_case(target, case)["kernels"].items():
+        for variant in variants:
+            assert variant["stack"] == 0, (name, variant)
+            assert variant["spills"] == 0, (name, variant)
+            assert variant.get("local", 0) == 0, (name, variant)
+            assert variant.get("registers", 0) <= 128, (name, variant)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(target):
+    kernels = compile_case(target, "clip")["kernels"]
+    (loss,) = kernels["token_loss_kernel"]
+    # A thread holds 4 tokens: 16 bytes each of logp, old, ref and the gradient, 4 of the mask.
+    assert wide(loss["accesses"]) >= 4
+    (scale,) = kernels["scale_kernel"]
+    assert wide(scale["accesses"]) >= 2
+    (groups,) = compile_case(target, "groups of 4096")["kernels"]["advantages_kernel"]
+    assert wide(groups["accesses"]) > 0
+
+
+def longest(kernel):
+    return max(loop["instructions"] for loop in kernel["loops"])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_arithmetic_budget_of_the_loss(target):
+    """On an H200 13 bytes of memory traffic take as long as about 90 instructions of one token."""
+    (loss,) = compile_case(target, "clip")["kernels"]["token_loss_kernel"]
+    assert loss["exponentials"] <= 5 * TOKENS_PER_THREAD
+    assert longest(loss) <= 130 * TOKENS_PER_THREAD
+    (plain,) = compile_case(target, "no reference")["kernels"]["token_loss_kernel"]
+    assert plain["exponentials"] <= 2 * TOKENS_PER_THREAD
+    assert longest(plain) <= 90 * TOKENS_PER_THREAD
+
+
+def test_a_loss_is_two_launches():
+    for case in ("clip", "sequence level", "packed"):
+        launches = compile_case("sm_90", case)["launches"]
+        assert launches == ["token_loss_kernel", "scale_kernel"]
+    assert compile_case("sm_90", "groups of 16")["launches"] == ["advantages_kernel"]
+
+
+def test_lengths_and_hyper_parameters_do_not_recompile():
+    report = compile_case("sm_90", "ten lengths")
+    assert len(report["launches"]) == 20
+    assert len(report["kernels"]["token_loss_kernel"]) == 1
+    # One more variant where the number of tokens happens to be a multiple of 16.
+    assert len(report["kernels"]["scale_kernel"]) <= 2
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("case", ["logits", "logits, given advantages", "entropy bonus"])
+def test_a_multiprocessor_holds_one_row(target, case):
+    """Two programs of 1024 threads would share it, and their rows the cache, at 32 registers."""
+    (loss,) = compile_case(target, case)["kernels"]["logits_loss_kernel"]
+    assert loss["registers"] > 32
+
+
+LOGITS_PER_STEP = 16  # a thread's columns in one step of either pass over a row of bfloat16
+
+
+def passes(kernel):
+    """The main loops of the two passes over a row: statistics, gradient (None if there is none).
+
+    They are those with wide loads and the fewest instructions; the other such loops are the masked
+    ones, which run at most twice a row.
+    """
+    wide = [x for x in kernel["loops"] if x["wide_loads"] and x["exponentials"] >= LOGITS_PER_STEP]
+    reading = [x for x in wide if not x["stores"]]
+    writing = [x for x in wide if x["stores"] == 2]
+    shortest = [min(x, key=lambda y: y["instructions"], default=None) for x in (reading, writing)]
+    return shortest
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_budgets_of_the_two_passes_over_a_row(target):
+    """4 bytes an element take 0.93 ps on an H200; within these budgets every pipe takes less."""
+    score = compile_case(target, "logits")["kernels"]["score_kernel"][0]
+    statistics, _ = passes(score)
+    assert statistics["instructions"] <= 9 * LOGITS_PER_STEP
+    loss = compile_case(target, "logits")["kernels"]["logits_loss_kernel"][0]
+    with_entropy, gradient = passes(loss)
+    assert with_entropy["instructions"] <= 11 * LOGITS_PER_STEP
+    assert gradient["instructions"] <= 7.5 * LOGITS_PER_STEP
+    bonus = compile_case(target, "entropy bonus")["kernels"]["logits_loss_kernel"][0]
+    with_bonus = passes(bonus)[1]
+    assert with_bonus["instructions"] <= 9.5 * LOGITS_PER_STEP
+    share = compile_case(target, "split rows")["kernels"]["share_kernel"][0]
+    assert passes(share)[0]["instructions"] <= 11 * LOGITS_PER_STEP
+    for loop in (statistics, with_entropy):
+        assert loop["exponentials"] <= 1.1 * LOGITS_PER_STEP
+    for loop in (gradient, with_bonus):
+        assert loop["exponentials"] <= 1.05 * LOGITS_PER_STEP
+    for loop in (statistics, with_entropy, gradient, with_bonus):
+        # Each thread works alone, 16 bytes at a time.
+        assert loop["barriers"] == 0 and loop["wide_loads"] == 2
+    for kernel in (score, loss, bonus):
+        assert not any("16" in name for name in kernel["accesses"] if name.startswith("LDG.E.EL"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", ["logits", "float32 logits", "float16 logits", "logits view"])
+def test_logits_are_read_and_written_16_bytes_at_a_time(target, case):
+    (loss,) = compile_case(target, case)["kernels"]["logits_loss_kernel"]
+    accesses = loss["accesses"]
+    loads = ("LDG.E.EL", "LDG.E.EF", "LDG.E.U16", "buffer_load_ushort", "buffer_load_short")
+    narrow = {
+        name: n for name, n in accesses.items() if name.startswith(loads) and not is_wide(name)
+    }
+    # The target's own logit is one number; gfx942 has no hints that tell logits from the rest.
+    assert sum(narrow.values()) <= 1, accesses
+    assert wide(accesses) >= 7, accesses
+
+
+def test_a_loss_from_logits_is_one_launch_and_the_rescaling():
+    for case in ("logits view", "entropy bonus", "odd vocabulary"):
+        launches = compile_case("sm_90", case)["launches"]
+        assert launches == ["logits_loss_kernel", "rescale_kernel"]
+    launches = compile_case("sm_90", "logits, ids of a byte")["launches"]
+    assert launches == ["score_kernel", "logits_loss_kernel", "rescale_kernel"]
+    launches = compile_case("sm_90", "logits, sequence level")["launches"]
+    assert launches[-4:] == [
+        "score_kernel",
+        "token_loss_kernel",
+        "gradient_kernel",
+        "rescale_kernel",
+    ]
+
+
+def test_shapes_of_logits_do_not_recompile():
+    report = compile_case("sm_90", "ten shapes of logits")
+    assert len(report["launches"]) == 30
+    assert {name: len(found) for name, found in report["kernels"].items()} == {
+        "score_kernel": 1,
+        "logits_loss_kernel": 1,
+        "rescale_kernel": 1,
+    }
