@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from mapo_kernels.files import CommandError
+
 from . import environment
 from .cli import add_suite_arguments
 from .harness import Run
@@ -44,7 +46,10 @@ def run(request):
         terminal = request.config.pluginmanager.get_plugin("terminalreporter")
         terminal.write_line("parity tests on the device")
         parity = device_parity()
-    run.start(option.result, option.commit, notes=option.notes, parity=parity)
+    try:
+        run.start(option.result, option.commit, notes=option.notes, parity=parity)
+    except CommandError as error:  # Nothing that follows could be kept.
+        pytest.exit(str(error), returncode=1)
     return run
 
 

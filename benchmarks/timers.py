@@ -47,10 +47,12 @@ class Samples(NamedTuple):
 
 def on_cpu(work: Work, effort: Effort, benchmark: Any) -> Samples:
     """By the fixture of pytest-benchmark, which is used up."""
-    began = time.perf_counter()
-    work()  # warms up, too
-    seconds = time.perf_counter() - began
-    rounds = min(max(int(effort.seconds / seconds), effort.least), effort.most)
+    rounds = effort.most
+    if effort.least < effort.most:
+        began = time.perf_counter()
+        work()  # warms up, too
+        seconds = time.perf_counter() - began
+        rounds = min(max(int(effort.seconds / seconds), effort.least), effort.most)
     benchmark.pedantic(work.region, setup=lambda: ((work.prepare(),), {}), rounds=rounds)
     return Samples([x * 1e3 for x in benchmark.stats.stats.data], "wall")
 

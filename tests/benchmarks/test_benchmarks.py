@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cases, codegen, harness, peers, plots, report, results, shapes, timers
+from benchmarks import cases, harness, peers, plots, report, results, shapes, timers
 from benchmarks.cases import HIDDEN, LOGITS, LOGPROBS, MAPO, Case, Effort
 from benchmarks.harness import CaseRun, Run, cache_bytes, evaluate, relative_error, work_of
 from benchmarks.levels import LEVELS, OURS, Inputs, Level, Provider
@@ -472,30 +472,6 @@ def test_report_redraws_a_file_and_writes_the_readme(found, tmp_path):
     assert report.markdown(results.read(path)) in readme.read_text()
     assert (tmp_path / "again_time_against_live.png").exists()
     assert bench("report").returncode == 2
-
-
-def test_bounds_by_hand():
-    gpu = codegen.Gpu("x", "sm_90", terabytes_per_second=4.0, multiprocessors=100, gigahertz=2.0)
-    # 100 multiprocessors at 2 GHz: 0.2 clocks a picosecond; 25.6 instructions, 3.2 exponentials.
-    bounds = gpu.bounds({"bytes": 4, "instructions": 12.8, "exponentials": 1.6})
-    assert bounds == pytest.approx({"memory": 1.0, "instructions": 0.5, "exponentials": 0.5})
-
-
-def test_static_table_of_one_architecture():
-    pytest.importorskip("triton")
-    rows = codegen.compile_for("sm_90")
-    assert {row["kernel"] for row in rows} == {title for title, _ in codegen.READERS.values()}
-    for row in rows:
-        assert row["spills"] == 0 and 0 < row["registers"] <= 128
-        assert all(
-            cell.format(**row, gpu="x", bound_ps=1, bound_by="memory")
-            for cell in codegen.COLUMNS.values()
-        )
-    passes = {row["part"]: row for row in rows if row["kernel"] == "loss from bfloat16 logits"}
-    assert passes["both passes"]["bytes"] == 4
-    assert passes["gradient pass"]["exponentials"] <= 1.05
-    (tokens,) = [row for row in rows if row["part"] == "a token"]
-    assert 20 < tokens["instructions"] < 130
 
 
 @pytest.mark.parametrize(
