@@ -447,10 +447,11 @@ def bench(*arguments, **environment):
     )
 
 
-def test_dry_run_walks_a_gpu_suite_on_the_interpreter(tmp_path):
+@pytest.mark.parametrize("level", [cases.SCORING, pytest.param(LOGITS, marks=pytest.mark.slow)])
+def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
     pytest.importorskip("triton")
     done = bench(
-        "--suite=gpu", "--dry-run", "--level=logits", f"--out={tmp_path}", "--name=dry",
+        "--suite=gpu", "--dry-run", f"--level={level}", f"--out={tmp_path}", "--name=dry",
         "--no-plots",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
