@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from mapo_kernels._version import __version__
 
 if TYPE_CHECKING:
-    from mapo_kernels.advantages import GroupStats
-    from mapo_kernels.api import group_advantages
+    from mapo_kernels.advantages import group_advantages
     from mapo_kernels.autograd import (
         MapoLinearLossFunction,
         MapoLogitsLossFunction,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     )
     from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
     from mapo_kernels.calls import LossOutput
+    from mapo_kernels.groups import GroupStats
     from mapo_kernels.losses import (
         MapoLinearLoss,
         MapoLoss,
@@ -61,7 +61,7 @@ __all__ = [
 
 _HOMES = {
     "AdvantageSpec": "spec",
-    "GroupStats": "advantages",
+    "GroupStats": "groups",
     "LossOutput": "calls",
     "LossSpec": "spec",
     "MapoLinearLoss": "losses",
@@ -72,7 +72,7 @@ _HOMES = {
     "Metrics": "metrics",
     "Plan": "plan",
     "describe_backend": "backend",
-    "group_advantages": "api",
+    "group_advantages": "advantages",
     "make_plan": "plan",
     "mapo_loss": "losses",
     "mapo_loss_from_hidden": "losses",

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import linear, ops
+from mapo_kernels import hidden as hidden_level
+from mapo_kernels import operators
 from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -29,7 +30,7 @@ class MapoLossFunction(torch.autograd.Function):
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, results and advantages; keeps d loss / d logp of the tokens for backward."""
-        out = ops.token_loss(logprobs, inputs, spec, advantage_spec, ctx.needs_input_grad[0])
+        out = operators.token_loss(logprobs, inputs, spec, advantage_spec, ctx.needs_input_grad[0])
         ctx.save_for_backward(out.grad, out.results)
         ctx.dtype = logprobs.dtype
         ctx.mark_non_differentiable(out.results, out.advantages)
@@ -43,7 +44,7 @@ class MapoLossFunction(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None
         grad, results = ctx.saved_tensors
-        return ops.scale_gradient(grad, upstream, results, ctx.dtype), None, None, None
+        return operators.scale_gradient(grad, upstream, results, ctx.dtype), None, None, None
 
 
 class MapoLogitsLossFunction(torch.autograd.Function):
@@ -73,7 +74,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         """Loss, results and advantages; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
         place = logits if inplace else None
-        out = ops.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
+        out = operators.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
         if need_grad:
             if out.grad is logits:
                 _note_write(logits)
@@ -91,7 +92,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         _once(ctx)
         (grad,) = ctx.saved_tensors
         grad = grad.detach()
-        ops.rescale(grad, upstream)
+        operators.rescale(grad, upstream)
         _note_write(grad)
         return grad, None, None, None, None, None
 
@@ -143,11 +144,11 @@ class MapoLinearLossFunction(torch.autograd.Function):
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, results and advantages; keeps the gradients that will be asked for."""
-        wanted = linear.Wanted(*ctx.needs_input_grad[:3])
+        wanted = hidden_level.Wanted(*ctx.needs_input_grad[:3])
         head = head._replace(weight=weight, bias=bias)
         # Products choose their dtypes themselves.
         with torch.autocast(hidden.device.type, enabled=False):
-            out = linear.linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted)
+            out = hidden_level.linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted)
         if any(wanted):
             ctx.save_for_backward(*out[3:])
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -164,7 +165,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
             _once(ctx)
             for i, kept in enumerate(ctx.saved_tensors):
                 if kept is not None:
-                    ops.rescale(kept if kept.dim() > 1 else kept[None], upstream)
+                    operators.rescale(kept if kept.dim() > 1 else kept[None], upstream)
                     _note_write(kept)
                     grads[i] = kept.to(ctx.dtypes[i])
         return (*grads, None, None, None, None, None)

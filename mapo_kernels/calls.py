@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels import checks, checks_rows, parallel
-from mapo_kernels.advantages import decide_rewards
-from mapo_kernels.agreement import group_ranks
+from mapo_kernels import checks, checks_rows
 from mapo_kernels.arguments import DEFAULTS
 from mapo_kernels.batch import (
     GROUP_METRICS,
@@ -20,11 +18,14 @@ from mapo_kernels.batch import (
     RowInputs,
     replaced,
 )
+from mapo_kernels.distributed import data
+from mapo_kernels.distributed.agreement import group_ranks
+from mapo_kernels.distributed.vocabulary import Split
+from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
 from mapo_kernels.metrics import as_metrics
 from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.vocab_parallel import Split
 
 # What a plan stands for.
 _SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
@@ -123,6 +124,9 @@ def resolve(
     if plan is not None:
         spec = _spec_of(plan, given)
         layout = {key: getattr(plan, key) for key in _LAYOUT}
+        if is_double:
+            # Not otherwise: torch.compile takes a float64 tensor of no dimension for a number.
+            layout["normalizer"] = plan.wide_normalizer
         signal, per_token = plan.signal(is_double), plan.per_token
         advantages = signal.advantages
         known = KnownMetrics(signal.metrics, plan.ranks)
@@ -158,9 +162,9 @@ def _among_ranks(
     n_tokens: torch.Tensor | int = tokens.numel()
     if batch.mask is not None or batch.cu_seqlens is not None:
         n_tokens = count_tokens(batch.mask, batch.cu_seqlens)
-    part = parallel.Part(batch.n_sequences(tokens), n_tokens, batch.groups)
-    settings = parallel.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer)
-    shared = parallel.share(part, settings, process_group, tokens.device)
+    part = data.Part(batch.n_sequences(tokens), n_tokens, batch.groups)
+    settings = data.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer)
+    shared = data.share(part, settings, process_group, tokens.device)
     if shared.signal is not None:
         batch = replaced(batch, groups=None, advantages=shared.signal.advantages)
         known = KnownMetrics(shared.signal.metrics, group_ranks(process_group))

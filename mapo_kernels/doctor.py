@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mapo_kernels._version import __version__
-from mapo_kernels.api import group_advantages
+from mapo_kernels.advantages import group_advantages
 from mapo_kernels.backend import describe_backend
 from mapo_kernels.calls import LossOutput
 from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden, mapo_loss_from_logits

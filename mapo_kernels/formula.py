@@ -1,8 +1,8 @@
 """The formulas, once: group advantage, policy term, KL term, each value beside its derivative.
 
 Pure device functions: no loads, no stores, no shapes. Triton compiles them into every kernel,
-and `mapo_kernels.twin` runs this same source on torch tensors (any device, float64), which is
-what the eager backend and the float64 tests use. Two rules keep both readings equal: every
+and `mapo_kernels.eager.formula` runs this same source on torch tensors (any device, float64), which
+is what the eager backend and the float64 tests use. Two rules keep both readings equal: every
 operation is a plain operator or `tl.something`, and nothing is assigned in place (`x += y`
 rebinds in Triton and mutates in torch). Bounds are taken with `tl.where`, because Triton's
 minimum and maximum may drop a NaN.
@@ -332,7 +332,7 @@ def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
     if LOSS.divisor == "tokens":
         divisor = n_valid
     elif LOSS.divisor == "length":
-        divisor = 0.0 * n_valid + length
+        divisor = length + 0.0 * n_valid
     return divisor
 
 

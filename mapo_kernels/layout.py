@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mapo_kernels import twin
 from mapo_kernels.batch import Batch
+from mapo_kernels.eager import formula
+from mapo_kernels.eager.sums import accumulator_dtype, row_sum
 from mapo_kernels.spec import LossSpec
-from mapo_kernels.sums import accumulator_dtype, row_sum
 
 
 class Layout:
@@ -72,7 +72,11 @@ class Layout:
     def divisor(self, spec: LossSpec) -> torch.Tensor:
         """What each sequence's token losses are divided by, [B], beside the denominator."""
         n_valid = self.n_valid().clamp(min=1.0)
-        return twin.sequence_divisor(n_valid, spec.fixed_length(self._length), spec.kind)
+        length = n_valid
+        if spec.how.divisor == "length":
+            # A tensor: torch.compile makes a graph for each number that is added to one.
+            length = torch.full_like(n_valid, spec.fixed_length(self._length))
+        return formula.sequence_divisor(n_valid, length, spec.kind)
 
     def denominator(self, spec: LossSpec, n_valid: torch.Tensor) -> torch.Tensor:
         """The batch's denominator [], of which `n_valid` [] tokens are valid, in their dtype."""
@@ -82,8 +86,9 @@ class Layout:
         elif isinstance(found, torch.Tensor):
             found = found.to(n_valid.dtype).reshape(())
         else:
-            found = torch.full_like(n_valid, found)
-        return twin.loss_denominator(found, n_valid)
+            # torch.compile keeps a number as a symbol where it is a factor, and not as a filling.
+            found = torch.ones_like(n_valid) * found
+        return formula.loss_denominator(found, n_valid)
 
     def entropy_weights(self, spec: LossSpec, like: torch.Tensor) -> torch.Tensor | None:
         """Weight of each token's entropy bonus, the shape of the tokens; None if there is none.

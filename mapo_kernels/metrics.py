@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mapo_kernels.agreement import all_gather, digest, group_ranks, meeting_place
 from mapo_kernels.batch import GROUP_METRICS, RESULTS
+from mapo_kernels.distributed.agreement import all_gather, digest, group_ranks, meeting_place
 from mapo_kernels.formula import GROUP_MEANS, LARGEST
 
 _NAMES = RESULTS[1:]

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from mapo_kernels import checks, ops, parallel
-from mapo_kernels.advantages import Signal, never_successful, warn_of_threshold
-from mapo_kernels.agreement import group_ranks
+from mapo_kernels import checks, operators
 from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
 from mapo_kernels.batch import Batch, GroupInputs
+from mapo_kernels.distributed import data
+from mapo_kernels.distributed.agreement import group_ranks
+from mapo_kernels.groups import Signal, never_successful, warn_of_threshold
 from mapo_kernels.layout import Layout
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
@@ -33,7 +34,7 @@ class Plan:
             `narrow` is what a float32 loss takes.
         mask: [B, T] or [total], nonzero where a token counts; None if all of a packed batch do.
         cu_seqlens: [B + 1] if packed, else None.
-        normalizer: [] float64, as a loss of any dtype may take it, the batch's denominator: its
+        normalizer: [] float32, the batch's denominator: its
             tokens for `token-mean`, else its sequences. Micro-batches share it, so their losses add
             up to the loss of the batch. Of all ranks and per rank with `normalizer="global"`: then
             the mean over ranks of what adds up on each is the loss of the whole batch.
@@ -47,6 +48,7 @@ class Plan:
         narrow: advantages and metrics with float32 statistics, which a loss takes that is not
             float64; None where those above are float32 already.
         advantage_spec: how its rewards became advantages.
+        wide_normalizer: [] float64, the same for a loss in float64.
     """
 
     spec: LossSpec
@@ -61,6 +63,7 @@ class Plan:
     per_token: bool = False
     narrow: Signal | None = None
     advantage_spec: AdvantageSpec = AdvantageSpec()
+    wide_normalizer: torch.Tensor | None = None
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
@@ -220,13 +223,13 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
     signal, narrow = None, None
     if process_group is not None:
-        part = parallel.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
-        call = parallel.Call.of_loss(spec, advantage_spec, normalizer)
-        shared = parallel.share(part, call, process_group, device)
+        part = data.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
+        call = data.Call.of_loss(spec, advantage_spec, normalizer)
+        shared = data.share(part, call, process_group, device)
         signal, narrow = shared.signal, shared.narrow
         normalizer = normalizer if shared.normalizer is None else shared.normalizer
     elif groups is not None:
-        signal, narrow = ops.group_signals(groups, advantage_spec)
+        signal, narrow = operators.group_signals(groups, advantage_spec)
     if signal is None:
         assert advantages is not None
         signal = Signal(advantages)
@@ -241,7 +244,7 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         signal.advantages,
         mask,
         cu_seqlens,
-        count,
+        count.to(torch.float32),
         signal.metrics,
         counts,
         bounds,
@@ -249,6 +252,7 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         per_token,
         narrow,
         advantage_spec,
+        count,
     )
 
 

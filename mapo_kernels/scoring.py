@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import checks, checks_head, checks_rows, linear, ops, vocab_parallel
+from mapo_kernels import checks, checks_head, checks_rows, operators
+from mapo_kernels import hidden as hidden_level
 from mapo_kernels.backend import resolve_backend
 from mapo_kernels.batch import Batch, HeadInputs, RowInputs
+from mapo_kernels.distributed import vocabulary
+from mapo_kernels.distributed.vocabulary import Split, local_head
 from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import require_bool
-from mapo_kernels.vocab_parallel import Split, local_head
 
 
 @names_checked
@@ -59,7 +61,7 @@ def token_logprobs(
     checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
     with torch.no_grad():
         rows = RowInputs(token_ids, temperature, share)
-        table = ops.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
+        table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
 
@@ -128,7 +130,7 @@ def token_logprobs_from_hidden(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows)
         rows = RowInputs(token_ids, temperature, share)
-        table = linear.linear_scores(hidden, head, rows, mask, 2 if return_entropy else 1)
+        table = hidden_level.linear_scores(hidden, head, rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
 
@@ -137,7 +139,7 @@ def split_of(logits: torch.Tensor, vocab_group: Any, function: str) -> Split | N
     """How rows of these logits are split over ranks, or None if they are whole."""
     if vocab_group is None:
         return None
-    vocab_parallel.check_vocab_group(vocab_group)
+    vocabulary.check_vocab_group(vocab_group)
     dtype = logits.dtype
     backend = resolve_backend(logits.device.type, dtype == torch.float64)
     return Split(vocab_group, logits.shape[-1], function, dtype, backend)

@@ -1,5 +1,7 @@
 """What several tests share: batches, the oracle on a batch, and the one accuracy rule."""
 
+import dataclasses
+
 import torch
 
 import mapo_kernels as mk
@@ -204,3 +206,10 @@ def pack(batch, lengths):
     }
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return packed, cu_seqlens, keep
+
+
+def tune(monkeypatch, record, **fields):
+    """Sets some constants of a record of `mapo_kernels.config` for one test."""
+    from mapo_kernels import config
+
+    monkeypatch.setattr(config, record, dataclasses.replace(getattr(config, record), **fields))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels.api import group_advantages
+from mapo_kernels.advantages import group_advantages
 from mapo_kernels.losses import mapo_loss
 from mapo_kernels.spec import LossSpec
 

@@ -16,8 +16,8 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
-from mapo_kernels.advantages import warn_of_threshold
-from mapo_kernels.api import group_advantages
+from mapo_kernels.advantages import group_advantages
+from mapo_kernels.groups import warn_of_threshold
 from mapo_kernels.integrations import trl_options as options
 from mapo_kernels.integrations.fused_forward import FusedOutput, LossCall, patch_forward
 from mapo_kernels.losses import mapo_loss

@@ -55,7 +55,7 @@ def mapo_advantages(
     """
     import torch
 
-    from mapo_kernels.api import group_advantages
+    from mapo_kernels.advantages import group_advantages
     from mapo_kernels.spec import AdvantageSpec
 
     try:

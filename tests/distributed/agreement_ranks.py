@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import mapo_kernels as mk
-from mapo_kernels import parallel
+from mapo_kernels.distributed import data
 
 
 def is_odd():
@@ -114,7 +114,7 @@ def annealed(backend, device):
     for step in range(100):
         out = mk.mapo_loss(logp, spec=mk.LossSpec(beta=1.0 / (step + 1)), **given)
         assert out.loss.isfinite()
-    return len(parallel._memories[group].calls)
+    return len(data._memories[group].calls)
 
 
 def outcome_of_reduce(metrics, group=None):

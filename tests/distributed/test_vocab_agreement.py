@@ -7,7 +7,7 @@ from backends import INTERPRETS
 from spawn import run_ranks
 
 import mapo_kernels as mk
-from mapo_kernels.agreement import digest_of
+from mapo_kernels.distributed.agreement import digest_of
 
 # Every process of `pytest -n` that runs one of these starts ranks of its own.
 pytestmark = pytest.mark.xdist_group("ranks")

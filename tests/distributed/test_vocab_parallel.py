@@ -9,10 +9,9 @@ import vocab_ranks as ranks
 from spawn import run_ranks
 from test_extreme_inputs import exact_scores
 
-from mapo_kernels import ops, vocab_parallel
+from mapo_kernels import config, operators
 from mapo_kernels._triton import HAS_TRITON, interprets
 from mapo_kernels.batch import RowInputs, VocabShare
-from mapo_kernels.linear import _GPU_CHUNK
 
 # Every process of `pytest -n` that runs one of these starts ranks of its own.
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -47,10 +46,10 @@ def merged_scores(monkeypatch, logits, ids, sizes, columns=2):
         shares.append(x)
         return torch.stack(shares) if len(shares) == len(sizes) else x.expand(len(sizes), *x.shape)
 
-    monkeypatch.setattr(vocab_parallel, "gather", stop)
+    monkeypatch.setattr("mapo_kernels.distributed.vocabulary.gather", stop)
     for rank, part in enumerate(logits.split(sizes, -1)):
         rows = RowInputs(ids, 1.0, VocabShare(None, rank, sizes))
-        table = ops.score_rows(part.contiguous(), rows, None, columns)
+        table = operators.score_rows(part.contiguous(), rows, None, columns)
     return table.cpu().double()
 
 
@@ -135,7 +134,7 @@ def test_the_documented_sizes():
     assert [row[0] for row in rows] == [1, 2, 4, 8]
     for tp, chunks, chunk, gathered, sent, d_hidden, d_hidden_sent, logits in rows:
         per_row = vocab // tp * (4 + 2) + width * 2 * 2
-        most = _GPU_CHUNK // per_row // 128 * 128
+        most = config.HIDDEN.gpu_chunk // per_row // 128 * 128
         assert chunks == -(-n_live // most) and chunk == 16 * n_live // chunks
         assert gathered == tp * chunk and sent == 16 * n_live * (tp - 1)
         assert d_hidden == 4 * n_live * width and d_hidden_sent == 2 * d_hidden * (tp - 1) // tp

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from support import assert_close
+from support import assert_close, tune
 
 import mapo_kernels as mk
 
@@ -370,12 +370,11 @@ def test_tensors_that_are_not_contiguous(name, device):
 
 
 def test_a_large_copy_is_stated(device, monkeypatch):
-    from mapo_kernels import logits
 
     function, arguments = CALLS["mapo_loss_from_logits, padded, advantages"]
     arguments = on(device, arguments)
     arguments["logits"] = strided(arguments["logits"])
-    monkeypatch.setattr(logits, "_LARGE_COPY", 4 * B * T * V)
+    tune(monkeypatch, "LOGITS", large_copy=4 * B * T * V)
     copies = mk.resolve_backend(device.type) == "triton"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

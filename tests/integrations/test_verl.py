@@ -55,10 +55,10 @@ def is_installed():
 def test_importing_verl_registers_without_user_code(is_installed):
     out, _ = run_fresh(
         "import sys, verl\n"
-        "print(sorted({'mapo_kernels.api', 'verl.trainer.ppo.core_algos'} & set(sys.modules)))\n"
+        "print(sorted({'mapo_kernels.groups', 'verl.trainer.ppo.core_algos'} & set(sys.modules)))\n"
         "from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn\n"
         "print(get_adv_estimator_fn('mapo').__name__, get_policy_loss_fn('mapo_fused').__name__)\n"
-        "print('mapo_kernels.api' in sys.modules)\n"
+        "print('mapo_kernels.groups' in sys.modules)\n"
     )
     assert out.split("\n")[-4:-1] == ["[]", "mapo_advantages mapo_fused_loss", "False"]
 

@@ -99,11 +99,11 @@ def packed_logits():
 def hidden_chunk(**settings):
     """What the hidden level launches on a chunk of float32 logits from bfloat16 products."""
     import mapo_kernels as mk
-    from mapo_kernels import ops
+    from mapo_kernels import operators
     from mapo_kernels.batch import Batch, RowInputs
 
     x, ones = torch.zeros((16, 1, V)), torch.ones(16, 1)
-    ops.logits_loss(
+    operators.logits_loss(
         x,
         RowInputs(torch.zeros((16, 1), dtype=torch.int64)),
         Batch(ones, loss_weights=ones, advantages=ones[:, 0], normalizer=ones[0, 0]),
@@ -116,11 +116,11 @@ def hidden_chunk(**settings):
 
 def split_rows():
     """What a rank launches on its share of the columns."""
-    from mapo_kernels import ops
+    from mapo_kernels import operators
     from mapo_kernels.batch import RowInputs
 
     x = torch.zeros((16, V // 8), dtype=torch.bfloat16)
-    ops._shares(x, RowInputs(torch.zeros(16, dtype=torch.int64)), None, 4)
+    operators._shares(x, RowInputs(torch.zeros(16, dtype=torch.int64)), None, 4)
 
 
 V = 152064

@@ -5,9 +5,11 @@ import torch
 from support import assert_close, make_batch, make_logits
 
 import mapo_kernels as mk
-from mapo_kernels import advantages, logits, tokens
+from mapo_kernels import advantages
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, empty_results
 from mapo_kernels.door import packed
+from mapo_kernels.launch import logits
+from mapo_kernels.launch import logprobs as tokens
 
 
 def step(logp, old, mask, rewards, ids, ref):

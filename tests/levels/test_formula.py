@@ -4,8 +4,9 @@ import mpmath
 import pytest
 import torch
 
-from mapo_kernels import formula, twin
+from mapo_kernels import formula
 from mapo_kernels._triton import is_device_function
+from mapo_kernels.eager import formula as twin
 from mapo_kernels.spec import CERTAINTIES, OBJECTIVES, AdvantageSpec, LossSpec
 
 

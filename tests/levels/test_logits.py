@@ -16,12 +16,13 @@ from support import (
     make_logits,
     pack,
     tensors_of,
+    tune,
 )
 
 import mapo_kernels as mk
 import reference
 from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
-from mapo_kernels.rows_device import narrow
+from mapo_kernels.kernels.row import narrow
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
@@ -292,7 +293,7 @@ def test_a_temperature_per_sequence(device):
 
 @pytest.mark.parametrize("count_limit", [0, 1 << 14])
 def test_micro_batches_with_a_normalizer_add_up(count_limit, device, monkeypatch):
-    monkeypatch.setattr("mapo_kernels.logits.COUNT_LIMIT", count_limit)
+    tune(monkeypatch, "LOGITS", count_limit=count_limit)
     for aggregation in AGGREGATIONS:
         batch = make_logits(4, 3, 40, torch.float32, mask="row")
         spec = mk.LossSpec(aggregation=aggregation)
@@ -340,7 +341,7 @@ def test_from_rewards_equals_from_advantages(grouping, level, device, monkeypatc
         order = torch.randperm(8)
         groups = {"group_ids": (torch.arange(8) // 4 + 5)[order].to(device)}
     if grouping == "many ids":
-        monkeypatch.setattr("mapo_kernels.logits.MATCH_LIMIT", 2)
+        tune(monkeypatch, "LOGITS", match_limit=2)
     advantages, stats = mk.group_advantages(rewards.to(device), group_size=4, return_stats=True)
     batch["advantages"] = advantages.cpu()[order]
     spec = mk.LossSpec(importance_level=level)

@@ -12,6 +12,7 @@ from support import (
     assert_same_metrics,
     logits_run,
     make_logits,
+    tune,
 )
 
 import mapo_kernels as mk
@@ -119,8 +120,8 @@ def test_without_grad_no_gradient_is_computed(device, monkeypatch):
         batch[k].to(device) for k in ("logits", "ids", "mask", "advantages")
     )
     asked = []
-    original = mk.ops.logits_loss
-    monkeypatch.setattr(mk.ops, "logits_loss", lambda *a: asked.append(a[5]) or original(*a))
+    original = mk.operators.logits_loss
+    monkeypatch.setattr(mk.operators, "logits_loss", lambda *a: asked.append(a[5]) or original(*a))
     kept = logits.clone()
     given = {"advantages": advantages, "mask": mask, "inplace": True}
     with torch.no_grad():
@@ -297,7 +298,7 @@ def test_the_eager_backend_holds_one_chunk_in_float32(monkeypatch):
     mk.set_backend("eager")
     try:
         chunk, vocab = 20, 5000
-        monkeypatch.setattr("mapo_kernels.logits_eager._CHUNK_LOGITS", chunk * vocab)
+        tune(monkeypatch, "EAGER", chunk_logits=chunk * vocab)
         for inplace, dtype, bonus in itertools.product(
             (False, True), (torch.float32, torch.bfloat16), (0.0, 0.1)
         ):

@@ -10,9 +10,9 @@ from backends import eager_with_one_and_two_threads
 from support import make_batch, make_logits, pack
 
 import mapo_kernels as mk
-from mapo_kernels import vocab_parallel
 from mapo_kernels.batch import RowInputs, VocabShare
-from mapo_kernels.sums import row_sum
+from mapo_kernels.distributed import vocabulary
+from mapo_kernels.eager.sums import row_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 VOCABS = (5, 33, 1000, 32_769, 50_257)
@@ -155,7 +155,7 @@ def test_a_row_split_over_ranks_is_merged_alone_as_in_a_batch(ranks, device):
 
     def merge(rows):
         given = RowInputs(ids[rows], 1.0, share)
-        return vocab_parallel.merge_shares(shares[..., rows], given, None, 5, False)
+        return vocabulary.merge_shares(shares[..., rows], given, None, 5, False)
 
     whole = merge(slice(None))
     for i in range(19):

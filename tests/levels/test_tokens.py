@@ -14,6 +14,7 @@ from support import (
     plain,
     run,
     tensors_of,
+    tune,
 )
 
 import mapo_kernels as mk
@@ -383,8 +384,8 @@ def test_backward_twice_and_without_grad(device, monkeypatch):
     second = torch.autograd.grad(out.loss, logp)[0]
     assert torch.equal(first, second)
     asked = []
-    original = mk.ops.token_loss
-    monkeypatch.setattr(mk.ops, "token_loss", lambda *a: asked.append(a[-1]) or original(*a))
+    original = mk.operators.token_loss
+    monkeypatch.setattr(mk.operators, "token_loss", lambda *a: asked.append(a[-1]) or original(*a))
     with torch.no_grad():
         quiet = mk.mapo_loss(logp, **tensors)
     mk.mapo_loss(logp.detach(), **tensors)
@@ -431,7 +432,7 @@ def test_from_rewards_equals_from_advantages(grouping, device):
 
 @pytest.mark.parametrize("n", [60, pytest.param(4100, marks=pytest.mark.slow)])
 def test_large_batches_with_ids_take_the_sorted_path(n, device, monkeypatch):
-    monkeypatch.setattr("mapo_kernels.advantages.MATCH_LIMIT", min(n - 1, 4096))
+    tune(monkeypatch, "ADVANTAGES", match_limit=min(n - 1, 4096))
     rewards = (torch.rand(n) < 0.4).float()
     ids = torch.randint(0, n // 4, (n,))
     logp = -torch.rand(n, 2)

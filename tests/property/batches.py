@@ -19,20 +19,20 @@ import reference
 _MARGIN = 2e-3
 # Package constants, and values at which a small batch takes the path of a large one.
 CONSTANTS = {
-    ("tokens_eager", "_CHUNK_TOKENS"): (1, 5, 12),
-    ("logits_eager", "_CHUNK_LOGITS"): (1, 40, 200),
-    ("advantages", "MATCH_LIMIT"): (0, 2),
-    ("logits", "MATCH_LIMIT"): (0, 2),
-    ("logits", "COUNT_LIMIT"): (0, 4),
-    ("linear", "_CPU_CHUNK"): (1, 3000),
-    ("linear", "_ROUND"): (1, 2, 3),
-    ("tokens", "_MAX_PROGRAMS"): (1, 4),
+    "EAGER.chunk_tokens": (1, 5, 12),
+    "EAGER.chunk_logits": (1, 40, 200),
+    "ADVANTAGES.match_limit": (0, 2),
+    "LOGITS.match_limit": (0, 2),
+    "LOGITS.count_limit": (0, 4),
+    "HIDDEN.cpu_chunk": (1, 3000),
+    "HIDDEN.multiple": (1, 2, 3),
+    "LOGPROBS.max_programs": (1, 4),
 }
 
 
 @st.composite
 def constants(draw):
-    """Some of the package's constants, shrunk."""
+    """Some of the package's constants."""
     chosen = {k: draw(st.none() | st.sampled_from(v)) for k, v in CONSTANTS.items()}
     return {k: v for k, v in chosen.items() if v is not None}
 

@@ -1,9 +1,6 @@
 """Runs a drawn call in the package and holds what comes back against the oracle."""
 
-import importlib
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from advantage_oracle import ExactAdvantages, exact_advantages, statistics_dtype
@@ -12,6 +9,7 @@ from oracle import Exact, exact_results
 from torch import Tensor
 
 import mapo_kernels as mk
+from mapo_kernels.config import override
 
 # Units of rounding relative to a scale of `oracle`: the errors of a sum of some dozen terms, each
 # of a few operations. Nothing that cancels costs more, because scales do not cancel.
@@ -42,16 +40,6 @@ class Found:
         named |= {} if self.advantages is None else {"advantages": self.advantages}
         named |= {f"gradient of {k}": v for k, v in self.gradients.items()}
         return named | {f"metric {k}": v for k, v in self.metrics.items()}
-
-
-@contextmanager
-def shrunk(constants):
-    """With package constants, by (module, name), set to other values."""
-    with ExitStack() as stack:
-        for (module, name), value in constants.items():
-            module = importlib.import_module(f"mapo_kernels.{module}")
-            stack.enter_context(mock.patch.object(module, name, value))
-        yield
 
 
 def _to(device, given):
@@ -146,7 +134,7 @@ def run(batch: Batch, device, outside=torch.nan, **instead) -> Found:
     """The call's results; `instead` (a plan) stands for what `source_arguments` gives."""
     leaves = leaves_of(batch, device, outside)
     given = token_arguments(batch, device, outside) | (instead or source_arguments(batch, device))
-    with shrunk(batch.constants):
+    with override(batch.constants):
         out = call_loss(batch, leaves, device, **given)
         wanted = any(x.tensor.requires_grad for x in leaves.values())
         if wanted:

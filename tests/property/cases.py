@@ -125,7 +125,7 @@ class Batch:
         tensors: old_logprobs and so on, by argument name, each [B, T].
         normalizer: a number, a tensor, or None.
         upstream: gradient of the loss.
-        constants: package constants that are shrunk, by (module, name).
+        constants: package constants that are by record and field of `config`.
         strided: whether the differentiated tensor is a slice of a larger one.
         logprobs: [B, T] at the level of log-probs.
         rows: what turns rows into log-probs at the other levels.

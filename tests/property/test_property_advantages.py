@@ -5,12 +5,13 @@ from dataclasses import replace
 import torch
 from advantage_oracle import STATS
 from batches import constants
-from calls import TOLERANCES, assert_within, check_advantages, representable, shrunk
+from calls import TOLERANCES, assert_within, check_advantages, representable
 from cases import Groups
 from hypothesis import strategies as st
 from strategies import groupings, groups, one_of
 
 import mapo_kernels as mk
+from mapo_kernels.config import override
 from mapo_kernels.spec import ESTIMATORS
 
 
@@ -35,7 +36,7 @@ def calls_of_group_advantages(draw):
 def test_group_advantages(device, search):
     def check(drawn):
         group, constants = drawn
-        with shrunk(constants):
+        with override(constants):
             found, stats = advantages(group, device, return_stats=True)
             alone = advantages(group, device)
         exact = check_advantages(group, found)
@@ -70,7 +71,7 @@ def reordered(group, order):
 def test_permuted_rows_have_permuted_advantages(device, search):
     def check(drawn):
         group, order, constants = drawn
-        with shrunk(constants):
+        with override(constants):
             straight, permuted = (advantages(x, device) for x in (group, reordered(group, order)))
         assert torch.equal(permuted, straight[order])
 
@@ -98,7 +99,7 @@ def test_shifted_and_scaled_rewards(device, search):
     def check(drawn):
         group, shift, exponent, constants = drawn
         factor = 2.0**exponent
-        with shrunk(constants):
+        with override(constants):
             plain, shifted, scaled = (
                 advantages(replace(group, rewards=r), device)
                 for r in (group.rewards, group.rewards + shift, group.rewards * factor)

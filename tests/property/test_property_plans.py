@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from batches import hidden_batches, logits_batches, logprob_batches
-from calls import TOLERANCES, assert_within, check_found, exact_of, run, shrunk, source_arguments
+from calls import TOLERANCES, assert_within, check_found, exact_of, run, source_arguments
 from cases import Batch, Layout
 from hypothesis import strategies as st
 from oracle import is_read
 from strategies import NARROW, one_of
 
 import mapo_kernels as mk
+from mapo_kernels.config import override
 
 
 @dataclass
@@ -38,7 +39,7 @@ def cuts(draw, device):
 
 
 def plan_of(batch, device):
-    with shrunk(batch.constants):
+    with override(batch.constants):
         return mk.make_plan(**source_arguments(batch, device))
 
 

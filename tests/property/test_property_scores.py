@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from batches import Numbers, constants, garbage
-from calls import TOLERANCES, assert_within, shrunk
+from calls import TOLERANCES, assert_within
 from cases import Rows
 from hypothesis import strategies as st
 from oracle import leaves_of, logits_of, row_scales
@@ -13,6 +13,7 @@ from strategies import NARROW, input_dtypes, one_of, seeds
 
 import mapo_kernels as mk
 import reference
+from mapo_kernels.config import override
 
 
 @dataclass
@@ -129,7 +130,7 @@ def check_scores(scoring, device):
     rows, live = scoring.rows, scoring.live
     given, named = scoring.given(device)
     call = mk.token_logprobs if rows.logits is not None else mk.token_logprobs_from_hidden
-    with shrunk(scoring.constants):
+    with override(scoring.constants):
         logp, entropy = (x.cpu() for x in call(*given, return_entropy=True, **named))
         alone = call(*given, **named).cpu()
     assert torch.equal(alone.nan_to_num(7.0), logp.nan_to_num(7.0))

@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mapo_kernels import twin
+from mapo_kernels import config
 from mapo_kernels.batch import RowInputs
 from mapo_kernels.dtypes import result_dtype
-from mapo_kernels.sums import row_sum
-
-# Logits that a chunk holds in float32: a few megabytes, which stay in a CPU's cache.
-_CHUNK_LOGITS = 1 << 20
-
+from mapo_kernels.eager import formula
+from mapo_kernels.eager.sums import row_sum
 
 _Index = tuple[torch.Tensor, ...]
 _Sums = tuple[torch.Tensor, ...]
@@ -46,7 +43,9 @@ class _Rows:
             return
         if self._mask is not None:
             live = live[self._mask.reshape(-1) != 0]
-        for positions in live.split(max(1, _CHUNK_LOGITS // (temporaries * self._vocab))):
+        for positions in live.split(
+            max(1, config.EAGER.chunk_logits // (temporaries * self._vocab))
+        ):
             yield positions, self._index(positions)
 
     def _index(self, positions: torch.Tensor) -> _Index:
@@ -144,7 +143,7 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
     if torch.compiler.is_compiling():
         return powers.masked_fill(powers == 1.0, 0.0).sum(1)
     tail = others - 1.0
-    rare = twin.certain_elsewhere(others, gap).nonzero().squeeze(1)
+    rare = formula.certain_elsewhere(others, gap).nonzero().squeeze(1)
     if rare.shape[0]:
         rows = powers[rare]
         tail[rare] = row_sum(rows.masked_fill_(rows == 1.0, 0.0))
@@ -154,13 +153,13 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
 def _shares(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Reference, the others' sum, gap of the target, entropy of the others."""
     top, others, gap, weighted, tail = sums
-    return top, others, gap, twin.others_entropy(others, tail, weighted, gap)
+    return top, others, gap, formula.others_entropy(others, tail, weighted, gap)
 
 
 def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Log-prob, entropy, reference, sum over all columns, probability of the others."""
     top, others, gap, weighted, tail = sums
-    logp, rest, total, entropy = twin.row_summary(others, tail, weighted, gap)
+    logp, rest, total, entropy = formula.row_summary(others, tail, weighted, gap)
     return logp.where(known, torch.nan), entropy, top, total, rest
 
 
@@ -213,7 +212,7 @@ def _gradient(
     if bonus is None:
         x.exp_().mul_((-g / total)[:, None])
     else:
-        at_target = at_target + bonus * twin.exp(logp) * (logp.clamp(min=-1e30) + entropy)
+        at_target = at_target + bonus * formula.exp(logp) * (logp.clamp(min=-1e30) + entropy)
         powers = x.clamp_(min=-1e30).exp()
         flat = (bonus * (entropy - total.log()) - g) / total
         x.mul_((bonus / total)[:, None]).add_(flat[:, None]).mul_(powers)

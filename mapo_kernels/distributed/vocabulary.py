@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mapo_kernels import twin
-from mapo_kernels.agreement import all_gather, digest, digest_of, meeting_place
 from mapo_kernels.batch import Batch, RowInputs, VocabShare
+from mapo_kernels.distributed.agreement import all_gather, digest, digest_of, meeting_place
+from mapo_kernels.eager import formula
+from mapo_kernels.eager.sums import row_sum
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
-from mapo_kernels.sums import row_sum
 
 _LN2 = 0.6931471805599453
 
@@ -70,7 +70,7 @@ def merge_shares(
     parts = others * fade
     total_others = row_sum(parts.t())
     nothing = torch.zeros_like(reference)
-    logp, rest, total, entropy = twin.row_summary(total_others, nothing, nothing, gap)
+    logp, rest, total, entropy = formula.row_summary(total_others, nothing, nothing, gap)
     if shares.shape[1] > 3:
         entropy = _merged_entropy(parts, others.log() + distance, shares[:, 3], gap)
     if powers_of_2:
@@ -99,7 +99,7 @@ def _merged_entropy(
     parts = parts * torch.exp(-top)
     tail = row_sum(parts.masked_fill(logs == 0, 0.0).t())
     weighted = row_sum((parts * (logs - entropies)).t())
-    return twin.row_summary(row_sum(parts.t()), tail, weighted, gap - top)[3]
+    return formula.row_summary(row_sum(parts.t()), tail, weighted, gap - top)[3]
 
 
 def sum_over_ranks(x: torch.Tensor, share: VocabShare) -> torch.Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import advantages, backend, logits_eager, tokens, vocab_parallel
-from mapo_kernels import logits as rows_of_logits
+from mapo_kernels import backend, config
 from mapo_kernels.batch import (
     GROUP_METRICS,
     RESULTS,
@@ -19,16 +18,23 @@ from mapo_kernels.batch import (
     empty_results,
     replaced,
 )
+from mapo_kernels.distributed import vocabulary
 from mapo_kernels.door import door
+from mapo_kernels.eager import logits as eager_logits
+from mapo_kernels.eager.advantages import eager_advantages
+from mapo_kernels.eager.logprobs import eager_token_loss
+from mapo_kernels.groups import Signal, decide_rewards, group_metrics
+from mapo_kernels.launch import advantages as launch_groups
+from mapo_kernels.launch import logits as launch_logits
+from mapo_kernels.launch import logprobs as launch_logprobs
 from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_eager import eager_token_loss
 
 
 def _eager_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool, out: None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return advantages.eager_advantages(groups, spec)
+    return eager_advantages(groups, spec)
 
 
 def _eager_scale(
@@ -54,33 +60,33 @@ def _eager_rescale(upstream: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_advantages = door(advantages.launch_advantages, _eager_advantages, advantages.empty_advantages)
-_token_loss = door(tokens.launch_token_loss, eager_token_loss, empty_results)
-_logits_loss = door(rows_of_logits.launch_logits_loss, eager_token_loss, rows_of_logits.empty_loss)
-_scores = door(rows_of_logits.launch_scores, logits_eager.eager_scores, rows_of_logits.empty_scores)
-_shares = door(rows_of_logits.launch_shares, logits_eager.eager_shares, rows_of_logits.empty_scores)
-_gradient = door(
-    rows_of_logits.launch_gradient, logits_eager.eager_gradient, rows_of_logits.empty_gradient
+_advantages = door(
+    launch_groups.launch_advantages, _eager_advantages, launch_groups.empty_advantages
 )
-_rescale = door(rows_of_logits.launch_rescale, _eager_rescale, rows_of_logits.empty_gradient)
-scale_gradient = door(tokens.launch_scale, _eager_scale, _empty_scaled)
+_token_loss = door(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)
+_logits_loss = door(launch_logits.launch_logits_loss, eager_token_loss, launch_logits.empty_loss)
+_scores = door(launch_logits.launch_scores, eager_logits.eager_scores, launch_logits.empty_scores)
+_shares = door(launch_logits.launch_shares, eager_logits.eager_shares, launch_logits.empty_scores)
+_gradient = door(
+    launch_logits.launch_gradient, eager_logits.eager_gradient, launch_logits.empty_gradient
+)
+_rescale = door(launch_logits.launch_rescale, _eager_rescale, launch_logits.empty_gradient)
+scale_gradient = door(launch_logprobs.launch_scale, _eager_scale, _empty_scaled)
 
 
 def group_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
-    return _advantages(advantages.decide_rewards(groups, spec), spec, want_stats)
+    return _advantages(decide_rewards(groups, spec), spec, want_stats)
 
 
-def group_signals(
-    groups: GroupInputs, spec: AdvantageSpec
-) -> tuple[advantages.Signal, advantages.Signal | None]:
+def group_signals(groups: GroupInputs, spec: AdvantageSpec) -> tuple[Signal, Signal | None]:
     """What rewards come to; and, where that is float64, what they come to in float32."""
     given, table = group_advantages(groups, spec, want_stats=True)
-    metrics = dict(zip(GROUP_METRICS, advantages.group_metrics(table), strict=True))
+    metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
     narrow = group_signals(replaced(groups, wide=False), spec)[0] if groups.wide else None
-    return advantages.Signal(given, metrics), narrow
+    return Signal(given, metrics), narrow
 
 
 def with_advantages(
@@ -91,7 +97,7 @@ def with_advantages(
 
     def complete(out: Any) -> Any:
         first = len(RESULTS) - len(GROUP_METRICS)
-        metrics = torch.stack(advantages.group_metrics(table)).to(out.results.dtype)
+        metrics = torch.stack(group_metrics(table)).to(out.results.dtype)
         results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])
         return replaced(out, results=results, advantages=given)
 
@@ -108,7 +114,7 @@ def token_loss(
     """Loss, results, advantages and unscaled gradient of a validated batch."""
     groups = inputs.groups
     if groups is not None and groups.group_ids is not None and not backend.is_eager(logprobs):
-        if groups.rewards.shape[0] > advantages.MATCH_LIMIT:
+        if groups.rewards.shape[0] > config.ADVANTAGES.match_limit:
             # Too many rows to look for each one's group in the loss kernel: advantages come first.
             inputs, complete = with_advantages(inputs, groups, advantage_spec)
             return complete(_token_loss(logprobs, inputs, spec, advantage_spec, need_grad))
@@ -125,11 +131,11 @@ def score_rows(
     """
     if rows.share is None:
         return _scores(logits, rows, mask, columns)
-    local = vocab_parallel.local_rows(rows)
+    local = vocabulary.local_rows(rows)
     sums = _shares(logits, local, mask, 3 if columns == 1 else 4)
-    sums = vocab_parallel.gather(sums, rows.share)
+    sums = vocabulary.gather(sums, rows.share)
     in_powers_of_2 = not backend.is_eager(logits)
-    return vocab_parallel.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
+    return vocabulary.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
 
 
 def row_gradient(
@@ -150,7 +156,7 @@ def row_gradient(
     if torch.compiler.is_compiling():
         # A compiled graph decides by itself which of its buffers it reuses.
         out = None
-    rows = vocab_parallel.local_rows(rows)
+    rows = vocabulary.local_rows(rows)
     return _gradient(logits, rows, mask, table, slope, bonus, results, out=out)
 
 
@@ -178,7 +184,7 @@ def logits_loss(
             logits, rows, inputs, spec, advantage_spec, need_grad, out
         )
     if inputs.denominator(spec, 1) is None and inputs.mask is not None:
-        if rows.token_ids.numel() > rows_of_logits.COUNT_LIMIT:
+        if rows.token_ids.numel() > config.LOGITS.count_limit:
             valid = Layout(rows.token_ids, inputs).valid
             inputs = replaced(inputs, normalizer=valid.sum().float())
     if out is not None and need_grad and not torch.compiler.is_compiling():
@@ -197,7 +203,7 @@ def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: Lo
     if spec.importance_level == "sequence" or rows.share is not None:
         return False
     n_rows = groups.rewards.shape[0]
-    in_reach = groups.group_ids is None or n_rows <= rows_of_logits.MATCH_LIMIT
+    in_reach = groups.group_ids is None or n_rows <= config.LOGITS.match_limit
     # A packed sequence may have no row at all, and then nobody speaks for it.
     return in_reach and inputs.cu_seqlens is None
 

@@ -6,17 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import twin
-from mapo_kernels.advantages import eager_advantages, group_metrics
+from mapo_kernels import config
 from mapo_kernels.batch import GROUP_METRICS, SLOTS, Batch, TokenResults
 from mapo_kernels.dtypes import result_dtype
+from mapo_kernels.eager import formula
+from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.formula import LARGEST
+from mapo_kernels.groups import group_metrics
 from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-
-# Some hundred elementwise operations touch every token: chunks that stay in the cache are more than
-# twice as fast on a CPU as 4M tokens at once.
-_CHUNK_TOKENS = 1 << 18
 
 
 class _Chunk(NamedTuple):
@@ -45,14 +43,14 @@ def _score_chunk(
     advantage = advantages if inputs.per_token else layout.spread(advantages)
     weight = clean(inputs.token_weights, layout.valid, layout.valid.to(dtype))
     scored = layout.contributing(spec, advantage, weight)
-    advantage = twin.signal_behind_weight(advantage.to(dtype).where(scored, 0.0), weight)
+    advantage = formula.signal_behind_weight(advantage.to(dtype).where(scored, 0.0), weight)
     logp = clean(logprobs, scored, advantage)
     old = clean(inputs.old_logprobs, scored, logp)
     ref = clean(inputs.ref_logprobs, scored, logp)
     entropy = clean(inputs.entropy, scored, torch.zeros_like(logp))
     if inputs.rollout_logprobs is not None:
         rollout = clean(inputs.rollout_logprobs, scored, logp)
-        weight = weight * twin.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
+        weight = weight * formula.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
 
     n_valid = layout.n_valid().to(dtype)
     log_ratio = logp - old
@@ -60,7 +58,7 @@ def _score_chunk(
     if spec.importance_level == "sequence":
         mean = layout.sum(log_ratio) / n_valid.clamp(min=1.0)
         level_ratio = layout.spread(mean).where(scored, 0.0)
-    found = twin.token_loss(
+    found = formula.token_loss(
         logp,
         level_ratio,
         None if inputs.ref_logprobs is None else ref,
@@ -71,7 +69,7 @@ def _score_chunk(
         spec.kind,
     )
     loss, d_log_ratio, d_logp = found.loss, found.d_log_ratio, found.d_logp
-    metrics = twin.token_metrics(found, log_ratio, entropy, scored)
+    metrics = formula.token_metrics(found, log_ratio, entropy, scored)
     if inputs.loss_weights is not None:
         factor = clean(inputs.loss_weights, scored, logp)
         loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
@@ -99,7 +97,7 @@ def _chunks(logprobs: torch.Tensor, inputs: Batch) -> list[slice]:
     if torch.compiler.is_compiling() or inputs.cu_seqlens is not None or logprobs.is_cuda:
         return []
     n_rows, length = logprobs.shape
-    rows = max(1, _CHUNK_TOKENS // max(length, 1))
+    rows = max(1, config.EAGER.chunk_tokens // max(length, 1))
     return [slice(first, first + rows) for first in range(0, n_rows, rows)]
 
 

@@ -1,7 +1,7 @@
 """The kernels that need no more than a row of logits: scoring, gradient, rescaling."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.rows_device import row_statistics, tile_columns, write_gradient, write_zeros
+from mapo_kernels.kernels.row import row_statistics, tile_columns, write_gradient, write_zeros
 
 
 @jit

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mapo_kernels import config
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
 from mapo_kernels.batch import (
     SLOTS,
@@ -17,20 +18,12 @@ from mapo_kernels.batch import (
     empty_results,
     replaced,
 )
-from mapo_kernels.logits_kernel import Matrix, logits_loss_kernel
-from mapo_kernels.rows_kernel import gradient_kernel, rescale_kernel, score_kernel
+from mapo_kernels.kernels.logits import Matrix, logits_loss_kernel
+from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
+from mapo_kernels.kernels.token import Common
+from mapo_kernels.kernels.vocabulary import share_kernel
+from mapo_kernels.launch.logprobs import contiguous, counters, denominator_of, rewards_of, tokens_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens import contiguous, counters, denominator_of, rewards_of, tokens_of
-from mapo_kernels.tokens_device import Common
-from mapo_kernels.vocab_kernel import share_kernel
-
-# Above it, every row's program counting the mask of the whole batch would cost more than a launch.
-COUNT_LIMIT = 1 << 14
-# Above it, finding a row's group among all ids takes more than one step.
-MATCH_LIMIT = 1024
-_BLOCK_T = 1024
-# Bytes of logits from which on a copy is worth a warning.
-_LARGE_COPY = 1 << 26
 
 
 def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
@@ -40,8 +33,9 @@ def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
     here; and they depend on the shape of the matrix, never on how many rows it has.
     """
     vocab, access = logits.shape[-1], 16 // logits.element_size()
-    # At least four steps of two tiles a row; 1024 threads fill a multiprocessor.
-    threads = min(1024, max(64, triton.next_power_of_2(vocab // (8 * access))))
+    tuning = config.LOGITS
+    wanted = triton.next_power_of_2(vocab // (2 * tuning.steps * access))
+    threads = min(tuning.max_threads, max(tuning.min_threads, wanted))
     # What Triton specialises on: only then does it know that a row is aligned.
     strides = (logits.data_ptr(), *row_layout(logits)[1:])
     return {
@@ -58,7 +52,7 @@ def _one_program_at_once(tile: dict[str, int | bool]) -> dict[str, int]:
     The compiler otherwise spills to fit two of them on an A100, and the cache then has to hold two
     rows for each multiprocessor until they are read again.
     """
-    return registers(64) if tile["R"] == 1024 else {}
+    return registers(config.LOGITS.registers) if tile["R"] == 1024 else {}
 
 
 def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
@@ -77,7 +71,7 @@ def columns_together(logits: torch.Tensor) -> torch.Tensor:
     if logits.stride(-1) == 1 or logits.shape[-1] == 1:
         return logits
     size = logits.numel() * logits.element_size()
-    if size >= _LARGE_COPY:
+    if size >= config.LOGITS.large_copy:
         warnings.warn(
             f"logits: expected adjacent columns (stride 1), which take no copy, got stride "
             f"{logits.stride(-1)}: every launch copies {size} bytes",
@@ -213,7 +207,7 @@ def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
         return
     length, stride_row, gap = row_layout(grad)
     with on_device_of(grad):
-        rescale_kernel[(min(n, 1024),)](
+        rescale_kernel[(min(n, config.LOGITS.rescale_programs),)](
             grad,
             upstream,
             n,
@@ -274,10 +268,9 @@ def launch_logits_loss(
             advantage_spec.numbers,
             LOSS=spec.kind,
             GROUP=advantage_spec.kind if inputs.groups is not None else None,
-            BLOCK_T=_BLOCK_T,
+            BLOCK_T=config.LOGITS.block_tokens,
             BLOCK_G=block_g,
-            # Eight numbers a thread.
-            BLOCK_P=8 * tile["R"] // SLOTS,
+            BLOCK_P=config.LOGITS.partials_per_thread * tile["R"] // SLOTS,
             CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import ops, vocab_parallel
+from mapo_kernels import config, operators
 from mapo_kernels.batch import (
     RESULTS,
     SLOTS,
@@ -23,17 +23,11 @@ from mapo_kernels.batch import (
     RowInputs,
     VocabShare,
 )
+from mapo_kernels.distributed import vocabulary
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.formula import LARGEST
 from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-
-# Bytes of logits and of their gradient that a chunk may take. On a GPU every chunk also reads and
-# writes the weight's gradient, so that it takes some 2000 rows to keep the matrix units busy; on a
-# CPU the chunk should stay near the caches.
-_GPU_CHUNK = 1 << 31
-_CPU_CHUNK = 1 << 26
-_ROUND = 128
 
 
 class Wanted(NamedTuple):
@@ -53,7 +47,7 @@ def chunk_rows_of(head: HeadInputs, n_live: int, share: VocabShare | None = None
     same chunks, whatever memory each has left.
     """
     weight = head.weight
-    budget = _GPU_CHUNK if weight.is_cuda else _CPU_CHUNK
+    budget = config.HIDDEN.gpu_chunk if weight.is_cuda else config.HIDDEN.cpu_chunk
     if weight.is_cuda and share is None:
         free = torch.cuda.mem_get_info(weight.device)[0]
         free = free + torch.cuda.memory_reserved(weight.device)
@@ -63,9 +57,11 @@ def chunk_rows_of(head: HeadInputs, n_live: int, share: VocabShare | None = None
     (vocab, width), size = weight.shape, weight.element_size()
     if share is not None:
         vocab = max(share.sizes)
-    most = max(_ROUND, budget // (vocab * (4 + size) + width * 2 * size) // _ROUND * _ROUND)
+    multiple = config.HIDDEN.multiple
+    per_row = vocab * (4 + size) + width * 2 * size
+    most = max(multiple, budget // per_row // multiple * multiple)
     n_chunks = max(1, -(-n_live // most))
-    return -(-max(n_live, 1) // (n_chunks * _ROUND)) * _ROUND
+    return -(-max(n_live, 1) // (n_chunks * multiple)) * multiple
 
 
 def mixes_dtypes(weight: torch.Tensor) -> bool:
@@ -220,7 +216,7 @@ def linear_loss(
 ) -> HeadResults:
     """Loss, results, advantages and the gradients of a validated batch, but for the upstream."""
     if inputs.groups is not None:
-        inputs, complete = ops.with_advantages(inputs, inputs.groups, advantage_spec)
+        inputs, complete = operators.with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted))
     layout = Layout(rows.token_ids, inputs)
     advantage = layout.advantage().expand(layout.valid.shape)
@@ -252,7 +248,7 @@ def linear_loss(
     if out.d_hidden is None or rows.share is None:
         return out
     # Each rank has what its columns contribute: one sum over ranks, then one rounding.
-    live_grad = vocab_parallel.sum_over_ranks(out.d_hidden, rows.share).to(hidden.dtype)
+    live_grad = vocabulary.sum_over_ranks(out.d_hidden, rows.share).to(hidden.dtype)
     whole = hidden.new_zeros(hidden.shape)
     whole.view(-1, hidden.shape[-1]).index_copy_(0, live_rows, live_grad)
     return out._replace(d_hidden=whole)
@@ -287,7 +283,7 @@ def _token_level(
         rows = rows._replace(token_ids=rows.token_ids[:, None])
         logits = head.logits(hidden)
         place = head.place(logits)
-        result = ops.logits_loss(
+        result = operators.logits_loss(
             logits[:, None], rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
         )
         found.append(torch.cat([result.loss.reshape(1), result.results]))
@@ -330,7 +326,7 @@ def _in_two_passes(
     table = _score(chunks, head, layout.valid.numel(), 5 if need_grad else 2)
     logprobs, entropy = table[:2].view(2, *layout.valid.shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
-    found = ops.token_loss(logprobs, inputs, spec, AdvantageSpec(), need_grad)
+    found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), need_grad)
     out = out._replace(loss=found.loss, results=found.results)
     if not need_grad:
         return out
@@ -338,7 +334,7 @@ def _in_two_passes(
     for chosen, into, hidden, rows in chunks:
         logits = head.logits(hidden)
         place = head.place(logits)
-        ops.row_gradient(
+        operators.row_gradient(
             logits,
             rows,
             None,
@@ -354,11 +350,11 @@ def _in_two_passes(
 
 
 def _score(chunks: _Chunks, head: _Head, n: int, columns: int) -> torch.Tensor:
-    """Table [columns, n] of `ops.score_rows`, 0 at rows that are not live."""
+    """Table [columns, n] of `operators.score_rows`, 0 at rows that are not live."""
     table = head.weight.new_zeros((columns, n), dtype=result_dtype(head.weight))
     for chosen, _, hidden, rows in chunks:
         logits = head.logits(hidden)
-        table.index_copy_(1, chosen, ops.score_rows(logits, rows, None, columns))
+        table.index_copy_(1, chosen, operators.score_rows(logits, rows, None, columns))
         del logits
     return table
 

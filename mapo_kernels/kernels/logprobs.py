@@ -8,9 +8,9 @@ gradient); the backward launch applies both.
 """
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.advantages_kernel import advantage_of_sequence
 from mapo_kernels.formula import sequence_divisor
-from mapo_kernels.tokens_device import (
+from mapo_kernels.kernels.advantages import advantage_of_sequence
+from mapo_kernels.kernels.token import (
     add_scores,
     arrive,
     live_tokens,

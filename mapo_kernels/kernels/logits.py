@@ -6,11 +6,11 @@ The last program to arrive adds what all of them found, in a fixed order.
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.advantages_kernel import advantage_of_sequence
 from mapo_kernels.formula import GroupMetrics, loss_denominator, sequence_divisor
-from mapo_kernels.rows_device import row_statistics, write_gradient, write_zeros
-from mapo_kernels.rows_kernel import load_exponent, load_target
-from mapo_kernels.tokens_device import (
+from mapo_kernels.kernels.advantages import advantage_of_sequence
+from mapo_kernels.kernels.row import row_statistics, write_gradient, write_zeros
+from mapo_kernels.kernels.scoring import load_exponent, load_target
+from mapo_kernels.kernels.token import (
     arrive,
     live_tokens,
     no_scores,

@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from mapo_kernels import checks, ops
-from mapo_kernels.advantages import Signal
-from mapo_kernels.agreement import all_gather, digest, meeting_place
+from mapo_kernels import checks, operators
 from mapo_kernels.batch import GroupInputs
 from mapo_kernels.checks import GLOBAL
+from mapo_kernels.distributed.agreement import all_gather, digest, meeting_place
+from mapo_kernels.groups import Signal
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
@@ -280,6 +280,6 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
         return Shared(None, None, normalizer)
     assert headers is not None
     whole = _whole_groups(table, headers, part.groups)
-    signal, narrow = ops.group_signals(whole, call.advantage_spec)
+    signal, narrow = operators.group_signals(whole, call.advantage_spec)
     own = _own_rows(headers, process_group)
     return Shared(signal.of_rows(own, device), narrow and narrow.of_rows(own, device), normalizer)

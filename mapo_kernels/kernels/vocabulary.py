@@ -2,8 +2,8 @@
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.formula import certain_elsewhere, others_entropy
-from mapo_kernels.rows_device import exact_sums, row_sums
-from mapo_kernels.rows_kernel import load_exponent, load_target
+from mapo_kernels.kernels.row import exact_sums, row_sums
+from mapo_kernels.kernels.scoring import load_exponent, load_target
 
 
 @jit(do_not_specialize=["n", "length", "per_temperature"])

@@ -6,16 +6,13 @@ from ctypes import c_float
 
 import torch
 
+from mapo_kernels import config
 from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
-from mapo_kernels.advantages_kernel import Rewards
 from mapo_kernels.batch import SLOTS, Batch, GroupInputs, TokenResults
+from mapo_kernels.kernels.advantages import Rewards
+from mapo_kernels.kernels.logprobs import scale_kernel, token_loss_kernel
+from mapo_kernels.kernels.token import Common, Tokens
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-from mapo_kernels.tokens_device import Common, Tokens
-from mapo_kernels.tokens_kernel import scale_kernel, token_loss_kernel
-
-_MAX_PROGRAMS = 2048
-# 16 bytes of float32. Twice as many sums per thread do not fit its registers.
-_TOKENS_PER_THREAD = 4
 
 
 class _Counters:
@@ -48,7 +45,7 @@ def _splits(n_sequences: int, n_tokens: int, block: int, sequence_level: bool) -
     if sequence_level:
         return 1
     blocks = -(-n_tokens // (n_sequences * block))
-    return max(1, min(blocks, _MAX_PROGRAMS // n_sequences))
+    return max(1, min(blocks, config.LOGPROBS.max_programs // n_sequences))
 
 
 def denominator_of(
@@ -73,7 +70,7 @@ def rewards_of(groups: GroupInputs | None) -> tuple[Rewards, int, int]:
         return Rewards(None), 1, 1
     rewards = Rewards(*[contiguous(x) for x in (groups.rewards, groups.success, groups.group_ids)])
     if groups.group_ids is not None:
-        return rewards, 1, 1024
+        return rewards, 1, config.ADVANTAGES.match_block
     return rewards, groups.group_size, triton.next_power_of_2(groups.group_size)
 
 
@@ -96,7 +93,9 @@ def launch_token_loss(
 ) -> None:
     """What `eager_token_loss` computes, in one launch."""
     n_sequences, length = inputs.n_sequences(logprobs), logprobs.shape[-1]
-    block_t = 1024 if logprobs.numel() > 256 * n_sequences else 256
+    tuning = config.LOGPROBS
+    is_short = logprobs.numel() <= tuning.short_length * n_sequences
+    block_t = tuning.short_block if is_short else tuning.block
     n_splits = _splits(n_sequences, logprobs.numel(), block_t, spec.importance_level == "sequence")
     n_programs = n_sequences * n_splits
     tokens, advantages = tokens_of(inputs)
@@ -128,12 +127,11 @@ def launch_token_loss(
             GROUP=advantage_spec.kind if inputs.groups is not None else None,
             BLOCK_T=block_t,
             BLOCK_G=block_g,
-            BLOCK_P=128,
+            BLOCK_P=tuning.partials,
             # The default is about to change, and the kernel's instruction budget counts on it.
             enable_fp_fusion=True,
-            num_warps=block_t // (_TOKENS_PER_THREAD * warp_size()),
-            # Left to itself the compiler spills some variants, which ones depends on its version.
-            **registers(128),
+            num_warps=block_t // (tuning.tokens_per_thread * warp_size()),
+            **registers(tuning.registers),
         )
 
 
@@ -148,4 +146,5 @@ def launch_scale(
     n = grad.numel()
     if n:
         with on_device_of(grad):
-            scale_kernel[(triton.cdiv(n, 1024),)](grad, upstream, results, out, n, BLOCK=1024)
+            block = config.LOGPROBS.scale_block
+            scale_kernel[(-(-n // block),)](grad, upstream, results, out, n, BLOCK=block)

@@ -1,0 +1,141 @@
+"""Every constant that tunes something, in a frozen record per kernel or step.
+
+None of them changes a number but by the order of sums, and none depends on how much memory is free.
+Read them through this module (`config.LOGITS.max_threads`), so that `override` reaches everyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """The kernel of the advantage level.
+
+    Attributes:
+        tile_elements: rewards a program takes at once, of contiguous groups.
+        match_limit: rows above which scanning every id for every row costs more than sorting.
+        match_block: ids per step of that scan.
+        sorted_tile: groups a program takes at once, where rows were sorted.
+        sorted_block: rewards per step of each of them.
+        registers: per thread. Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
+    """
+
+    tile_elements: int = 1024
+    match_limit: int = 4096
+    match_block: int = 1024
+    sorted_tile: int = 16
+    sorted_block: int = 64
+    registers: int = 128
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The kernels of the log-prob level.
+
+    Attributes:
+        block: tokens per step of a program.
+        short_block: the same where sequences have at most `short_length` tokens on average.
+        short_length: see there.
+        tokens_per_thread: 16 bytes of float32; sums of twice as many do not fit the registers.
+        max_programs: that share the sequences.
+        partials: sums of other programs that the last one adds per step.
+        registers: per thread; left to itself the compiler spills some variants.
+        scale_block: tokens per program of the backward launch.
+    """
+
+    block: int = 1024
+    short_block: int = 256
+    short_length: int = 256
+    tokens_per_thread: int = 4
+    max_programs: int = 2048
+    partials: int = 128
+    registers: int = 128
+    scale_block: int = 1024
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The kernels of the logits level.
+
+    Attributes:
+        max_threads: per program; they fill a multiprocessor.
+        min_threads: see there.
+        steps: of two tiles that a row takes at least, where that leaves more than `min_threads`.
+        registers: per thread of a full program. With fewer than these the compiler spills to fit
+            two programs on an A100, and the cache would have to hold two rows for each.
+        partials_per_thread: sums of other programs that a thread of the last one adds per step.
+        block_tokens: tokens per step of counting a mask, or of finding a packed row's sequence.
+        count_limit: tokens above which counting the mask in every program costs more than a launch.
+        match_limit: rows above which finding a row's group among all ids takes more than one step.
+        rescale_programs: programs of the launch that multiplies a gradient.
+        large_copy: bytes of logits from which on a copy is worth a warning.
+    """
+
+    max_threads: int = 1024
+    min_threads: int = 64
+    steps: int = 4
+    registers: int = 64
+    partials_per_thread: int = 8
+    block_tokens: int = 1024
+    count_limit: int = 1 << 14
+    match_limit: int = 1024
+    rescale_programs: int = 1024
+    large_copy: int = 1 << 26
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Chunks of hidden states.
+
+    Every chunk also reads and writes the weight's gradient: on a GPU it takes some 2000 rows to
+    keep the matrix units busy; on a CPU a chunk should stay near the caches.
+
+    Attributes:
+        gpu_chunk: bytes of logits, hidden states and their gradients that a chunk may take.
+        cpu_chunk: the same on a CPU.
+        multiple: of rows per chunk.
+    """
+
+    gpu_chunk: int = 1 << 31
+    cpu_chunk: int = 1 << 26
+    multiple: int = 128
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The eager backend on a CPU, where chunks that stay in the cache are twice as fast.
+
+    Attributes:
+        chunk_tokens: tokens at once; some hundred elementwise operations touch each.
+        chunk_logits: logits at once.
+    """
+
+    chunk_tokens: int = 1 << 18
+    chunk_logits: int = 1 << 20
+
+
+ADVANTAGES, LOGPROBS, LOGITS = Advantages(), Logprobs(), Logits()
+HIDDEN, EAGER = Hidden(), Eager()
+
+
+@contextmanager
+def override(values: Mapping[str, Any]) -> Iterator[None]:
+    """With other values, by record and field: `override({"LOGITS.count_limit": 4})`.
+
+    Raises:
+        TypeError: a field that the record does not have.
+        KeyError: a record that there is not.
+    """
+    before = {name: globals()[name] for name in {key.partition(".")[0] for key in values}}
+    try:
+        for key, value in values.items():
+            name, _, field = key.partition(".")
+            globals()[name] = replace(globals()[name], **{field: value})
+        yield
+    finally:
+        globals().update(before)

@@ -1,0 +1,1 @@
+"""The same computations on torch tensors, on any device."""

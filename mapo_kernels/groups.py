@@ -1,0 +1,162 @@
+"""Groups of rewards: their statistics and metrics, and the dtype that these have."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+from mapo_kernels.batch import GroupInputs, replaced
+from mapo_kernels.spec import AdvantageSpec
+
+
+class GroupStats(NamedTuple):
+    """Statistics per group, [Q] tensors: groups by position, or by ascending id for `group_ids`.
+
+    Ids of uint64 from 2^63 on come first, as the negative numbers that their bits are in int64.
+
+    Attributes:
+        mean: mu, mean of the group's finite rewards.
+        std: sigma, with the correction of the spec.
+        success_ratio: p, share of successes among the finite rewards.
+        certainty: lambda(p), the weight of the percent deviation.
+        size: number of finite rewards.
+        nonfinite: number of NaN or infinite rewards.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    success_ratio: torch.Tensor
+    certainty: torch.Tensor
+    size: torch.Tensor
+    nonfinite: torch.Tensor
+
+
+class Signal(NamedTuple):
+    """What the rewards of a batch come to.
+
+    Attributes:
+        advantages: [B].
+        metrics: 0-d tensors about the groups, some of `GROUP_METRICS`; empty if advantages were
+            given.
+    """
+
+    advantages: torch.Tensor
+    metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012  never written to
+
+    def of_rows(self, rows: Any, device: torch.device | None = None) -> Signal:
+        """The same of some of the sequences (or tokens), with the metrics of all groups."""
+        values = {k: x.to(device or x.device) for k, x in self.metrics.items()}
+        return Signal(self.advantages[rows].to(device or self.advantages.device), values)
+
+
+_has_warned = False
+
+
+def never_successful(
+    spec: AdvantageSpec, success: torch.Tensor | None, metrics: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """Whether a batch has signal but no success, [] bool; None where the threshold decides nothing.
+
+    `metrics` are those about its groups.
+    """
+    if success is not None or spec.certainty_mode == "fixed" or not metrics:
+        return None
+    has_signal = metrics["zero_advantage_groups"] < metrics["active_groups"]
+    return (metrics["success_ratio_mean"] == 0) & has_signal
+
+
+def warn_of_threshold(spec: AdvantageSpec) -> None:
+    """Say, once in a process, that no reward of a batch reached the threshold."""
+    global _has_warned
+    if _has_warned or spec.certainty_mode == "fixed":
+        return
+    _has_warned = True
+    warnings.warn(
+        f"success_threshold: no reward of this batch reached {spec.success_threshold:g}, though "
+        f"rewards differ. Every group then counts as failed, its certainty lambda is that of p = 0 "
+        f"(1 in the paper), and MAPO is the percent deviation alone. If some of these sequences "
+        f"did succeed, lower success_threshold, or pass success= (in MAPOConfig: success_reward).",
+        stacklevel=3,
+    )
+
+
+def forget_warnings() -> None:
+    """Warn again of what was warned of already: for tests."""
+    global _has_warned
+    _has_warned = False
+
+
+# What float32 holds exactly. A kernel compares such rewards with the threshold as they are.
+_NARROW = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+)
+
+
+def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
+    """Rewards in the dtype that their statistics have, and success from before any rounding.
+
+    The one place that knows the rule: statistics are float32, unless every input of a call is
+    float64 (`groups.wide`); a reward is a success if it reaches the threshold in its own dtype.
+    """
+    rewards, success = groups.rewards, groups.success
+    if groups.wide or rewards.dtype in _NARROW:
+        return groups
+    if success is None:
+        threshold: float | int = spec.success_threshold
+        if not rewards.dtype.is_floating_point:
+            # Integers are compared as such; no reward is beyond these bounds.
+            threshold = math.ceil(min(max(threshold, -(2.0**62)), 2.0**62))
+        success = rewards >= threshold
+    if rewards.dtype == torch.float64:
+        # What is finite stays so.
+        limit = torch.finfo(torch.float32).max
+        rewards = rewards.clamp(-limit, limit).where(rewards.isfinite(), rewards)
+    return replaced(groups, rewards=rewards.to(torch.float32), success=success)
+
+
+def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort rows by group without learning on the host how many groups there are.
+
+    Args:
+        group_ids: [B] integers in any order.
+
+    Returns:
+        `order` [B], the rows sorted by id; `starts` [B + 1], where each group starts in `order`,
+        filled with B past the last group; `index` [B], each row's group counted from 0 by ascending
+        id.
+    """
+    n_rows = group_ids.shape[0]
+    ids, order = torch.sort(group_ids, stable=True)
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[1:] = ids[1:] != ids[:-1]
+    rank = begins.cumsum(0) - 1
+    positions = torch.arange(n_rows, device=ids.device)
+    starts = torch.full((n_rows + 1,), n_rows, dtype=torch.int64, device=ids.device)
+    # Rows that begin no group all write B to the last slot, which holds B already.
+    starts.scatter_(0, rank.where(begins, n_rows), positions.where(begins, n_rows))
+    index = torch.empty_like(rank).scatter_(0, order, rank)
+    return order, starts, index
+
+
+def group_metrics(table: torch.Tensor) -> list[torch.Tensor]:
+    """The batch's `GROUP_METRICS`, 0-d each, from the statistics table."""
+    _, _, success_ratio, certainty, count, nonfinite, factor = table.unbind(0)
+    counted = count > 0
+    # The mean over no group is NaN.
+    n_groups = counted.sum().to(table.dtype)
+    without_signal = (factor == 0) & (count + nonfinite > 0)
+    return [
+        success_ratio.where(counted, 0.0).sum() / n_groups,
+        certainty.where(counted, 0.0).sum() / n_groups,
+        without_signal.sum().to(table.dtype),
+        nonfinite.sum(),
+        n_groups,
+    ]

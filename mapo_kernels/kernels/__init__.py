@@ -1,0 +1,1 @@
+"""Device code: what Triton compiles. Nothing here validates."""

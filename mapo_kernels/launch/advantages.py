@@ -1,0 +1,68 @@
+"""Advantage level: the launcher of its kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from mapo_kernels import config
+from mapo_kernels._triton import on_device_of, registers, triton
+from mapo_kernels.batch import GroupInputs
+from mapo_kernels.groups import order_by_group
+from mapo_kernels.kernels.advantages import Rewards, advantages_kernel
+from mapo_kernels.spec import AdvantageSpec
+
+
+def empty_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised advantages [B] and statistics table [7, Q] ([0, Q] if not wanted)."""
+    n_rows = groups.rewards.shape[0]
+    n_groups = n_rows // groups.group_size if groups.group_ids is None else n_rows
+    shape = (7 if want_stats else 0, n_groups)
+    return (
+        groups.rewards.new_empty(n_rows, dtype=torch.float32),
+        groups.rewards.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def launch_advantages(
+    groups: GroupInputs,
+    spec: AdvantageSpec,
+    want_stats: bool,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """What `eager_advantages` computes, in one launch (ids of a large batch are sorted before)."""
+    tuning = config.ADVANTAGES
+    n_rows = groups.rewards.shape[0]
+    ids = order = starts = None
+    if groups.group_ids is None:
+        n_groups = n_rows // groups.group_size
+        block_g = triton.next_power_of_2(groups.group_size)
+        tile = max(1, tuning.tile_elements // block_g)
+    elif n_rows <= tuning.match_limit and not want_stats:
+        n_groups, tile, block_g = n_rows, 1, tuning.match_block
+        ids = groups.group_ids.contiguous()
+    else:
+        n_groups, tile, block_g = n_rows, tuning.sorted_tile, tuning.sorted_block
+        order, starts, _ = order_by_group(groups.group_ids)
+    advantages, table = out
+    with on_device_of(advantages):
+        advantages_kernel[(triton.cdiv(n_groups, tile),)](
+            Rewards(
+                groups.rewards.contiguous(),
+                None if groups.success is None else groups.success.contiguous(),
+                ids,
+                order,
+            ),
+            starts,
+            advantages,
+            table if want_stats else None,
+            n_groups,
+            groups.group_size,
+            spec.numbers,
+            GROUP=spec.kind,
+            TILE=tile,
+            BLOCK_G=block_g,
+            num_warps=min(16, max(4, tile * block_g // 128)),
+            **registers(tuning.registers),
+        )
