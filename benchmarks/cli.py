@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,29 @@ import torch
 from mapo_kernels import resolve_backend
 from mapo_kernels.files import CommandError, read_whole, write_whole
 
-from .suites import SUITES
-from .vocabulary import ALL
+from .cases import NAMES, SUITES
 
 RESULTS = Path("benchmarks/results")
+INTERRUPTED = 2  # pytest's exit status
+
+
+def add_suite_arguments(add: Callable[..., Any]) -> None:
+    """What to measure: arguments of `bench`, and options of `pytest benchmarks`."""
+    add(
+        "--suite",
+        choices=SUITES,
+        default="quick",
+        help="quick: under a minute on a CPU; gpu: parity tests, then all levels, under 8 minutes "
+        "on one H200; full: everything (default: quick)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU",
+    )
+    add("--level", action="append", default=[], choices=NAMES, help="only this one; repeatable")
+    add("--commit", help="where the code has no git history to ask")
+    add("--notes", help="kept in the result file: what was predicted, and found")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,92 +49,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="run",
         choices=["run", "report", "codegen"],
-        help="run a suite (default); report: plots and README tables of result files again; "
+        help="run a suite (default); report: plots and tables of result files again; "
         "codegen: what the compiler makes of the kernels for A100, H100, H200 and B200",
     )
     parser.add_argument("files", nargs="*", type=Path, help="report: result files (JSON)")
-    parser.add_argument(
-        "--suite",
-        choices=SUITES,
-        default="quick",
-        help="quick: under a minute on a CPU; gpu: parity tests, then all levels, under 8 minutes "
-        "on one H200; full: everything (default: quick)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU",
-    )
-    parser.add_argument(
-        "--level",
-        action="append",
-        default=[],
-        choices=list(ALL),
-        help="only this level; repeatable",
-    )
+    add_suite_arguments(parser.add_argument)
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     parser.add_argument("--name", help="of the files (default: suite, device and time)")
-    parser.add_argument("--commit", help="where the code has no git history to ask")
-    parser.add_argument("--notes", help="kept in the result file: what was predicted, and found")
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     parser.add_argument("--readme", type=Path, help="report: write its tables between its markers")
 
 
-def _interpreted(arguments: list[str]) -> int:
-    """The same command in a process that interprets Triton, which decides at import."""
-    code = f"import sys; from {__package__}.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment).returncode
+def _suite_arguments(given: argparse.Namespace) -> list[str]:
+    """The suite's arguments of a namespace, as a command line has them."""
+    found = [f"--suite={given.suite}", *[f"--level={level}" for level in given.level]]
+    found += [f"--{k}={getattr(given, k)}" for k in ("commit", "notes") if getattr(given, k)]
+    return [*found, "--dry-run"] if given.dry_run else found
 
 
-def _require_backend() -> None:
-    try:
-        resolve_backend("cuda" if torch.cuda.is_available() else "cpu")
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
+def _name(given: argparse.Namespace) -> str:
+    """The name of the result's files."""
+    from .environment import device_name
+
+    device = re.sub(r"\W+", "_", device_name()).strip("_").lower()
+    kind = "dry" if given.dry_run else given.suite
+    return given.name or f"{kind}_{device}_{time.strftime('%Y%m%d_%H%M%S')}"
+
+
+def measure(arguments: list[str], path: Path) -> int:
+    """Run a suite under pytest, which writes `path` after each row; pytest's exit status."""
+    import pytest
+
+    # The settings of this folder, whatever project it is installed in.
+    settings = ["python_files=bench_*.py", "python_functions=bench_*", "addopts="]
+    options = [f"--override-ini={setting}" for setting in settings]
+    options += ["-p", "no:cacheprovider", "--benchmark-quiet", "--tb=short", f"--result={path}"]
+    return int(pytest.main([str(Path(__file__).parent), *options, *arguments]))
 
 
 def _run(given: argparse.Namespace) -> int:
-    from . import console, results
-    from .run import run_suite
+    from . import results
 
     if not given.dry_run:
-        _require_backend()
-    results.reserve(given.out, given.name)
-    terminal = console.terminal()
-    with console.Bar(terminal) as bar:
-        found = run_suite(
-            given.suite,
-            given.dry_run,
-            tuple(given.level),
-            given.commit,
-            given.notes,
-            bar.show,
-            bar.announce,
-        )
-    console.show(found, terminal)
-    device = re.sub(r"\W+", "_", found["environment"]["device"]).strip("_").lower()
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    kind = "dry" if given.dry_run else given.suite
-    path = results.write(found, given.out, given.name or f"{kind}_{device}_{stamp}")
-    # A path is no markup, whatever brackets it has, and is not broken into lines.
-    terminal.print(f"{path} and .csv", markup=False, soft_wrap=True)
-    if not given.no_plots:
+        try:
+            resolve_backend("cuda" if torch.cuda.is_available() else "cpu")
+        except (ValueError, RuntimeError) as error:
+            raise CommandError(str(error)) from error
+    path = results.reserve(given.out, _name(given))
+    before = path.read_bytes() if path.exists() else None
+    status = measure(_suite_arguments(given), path)
+    if not path.exists() or path.read_bytes() == before:
+        return status or 1
+    found = results.read(path)
+    _show(found, path, plots=not given.no_plots)
+    parity = found["parity"]
+    if parity is not None:
+        print(f"parity tests: {'passed' if parity['passed'] else 'FAILED'}, {parity['summary']}")
+        status = status or int(not parity["passed"])
+    return 130 if status == INTERRUPTED else int(status != 0)
+
+
+def _print_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """A table for the terminal, or 150 columns wide in a file."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*map(escape, heads), box=box.SIMPLE_HEAD)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
+    """Print a result's tables, write them as CSV, and draw its plots beside its file."""
+    from . import report, results
+
+    print(report.about(found))
+    for table in report.tables(found):
+        _print_table(*table)
+    print(*report.notes(found), f"{path} and .csv", sep="\n")
+    results.write_table(found, path)
+    if plots:
         from .plots import draw
 
-        for plot in draw(found, given.out, path.stem):
-            terminal.print(str(plot), markup=False, soft_wrap=True)
-    ours_is_wrong = any(
-        row["provider"].startswith("mapo_kernels") and row["status"] in ("wrong", "failed")
-        for row in found["rows"]
-    )
-    parity = found["parity"]
-    return int(ours_is_wrong or bool(parity and not parity["passed"]))
+        print(*draw(found, path.parent, path.stem), sep="\n")
 
 
 def _report(given: argparse.Namespace) -> int:
-    from . import console, results
-    from .plots import draw
+    from . import results
 
     if not given.files:
         raise CommandError("report: expected result files, e.g. benchmarks/results/cpu.json")
@@ -122,10 +146,7 @@ def _report(given: argparse.Namespace) -> int:
     every = {path: results.read(path) for path in given.files}
     readme = None if given.readme is None else _with_tables(given.readme, every)
     for path, found in every.items():
-        console.show(found, console.terminal())
-        if not given.no_plots:
-            for plot in draw(found, path.parent, path.stem):
-                print(plot)
+        _show(found, path, plots=not given.no_plots)
     if readme is not None:
         # Where it is a link, what it points to is written.
         write_whole(given.readme.resolve(), readme.encode())
@@ -147,19 +168,21 @@ def _with_tables(path: Path, every: dict[Path, dict[str, Any]]) -> str:
 
 
 def _codegen(given: argparse.Namespace) -> int:
-    from rich import box
-    from rich.table import Table
-
     from .codegen import COLUMNS, static_table
-    from .console import terminal
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in COLUMNS:
-        table.add_column(name, no_wrap=True)
-    for row in static_table():
-        table.add_row(*(show(row) for show in COLUMNS.values()))
-    terminal().print(table)
+    rows = [[cell.format(**row) for cell in COLUMNS.values()] for row in static_table()]
+    _print_table(list(COLUMNS), rows)
     return 0
+
+
+def _interpreted(given: argparse.Namespace) -> int:
+    """A dry run in a process that interprets Triton, which decides at import."""
+    arguments = [*_suite_arguments(given), f"--out={given.out}", f"--name={_name(given)}"]
+    if given.no_plots:
+        arguments.append("--no-plots")
+    code = f"import sys; from {__package__}.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment).returncode
 
 
 def main(arguments: list[str] | argparse.Namespace | None = None) -> int:
@@ -171,7 +194,7 @@ def main(arguments: list[str] | argparse.Namespace | None = None) -> int:
         add_arguments(parser)
         given = parser.parse_args(arguments)
     if given.dry_run and given.action == "run" and os.environ.get("TRITON_INTERPRET") != "1":
-        return _interpreted(_as_arguments(given))
+        return _interpreted(given)
     try:
         return {"run": _run, "report": _report, "codegen": _codegen}[given.action](given)
     except CommandError as error:
@@ -179,11 +202,5 @@ def main(arguments: list[str] | argparse.Namespace | None = None) -> int:
         return 2
 
 
-def _as_arguments(given: argparse.Namespace) -> list[str]:
-    """The command line that gives the same namespace, for a dry run's own process."""
-    found = ["run", "--dry-run", f"--suite={given.suite}", f"--out={given.out}"]
-    found += [f"--level={level}" for level in given.level]
-    found += [
-        f"--{k}={getattr(given, k)}" for k in ("name", "commit", "notes") if getattr(given, k)
-    ]
-    return found + (["--no-plots"] if given.no_plots else [])
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -66,10 +66,13 @@ def _element(loop: dict[str, Any], step: int, nbytes: float) -> dict[str, float]
     }
 
 
+def _pass(kernel: dict[str, Any], stores: int) -> dict[str, float]:
+    return _element(main_loop(kernel, stores, BF16_STEP), BF16_STEP, 2)
+
+
 def _row_passes(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The fused loss from bfloat16 logits: two passes, of which only one reaches memory."""
-    first = _element(main_loop(kernel, 0, BF16_STEP), BF16_STEP, 2)
-    second = _element(main_loop(kernel, 2, BF16_STEP), BF16_STEP, 2)
+    first, second = _pass(kernel, stores=0), _pass(kernel, stores=2)
     both = {name: first[name] + second[name] for name in first}
     return {"statistics pass": first, "gradient pass": second, "both passes": both}
 
@@ -82,57 +85,55 @@ def _tokens(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _whole(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
     """A kernel without a loop over elements: all its code, by the float32 numbers it stores."""
-    width = {".128": 4, ".64": 2}
+    width = {"64": 2, "128": 4}
     stored = sum(
-        n * next((w for end, w in width.items() if name.endswith(end)), 1)
+        n * width.get(name.rpartition(".")[2], 1)
         for name, n in kernel["accesses"].items()
         if name.startswith("STG")
     )
     return {"a reward": _element(kernel, stored, 8)}
 
 
-def _score(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {"statistics pass": _element(main_loop(kernel, 0, BF16_STEP), BF16_STEP, 2)}
+# What is read of each kernel.
+READERS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, dict[str, float]]]]] = {
+    "advantages_kernel": ("group advantages, groups of 16", _whole),
+    "token_loss_kernel": ("loss from float32 log-probs", _tokens),
+    "score_kernel": (
+        "log-probs of bfloat16 logits",
+        lambda kernel: {"statistics pass": _pass(kernel, stores=0)},
+    ),
+    "logits_loss_kernel": ("loss from bfloat16 logits", _row_passes),
+}
+# What `bench codegen` shows of a row, by heading.
+COLUMNS = {
+    "GPU": "{gpu}",
+    "kernel": "{kernel}",
+    "an element of": "{part}",
+    "registers": "{registers}",
+    "spills": "{spills}",
+    "instructions": "{instructions:.1f}",
+    "exponentials": "{exponentials:.2f}",
+    "bytes": "{bytes:g}",
+    "bound, ps": "{bound_ps:.2f}",
+    "bound by": "{bound_by}",
+}
 
 
 def _launch_all() -> None:
     """One call of each level on small tensors; nothing runs, everything is compiled."""
-    from .case import OURS, Case, evaluate
+    from .cases import BF16, LOGITS, LOGPROBS, MAPO, Case
+    from .harness import evaluate
+    from .levels import LEVELS, OURS
     from .shapes import HEADS, Batch
-    from .vocabulary import ALL
 
-    head, generator, cpu = HEADS["Qwen2.5-7B"], torch.Generator(), torch.device("cpu")
-    batch = Batch(16, 1024, 8)
-    row = Case("logits", Batch(16, 1, 8), head, torch.bfloat16)
     for case, direction in (
-        (Case("advantages, MAPO", Batch(1 << 14, 1)), "score"),
-        (Case("log-probs", batch), "both"),
-        (row, "both"),
+        (Case(MAPO, Batch(1 << 14, 1)), "score"),
+        (Case(LOGPROBS, Batch(16, 1024, 8)), "both"),
+        (Case(LOGITS, Batch(16, 1, 8), HEADS["Qwen2.5-7B"], BF16), "both"),
     ):
-        level = ALL[case.level]
-        inputs = level.make(case, generator, cpu)
+        level = LEVELS[case.level]
+        inputs = level.make(case, torch.Generator(), torch.device("cpu"))
         evaluate(level.providers[OURS], inputs, direction)
-
-
-# What `bench codegen` shows of a row, by heading.
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "GPU": lambda row: row["gpu"],
-    "kernel": lambda row: row["kernel"],
-    "an element of": lambda row: row["part"],
-    "registers": lambda row: f"{row['registers']}",
-    "spills": lambda row: f"{row['spills']}",
-    "instructions": lambda row: f"{row['instructions']:.1f}",
-    "exponentials": lambda row: f"{row['exponentials']:.2f}",
-    "bytes": lambda row: f"{row['bytes']:g}",
-    "bound, ps": lambda row: f"{row['bound_ps']:.2f}",
-    "bound by": lambda row: row["bound_by"],
-}
-READERS = {
-    "advantages_kernel": ("group advantages, groups of 16", _whole),
-    "token_loss_kernel": ("loss from float32 log-probs", _tokens),
-    "score_kernel": ("log-probs of bfloat16 logits", _score),
-    "logits_loss_kernel": ("loss from bfloat16 logits", _row_passes),
-}
 
 
 def compile_here(target: str) -> list[dict[str, Any]]:
@@ -156,18 +157,15 @@ def compile_here(target: str) -> list[dict[str, Any]]:
 def compile_for(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture, compiled in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = f"from {__name__} import main_in_process; main_in_process({target!r})"
+    code = (
+        f"import json; from {__name__} import compile_here as f; print(json.dumps(f({target!r})))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     if done.returncode:
         raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def main_in_process(target: str) -> None:
-    """Print the rows of one architecture as JSON."""
-    print(json.dumps(compile_here(target)))
 
 
 def static_table() -> list[dict[str, Any]]:

@@ -1,39 +1,43 @@
-"""Correctness first, then time and peak memory of one provider on one case."""
+"""Correctness first, then memory and time: a row for every provider, case and direction."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
-from .case import TOLERANCE, Case, Inputs, Level, Provider, evaluate, fresh_leaves, relative_error
+import mapo_kernels
+
+from . import environment, results
+from .cases import Case, Effort, cases_of
+from .levels import LEVELS, OURS, Inputs, Level, Provider
 from .memory import MemoryOfTensors
 from .roofs import Roofs
+from .timers import Samples, Work
 
-# Input sets that a rotation holds at most; beyond it the cache is overwritten between samples.
-MAX_SETS = 4
+# Relative error of gradients in norm, above which a provider computes something else. Rounding the
+# result to bfloat16 makes 0.2%, a softmax of logits rounded to bfloat16 about 1%.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# Input sets that take turns, at most: small ones stay in the cache, and are bound by their launch.
+MAX_SETS = 64
 SEED = 20250923
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long one measurement may take: its samples stop at `seconds` or at `most`."""
-
-    seconds: float = 0.3
-    least: int = 5
-    most: int = 50
-    warmup: int = 2
+DRY = Effort(0.0, least=1, most=1)
+Timer = Callable[[Work, Effort], Samples]
+Row = dict[str, Any]
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the last cache before memory: what rotating inputs must exceed."""
+    """Bytes of the last cache before memory: what inputs that take turns must exceed."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     name = "SC_LEVEL3_CACHE_SIZE"
@@ -42,212 +46,32 @@ def cache_bytes(device: torch.device) -> int:
     return min(max(known, 1 << 22), 1 << 25)
 
 
-class Clock:
-    """Times regions on a device: with events on a GPU, by the wall on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        """`device` is where the regions' work runs."""
-        self.on_gpu = device.type == "cuda"
-        self.device = device
-        self._eraser = torch.empty(2 * cache_bytes(device), dtype=torch.uint8, device=device)
-
-    def synchronize(self) -> None:
-        """Wait for what was queued."""
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
-    def samples(
-        self,
-        prepare: Callable[[int], Any],
-        region: Callable[[Any], Any],
-        effort: Effort,
-        erase: bool = False,
-    ) -> tuple[list[float], list[float]]:
-        """Milliseconds of the device, and of the calling thread, in each run of `region`.
-
-        `prepare(i)` makes its argument outside the time. With `erase` the device's cache is
-        overwritten before each run.
-        """
-        device_ms: list[Any] = []
-        host_ms: list[float] = []
-        for i in range(effort.warmup):
-            region(prepare(i))
-        self.synchronize()
-        began = time.perf_counter()
-        for i in range(effort.most):
-            given = prepare(i)
-            if erase:
-                self._eraser.zero_()
-            start, end = self._mark(), None
-            host = time.perf_counter()
-            region(given)
-            host_ms.append((time.perf_counter() - host) * 1e3)
-            end = self._mark()
-            device_ms.append((start, end))
-            del given
-            if i + 1 >= effort.least and time.perf_counter() - began > effort.seconds:
-                break
-            if self.on_gpu and i % 8 == 7:
-                # Bounds the queue, so that the clock on the wall sees the work.
-                self.synchronize()
-        self.synchronize()
-        return [self._between(*pair) for pair in device_ms], host_ms
-
-    def _mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
+def fresh_leaves(provider: Provider, inputs: Inputs) -> list[torch.Tensor]:
+    """Leaves that require a gradient and have none yet; copies where the provider destroys them."""
+    return [
+        (x.clone() if provider.consumes else x.detach()).requires_grad_() for x in inputs.leaves
+    ]
 
 
-def quantiles(samples: list[float]) -> dict[str, float]:
-    """Median with the 20% and 80% quantiles."""
-    if len(samples) < 2:
-        return {"median_ms": samples[0], "p20_ms": samples[0], "p80_ms": samples[0]}
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return {
-        "median_ms": statistics.median(samples),
-        "p20_ms": fifths[0],
-        "p80_ms": fifths[3],
-    }
+def copy_of(inputs: Inputs) -> Inputs:
+    """The same inputs at other addresses."""
+    leaves, rest = tree_map_only(torch.Tensor, torch.clone, (inputs.leaves, vars(inputs.rest)))
+    return Inputs(leaves, SimpleNamespace(**rest), inputs.live)
 
 
-def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """Peak bytes that a call allocates beside what exists already."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with MemoryOfTensors() as memory:
-        function()
-    return memory.peak
+def work_of(provider: Provider, inputs: list[Inputs], direction: str) -> Work:
+    """What is timed of a provider in a direction; the sets of inputs take turns."""
+    turns = itertools.cycle(inputs)
 
-
-class CaseRun:
-    """One case, its inputs drawn and its truth computed once for all providers."""
-
-    def __init__(self, level: Level, case: Case, clock: Clock, roofs: Roofs) -> None:
-        """Draw the first set of inputs and compute the exact gradients."""
-        self.level, self.case, self.clock, self.roofs = level, case, clock, roofs
-        self.inputs = [self._draw(0)]
-        self.truth = level.truth(self.inputs[0])
-
-    def _draw(self, i: int) -> Inputs:
-        torch.manual_seed(SEED + i)
-        generator = torch.Generator().manual_seed(SEED + i)
-        return self.level.make(self.case, generator, self.clock.device)
-
-    def _rotate(self) -> bool:
-        """Draw sets of inputs until they exceed the cache; whether it must be erased instead."""
-        enough = 2 * cache_bytes(self.clock.device)
-        size = self.inputs[0].nbytes
-        if size * MAX_SETS < enough:
-            return True
-        while len(self.inputs) * size < enough:
-            self.inputs.append(self._draw(len(self.inputs)))
-        return False
-
-    def describe(self, name: str, direction: str) -> dict[str, Any]:
-        """The part of a row that needs no measurement."""
-        case, first = self.case, self.inputs[0]
-        return {
-            "level": case.level,
-            "shape": case.shape,
-            "direction": direction,
-            "provider": name,
-            "sweep": case.sweep,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "tokens": case.batch.tokens,
-            "group_size": case.batch.group_size,
-            "padding": case.batch.padding,
-            "no_signal": case.batch.no_signal,
-            "live": first.live,
-            "head": case.head.name or None,
-            "width": case.head.width or None,
-            "vocab": case.head.vocab or None,
-        }
-
-    def measure(self, name: str, provider: Provider, effort: Effort) -> list[dict[str, Any]]:
-        """A row for each direction; what cannot run or is wrong is a row that says so."""
-        rows = [self.describe(name, direction) for direction in self.case.directions]
-        reason = provider.unavailable(self.case, self.clock.device)
-        if reason:
-            return [row | {"status": "unavailable", "reason": reason} for row in rows]
-        try:
-            error = self._gate(provider)
-            if not error <= TOLERANCE[self.case.dtype]:
-                wrong = {"status": "wrong", "error": error if math.isfinite(error) else None}
-                return [row | wrong | {"reason": "its result is off"} for row in rows]
-            memory = self._memory(provider)
-            return [
-                row | {"status": "ok", "error": error, "peak_bytes": memory}
-                | self._time(provider, row["direction"], effort)
-                for row in rows
-            ]  # fmt: skip
-        except torch.OutOfMemoryError:
-            failed = {"status": "failed", "reason": "out of memory"}
-        except Exception as exception:  # A peer's failure is a finding about the peer.
-            first_line = (str(exception).splitlines() or [""])[0]
-            failed = {"status": "failed", "reason": f"{type(exception).__name__}: {first_line}"}
-        finally:
-            gc.collect()
-            if self.clock.on_gpu:
-                torch.cuda.empty_cache()
-        return [row | failed for row in rows]
-
-    def _gate(self, provider: Provider) -> float:
-        direction = self.case.directions[0]
-        return relative_error(evaluate(provider, self.inputs[0], direction), self.truth)
-
-    def _memory(self, provider: Provider) -> int | None:
-        if not self.clock.on_gpu and provider.compiles:
-            return None  # Counting tensors on a CPU needs every operation to be seen.
-        inputs, direction = self.inputs[0], self.case.directions[0]
-        if not provider.consumes or direction == "score":
-            return peak_bytes(lambda: evaluate(provider, inputs, direction), self.clock.device)
-        leaves = fresh_leaves(provider, inputs)
-        return peak_bytes(
-            lambda: torch.autograd.grad(provider.call(*leaves, inputs.rest), leaves),
-            self.clock.device,
-        )
-
-    def _time(self, provider: Provider, direction: str, effort: Effort) -> dict[str, Any]:
-        erase = self._rotate()
-        prepare, region = regions(provider, self.inputs, direction)
-        device_ms, host_ms = self.clock.samples(prepare, region, effort, erase)
-        counts = self.level.count(self.case, self.inputs[0].live, direction)
-        found = quantiles(device_ms)
-        return (
-            found
-            | {
-                "samples_ms": [float(f"{x:.5g}") for x in device_ms],
-                "host_ms": statistics.median(host_ms),
-            }
-            | self.roofs.compare(self.case, counts, found["median_ms"])
-        )
-
-
-def regions(
-    provider: Provider, inputs: list[Inputs], direction: str
-) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:
-    """What is prepared outside the time, and what is timed; input sets take turns."""
-
-    def leaves_of(i: int) -> Any:
-        given = inputs[i % len(inputs)]
+    def leaves() -> Any:
+        given = next(turns)
         return fresh_leaves(provider, given), given.rest
 
     def forward(given: Any) -> Any:
         leaves, rest = given
         return provider.call(*leaves, rest), leaves
 
-    def score(given: Any) -> Any:
+    def score(given: Inputs) -> Any:
         with torch.no_grad():
             return provider.call(*given.leaves, given.rest)
 
@@ -255,9 +79,194 @@ def regions(
         return torch.autograd.grad(*given)
 
     if direction == "score":
-        return lambda i: inputs[i % len(inputs)], score
+        return Work(score, lambda: next(turns))
     if direction == "forward":
-        return leaves_of, forward
+        return Work(forward, leaves, repeatable=not provider.consumes)
     if direction == "backward":
-        return lambda i: forward(leaves_of(i)), backward
-    return leaves_of, lambda given: backward(forward(given))
+        return Work(backward, lambda: forward(leaves()), repeatable=False)
+    return Work(lambda given: backward(forward(given)), leaves, not provider.consumes)
+
+
+def evaluate(provider: Provider, inputs: Inputs, direction: str) -> list[torch.Tensor]:
+    """The gradients of the leaves, or [values] where the direction has none."""
+    found = work_of(provider, [inputs], "score" if direction == "score" else "both")()
+    return [found] if direction == "score" else list(found)
+
+
+def relative_error(actual: list[Any], expected: list[torch.Tensor]) -> float:
+    """Largest of ||actual - expected|| / ||expected|| over the tensors; NaN where one has NaN."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if a.shape != e.shape:
+            return float("nan")
+        difference = norm = torch.zeros((), dtype=torch.float64, device=e.device)
+        # A part at a time: float64 copies of all logits would be four times their size.
+        rows = max(1, (1 << 27) // max(1, e[0].numel()))
+        for part, exact in zip(a.split(rows), e.split(rows), strict=True):
+            exact = exact.double()
+            difference = difference + (part.double() - exact).square().sum()
+            norm = norm + exact.square().sum()
+        error = float((difference / norm).sqrt()) if float(norm) else float(difference.sqrt())
+        if math.isnan(error):
+            return error
+        worst = max(worst, error)
+    return worst
+
+
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """Peak bytes that a call allocates beside what exists already, its argument included."""
+    given = work.prepare()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work.region(given)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with MemoryOfTensors() as memory:
+        work.region(given)
+    return memory.peak
+
+
+class CaseRun:
+    """One case, its inputs drawn and its truth computed once for all providers."""
+
+    def __init__(self, level: Level, case: Case, roofs: Roofs, effort: Effort) -> None:
+        self.level, self.case, self.roofs, self.effort = level, case, roofs, effort
+        self.device = roofs.device
+        torch.manual_seed(SEED)
+        self.inputs = [level.make(case, torch.Generator().manual_seed(SEED), self.device)]
+        self.truth = level.truth(self.inputs[0])
+        self._checked: dict[str, tuple[float, int | None]] = {}
+
+    def fill_cache(self) -> None:
+        """Copy the inputs until together they exceed the cache twice."""
+        size = sum(x.nbytes for x in self.inputs[0].leaves)
+        wanted = min(MAX_SETS, -(-2 * cache_bytes(self.device) // size))
+        self.inputs += [copy_of(self.inputs[0]) for _ in range(len(self.inputs), wanted)]
+
+    def measure(self, name: str, direction: str, timer: Timer) -> Row:
+        """One row; what cannot run or is wrong is a row that says so, and has no time."""
+        row = results.describe(self.case, direction, name, self.inputs[0].live)
+        reason = self.level.providers[name].unavailable(self.case, self.device)
+        if reason:
+            return row | {"status": "unavailable", "reason": reason}
+        try:
+            return row | self._measure(name, direction, timer)
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except Exception as exception:  # A peer's failure is a finding about the peer.
+            first_line = (str(exception).splitlines() or [""])[0]
+            reason = f"{type(exception).__name__}: {first_line}"
+        finally:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return row | {"status": "failed", "reason": reason}
+
+    def _measure(self, name: str, direction: str, timer: Timer) -> Row:
+        provider = self.level.providers[name]
+        error, memory = self._check(name)
+        if not error <= TOLERANCE[self.case.dtype]:
+            known = error if math.isfinite(error) else None
+            return {"status": "wrong", "error": known, "reason": "its result is off"}
+        self.fill_cache()
+        samples = timer(work_of(provider, self.inputs, direction), self.effort)
+        p20, median, p80 = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))
+        counts = self.level.count(self.case, self.inputs[0].live, direction)
+        return {
+            "status": "ok",
+            "error": error,
+            "peak_bytes": memory,
+            "median_ms": median,
+            "p20_ms": p20,
+            "p80_ms": p80,
+            "timer": samples.timer,
+            "launched_ms": samples.launched_ms,
+            "samples_ms": [float(f"{x:.5g}") for x in samples.ms],
+            **self.roofs.compare(self.case, counts, median),
+        }
+
+    def _check(self, name: str) -> tuple[float, int | None]:
+        """The error of its result and its peak bytes, found once for all directions."""
+        if name not in self._checked:
+            provider, direction = self.level.providers[name], self.case.directions[0]
+            work = work_of(provider, self.inputs[:1], direction)
+            error = relative_error(evaluate(provider, self.inputs[0], direction), self.truth)
+            # Counting tensors on a CPU needs every operation to be seen.
+            counted = self.device.type == "cuda" or not provider.compiles
+            self._checked[name] = error, peak_bytes(work, self.device) if counted else None
+        return self._checked[name]
+
+
+class Run:
+    """A suite on this machine: its cases, roofs, and a result that is written as it grows.
+
+    A dry run walks every case of the suite for a GPU with tiny shapes, its kernels interpreted.
+    """
+
+    def __init__(self, suite: str, levels: list[str], dry_run: bool) -> None:
+        on_gpu = torch.cuda.is_available() and not dry_run
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.suite, self.dry_run = suite, dry_run
+        cases, effort = cases_of(suite, torch.device("cuda") if dry_run else self.device)
+        cases = [case for case in cases if not levels or case.level in levels]
+        self.cases = list(dict.fromkeys(case.tiny() for case in cases)) if dry_run else cases
+        self.effort = DRY if dry_run else effort
+        self.began = time.perf_counter()
+        self.path: Path | None = None
+        self._current: CaseRun | None = None
+
+    @property
+    def items(self) -> list[tuple[Case, str, str]]:
+        """What is measured, in order: case, provider, direction."""
+        return [
+            (case, name, direction)
+            for case in self.cases
+            for name in LEVELS[case.level].providers
+            for direction in case.directions
+        ]
+
+    def start(self, path: Path | None, commit: str | None = None, **about: Any) -> None:
+        """Measure the roofs; from here on each row is written to `path`, where there is one."""
+        if self.dry_run:
+            mapo_kernels.set_backend("triton")
+        self.path, self.roofs = path, Roofs(self.device, self.effort, tiny=self.dry_run)
+        self.result: dict[str, Any] = {
+            "format": results.FORMAT,
+            "suite": self.suite,
+            "dry_run": self.dry_run,
+            **about,
+            "environment": environment.describe(commit),
+            "rows": [],
+        }
+        self.save()
+
+    def save(self) -> None:
+        """Write what there is; it is finished once it has a row for every item."""
+        finished = len(self.result["rows"]) == len(self.items)
+        if finished:
+            self.result["environment"]["gpu_state_after"] = environment.gpu_state()
+        self.result["finished"] = finished
+        self.result["seconds"] = time.perf_counter() - self.began
+        self.result["roofs"] = self.roofs.as_dict()
+        if self.path is not None:
+            results.write(self.result, self.path)
+
+    def measure(self, case: Case, name: str, direction: str, timer: Timer) -> Row:
+        """Measure one item and write its row."""
+        if self._current is None or self._current.case != case:
+            if self._current is None or self._current.case.level != case.level:
+                # What one level compiled would count against the next one's recompilations.
+                torch.compiler.reset()
+            self._current = None  # Its tensors go before the next ones come.
+            self._current = CaseRun(LEVELS[case.level], case, self.roofs, self.effort)
+        row = self._current.measure(name, direction, timer)
+        self.result["rows"].append(row)
+        self.save()
+        return row
+
+
+def is_bad(row: Row) -> bool:
+    """Whether our own numbers are wrong or missing: a run with such a row fails."""
+    return row["provider"].startswith(OURS) and row["status"] in ("wrong", "failed")

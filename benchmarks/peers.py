@@ -1,7 +1,9 @@
-"""What mapo_kernels is measured against: the same loss in vectorised PyTorch, in the input's dtype.
+"""What mapo_kernels is measured against: plain PyTorch, and the losses of other packages.
 
-`plain_*` is what a trainer writes by hand. The tests use it too: the error that it makes in a dtype
-is the yardstick for the error a kernel may make.
+`plain_*` is what a trainer writes by hand, in the input's dtype. The tests use it too: the error
+that it makes in a dtype is the yardstick for the error a kernel may make. The functions named
+`*_from_*` take the tensors that are differentiated, then `rest`: the mask [B, T], ids, old
+log-probs, spec and either advantages [B] or rewards that `levels.py` drew.
 """
 
 from __future__ import annotations
@@ -87,10 +89,55 @@ def plain_loss(
     return per_sequence.mean()
 
 
-def looped_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+def looped_advantages(rewards: torch.Tensor, rest: Any) -> torch.Tensor:
     """MAPO advantages [B] the way published trainers do it: one group at a time, in Python."""
-    groups = rewards.view(-1, group_size)
-    return torch.cat([plain_advantages(group, group_size) for group in groups])
+    groups = rewards.view(-1, rest.group_size)
+    return torch.cat([plain_advantages(group, rest.group_size) for group in groups])
+
+
+def verl_advantages(rewards: torch.Tensor, rest: Any) -> torch.Tensor:
+    """verl's GRPO advantages [B] of rewards that come at the only token of each answer."""
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+    # It writes into the sums of the rewards, which for one token are the rewards themselves.
+    found, _ = compute_grpo_outcome_advantage(rewards[:, None].clone(), rest.mask, rest.ids)
+    return found[:, 0]
+
+
+def advantages_of(rest: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Advantages [B]: given, or computed from the rewards as a part of the measured work."""
+    if rest.rewards is None:
+        return rest.advantages
+    return plain_advantages(rest.rewards.to(dtype), rest.group_size)
+
+
+def plain_from_logprobs(logp: torch.Tensor, rest: Any) -> torch.Tensor:
+    return plain_loss(logp, advantages_of(rest, logp.dtype), rest.mask, rest.spec, old=rest.old)
+
+
+def plain_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs [B, T] of the tokens as a trainer writes them, in float32."""
+    every = torch.log_softmax(logits.float(), -1)
+    return every.gather(-1, token_ids[..., None]).squeeze(-1)
+
+
+def plain_scores(logits: torch.Tensor, rest: Any) -> torch.Tensor:
+    return plain_token_logprobs(logits[:, :-1], rest.ids)
+
+
+def plain_from_logits(logits: torch.Tensor, rest: Any) -> torch.Tensor:
+    return plain_from_logprobs(plain_scores(logits, rest), rest)
+
+
+def plain_logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None):
+    """Logits [B, T, V] of a head, with Gemma's cap where there is one."""
+    logits = torch.nn.functional.linear(hidden, weight)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def plain_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:
+    logits = plain_logits(hidden, weight, rest.softcap)
+    return plain_from_logprobs(plain_token_logprobs(logits, rest.ids), rest)
 
 
 class _TrlState:
@@ -119,74 +166,45 @@ class _TrlState:
         return self._logp, self._entropy, None
 
 
-def trl_loss(
-    logp: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    spec: Any,
-    old: torch.Tensor,
-    entropy: torch.Tensor | None = None,
+def trl_from_logprobs(
+    logp: torch.Tensor, rest: Any, entropy: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """TRL's own loss [] (its metrics included, as in training) on log-probs [B, T]."""
+    """TRL's own loss [] (its metrics included, as in training)."""
     from trl import GRPOTrainer
 
-    entropy = torch.zeros_like(logp) if entropy is None else entropy
-    empty = mask[:, :0]
+    empty = rest.mask[:, :0]
     inputs = {
         "prompt_ids": empty,
         "prompt_mask": empty,
-        "completion_ids": mask,
-        "completion_mask": mask.long(),
-        "advantages": advantages,
-        "old_per_token_logps": old,
+        "completion_ids": rest.mask,
+        "completion_mask": rest.mask.long(),
+        "advantages": advantages_of(rest, logp.dtype),
+        "old_per_token_logps": rest.old,
     }
-    return GRPOTrainer._compute_loss(_TrlState(logp, entropy, spec), None, inputs)
+    entropy = torch.zeros_like(logp) if entropy is None else entropy
+    return GRPOTrainer._compute_loss(_TrlState(logp, entropy, rest.spec), None, inputs)
 
 
-def plain_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs [B, T] of the tokens as a trainer writes them, in float32."""
-    every = torch.log_softmax(logits.float(), -1)
-    return every.gather(-1, token_ids[..., None]).squeeze(-1)
-
-
-def trl_token_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _trl_scores(logits: torch.Tensor, rest: Any, mask: torch.Tensor) -> Any:
     """Log-probs and entropies [B, T] as TRL's trainer gets them: its kernel where there is one."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
     return selective_log_softmax_and_entropy(
-        logits, token_ids, entropy_requires_grad=False, row_mask=mask
+        logits[:, :-1], rest.ids, entropy_requires_grad=False, row_mask=mask
     )
 
 
-def liger_loss(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    spec: Any,
-    old: torch.Tensor,
-) -> torch.Tensor:
-    """Liger's fused loss [] from logits [B, T + 1, V], whose last position it does not read."""
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    loss, _ = triton_grpo_loss(
-        logits, old, None, token_ids, advantages, mask, temperature=1.0, beta=0.0,
-        eps_low=spec.eps_low, eps_high=spec.eps_high, loss_type="bnpo", reduce=True,
-    )  # fmt: skip
-    return loss
+def trl_scores(logits: torch.Tensor, rest: Any) -> torch.Tensor:
+    return _trl_scores(logits, rest, torch.ones_like(rest.mask))[0]
 
 
-def trl_hidden_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    mask: torch.Tensor,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [B, T] as TRL's fused head computes them for its GRPO trainer.
+def trl_from_logits(logits: torch.Tensor, rest: Any) -> torch.Tensor:
+    logp, entropy = _trl_scores(logits, rest, rest.mask)
+    return trl_from_logprobs(logp, rest, entropy)
+
+
+def trl_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:
+    """TRL's loss [] from its fused head, as its GRPO trainer calls it.
 
     Like there, only unmasked positions are scored where its Triton kernels run, all of them
     elsewhere.
@@ -194,35 +212,42 @@ def trl_hidden_logprobs(
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    compact = _use_triton(hidden.device)
+    mask, compact = rest.mask, _use_triton(hidden.device)
     rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
-    targets = token_ids[mask] if compact else token_ids.reshape(-1)
+    targets = rest.ids[mask] if compact else rest.ids.reshape(-1)
     logp, entropy, *_ = ChunkedLogProbFunction.apply(
-        rows, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, 1.0,
+        rows, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, rest.softcap, 1.0,
         ("log_probs", "entropy"),
     )  # fmt: skip
     if compact:
-        return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, entropy))
-    return tuple(x.view(mask.shape).masked_fill(~mask, 0) for x in (logp, entropy))
+        logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, entropy))
+    else:
+        logp, entropy = (x.view(mask.shape).masked_fill(~mask, 0) for x in (logp, entropy))
+    return trl_from_logprobs(logp, rest, entropy.detach())
 
 
-def liger_hidden_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    spec: Any,
-    old: torch.Tensor,
-) -> torch.Tensor:
-    """Liger's chunked loss [] from hidden states [B, T, H]."""
+def liger_from_logits(logits: torch.Tensor, rest: Any) -> torch.Tensor:
+    """Liger's fused loss [] from logits [B, T + 1, V], whose last position it does not read."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    loss, _ = triton_grpo_loss(
+        logits, rest.old, None, rest.ids, rest.advantages, rest.mask, temperature=1.0, beta=0.0,
+        eps_low=rest.spec.eps_low, eps_high=rest.spec.eps_high, loss_type="bnpo", reduce=True,
+    )  # fmt: skip
+    return loss
+
+
+def liger_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:
+    """Liger's chunked loss []."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=spec.eps_low, epsilon_high=spec.eps_high,
-        loss_type="bnpo", compiled=hidden.is_cuda,
+        beta=0.0, use_ref_model=False, epsilon_low=rest.spec.eps_low,
+        epsilon_high=rest.spec.eps_high, loss_type="bnpo", compiled=hidden.is_cuda,
     )  # fmt: skip
-    return loss(hidden, weight, token_ids, mask, advantages, old_per_token_logps=old)[0]
+    return loss(hidden, weight, rest.ids, rest.mask, rest.advantages, old_per_token_logps=rest.old)[
+        0
+    ]
 
 
 class _VerlConfig(SimpleNamespace):
@@ -232,48 +257,32 @@ class _VerlConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-def verl_advantages(rewards: torch.Tensor, rest: Any) -> torch.Tensor:
-    """verl's GRPO advantages [B] of rewards that come at the only token of each answer."""
-    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
-
-    # It writes into the sums of the rewards, which for one token are the rewards themselves.
-    found, _ = compute_grpo_outcome_advantage(rewards[:, None].clone(), rest.mask, rest.ids)
-    return found[:, 0]
-
-
-def verl_loss(
-    logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, spec: Any, old: torch.Tensor
-) -> torch.Tensor:
-    """verl's own clipped loss [] (its metrics included) on log-probs [B, T]."""
+def verl_from_logprobs(logp: torch.Tensor, rest: Any) -> torch.Tensor:
+    """verl's own clipped loss [] (its metrics included)."""
     from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 
     config = _VerlConfig(
-        clip_ratio=spec.eps_low, clip_ratio_low=spec.eps_low, clip_ratio_high=spec.eps_high,
-        clip_ratio_c=1e6, global_batch_info={},
+        clip_ratio=rest.spec.eps_low, clip_ratio_low=rest.spec.eps_low,
+        clip_ratio_high=rest.spec.eps_high, clip_ratio_c=1e6, global_batch_info={},
     )  # fmt: skip
-    spread = advantages[:, None].expand_as(logp)
-    return compute_policy_loss_vanilla(old, logp, spread, mask, "token-mean", config)[0]
+    advantages = advantages_of(rest, logp.dtype)[:, None].expand_as(logp)
+    return compute_policy_loss_vanilla(rest.old, logp, advantages, rest.mask, "token-mean", config)[
+        0
+    ]
 
 
-def verl_hidden_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor
-) -> torch.Tensor:
-    """Log-probs [B, T] of verl's fused linear kernel, of all positions."""
+def verl_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:
+    """verl's fused linear kernel, which scores all positions, and the plain loss."""
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    logp, _ = linear_cross_entropy(hidden, weight, token_ids, 1.0, "none", None)
-    return logp.view(token_ids.shape)
+    logp, _ = linear_cross_entropy(hidden, weight, rest.ids, 1.0, "none", None)
+    return plain_from_logprobs(logp.view(rest.ids.shape), rest)
 
 
-def cce_hidden_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    mask: torch.Tensor,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Log-probs [B, T] of cut-cross-entropy, which leaves masked positions out."""
+def cce_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:
+    """cut-cross-entropy, which leaves masked positions out, and the plain loss."""
     from cut_cross_entropy import linear_cross_entropy
 
-    targets = token_ids.masked_fill(~mask, -100)
-    return -linear_cross_entropy(hidden, weight, targets, softcap=softcap, reduction="none")
+    targets = rest.ids.masked_fill(~rest.mask, -100)
+    losses = linear_cross_entropy(hidden, weight, targets, softcap=rest.softcap, reduction="none")
+    return plain_from_logprobs(-losses, rest)

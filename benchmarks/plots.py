@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from mapo_kernels.files import write_figure
 
-from mapo_kernels.files import write_figure  # noqa: E402
-
-from .case import COMPILED, OURS, PLAIN  # noqa: E402
-from .console import ours_of  # noqa: E402
+from .levels import COMPILED, OURS, PLAIN
+from .report import Row, ours_of, times
 
 # Colours that people with any colour vision tell apart; ours is the dark one.
 STYLE = {
@@ -30,75 +27,57 @@ STYLE = {
     "cut-cross-entropy": ("#E69F00", "d"),
     "authors' loop": ("#F0E442", "p"),
 }
-Row = dict[str, Any]
+TOKENS = "tokens (rewards, for advantages)"
+LIVE = "share of tokens alive"
 
 
-def _measured(rows: Iterable[Row], sweep: str) -> list[Row]:
-    """Rows of a sweep with a time, of the whole step."""
-    return [
-        row
-        for row in rows
-        if row["status"] == "ok" and row["sweep"] == sweep and row["direction"] in ("both", "score")
-    ]
-
-
-def _by_level(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        found[row["level"]][row["provider"]].append(row)
-    return found
-
-
-def _lines(
-    rows: list[Row], x: str, y: Callable[[Row], float | None], labels: tuple[str, str], log: str
-) -> Any:
+def _lines(rows: list[Row], x: str, y: Callable[[Row], float | None], label: str) -> Figure | None:
     """A panel a level, a line a provider; None where there is nothing to draw."""
-    levels = _by_level(row for row in rows if y(row) is not None)
+    rows = [row for row in rows if y(row) is not None]
+    levels = list(dict.fromkeys(row["level"] for row in rows))
     if not levels:
         return None
     columns = min(3, len(levels))
-    lines = -(-len(levels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.4 * lines), squeeze=False, layout="constrained"
-    )
-    seen = {}
-    for axis, (level, providers) in zip(axes.flat, levels.items(), strict=False):
-        for provider, found in providers.items():
-            points = sorted((row[x], y(row)) for row in found)
-            color, marker = STYLE[provider]
-            (seen[provider],) = axis.plot(
-                *zip(*points, strict=True), color=color, marker=marker, label=provider
-            )
-        axis.set(title=level, xlabel=labels[0], ylabel=labels[1])
-        axis.set_xscale("log", base=2) if "x" in log else axis.set_xlim(-0.03, 1.03)
-        axis.set_yscale("log") if "y" in log else axis.set_ylim(bottom=0)
+    lines = math.ceil(len(levels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+    drawn = {}
+    for i, level in enumerate(levels):
+        axis = figure.add_subplot(lines, columns, i + 1)
+        for provider, (color, marker) in STYLE.items():
+            of_it = [row for row in rows if (row["level"], row["provider"]) == (level, provider)]
+            points = sorted((row[x], y(row)) for row in of_it)
+            if points:
+                (drawn[provider],) = axis.plot(
+                    *zip(*points, strict=True), color=color, marker=marker
+                )
+        axis.set(title=level, xlabel=TOKENS if x == "tokens" else LIVE, ylabel=label)
+        if x == "tokens":
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+        else:
+            axis.set(xlim=(-0.03, 1.03), ylim=(0, None))
         axis.grid(alpha=0.3, which="both")
-    for axis in axes.flat[len(levels) :]:
-        axis.set_visible(False)
-    names = [name for name in STYLE if name in seen]
-    figure.legend(
-        [seen[name] for name in names], names, loc="outside lower center", ncols=min(4, len(names))
-    )
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=4)
     return figure
 
 
-def _speed_up(rows: list[Row]) -> Any:
+def _speed_up(rows: list[Row]) -> Figure | None:
     """Bars: how many times longer than ours each provider takes, at each level's largest case."""
+    largest: dict[str, int] = {}
+    for row in rows:
+        largest[row["level"]] = max(row["tokens"], largest.get(row["level"], 0))
     bars = []
-    for level, providers in _by_level(rows).items():
-        largest = max(row["tokens"] for row in providers.get(OURS, [])) if OURS in providers else 0
-        for provider, found in providers.items():
-            for row in found:
-                ours = ours_of(row, rows)
-                if row["tokens"] == largest and provider != OURS and ours is not None:
-                    name = f"{level}, {row['shape']}: {provider}"
-                    bars.append((name, row["median_ms"] / ours["median_ms"], provider))
+    for row in rows:
+        ours = ours_of(row, rows)
+        if ours and row["provider"] != OURS and row["tokens"] == largest[row["level"]]:
+            name = f"{row['level']}, {row['shape']}: {row['provider']}"
+            bars.append((name, times(row, ours), STYLE[row["provider"]][0]))
     if not bars:
         return None
-    figure, axis = plt.subplots(figsize=(10, 0.9 + 0.3 * len(bars)), layout="constrained")
-    names, values, providers_ = zip(*reversed(bars), strict=True)
-    drawn = axis.barh(names, values, color=[STYLE[x][0] for x in providers_])
-    axis.bar_label(drawn, [f"{value:.2f}" for value in values], padding=3)
+    figure = Figure(figsize=(10, 0.9 + 0.3 * len(bars)), layout="constrained")
+    axis = figure.add_subplot()
+    names, values, colors = zip(*reversed(bars), strict=True)
+    axis.bar_label(axis.barh(names, values, color=colors), fmt="%.2f", padding=3)
     axis.axvline(1, color="black", linewidth=1)
     axis.set(xscale="log", xlabel="time over the time of mapo_kernels (right of 1: ours is faster)")
     axis.margins(x=0.15, y=0.01)
@@ -106,29 +85,31 @@ def _speed_up(rows: list[Row]) -> Any:
     return figure
 
 
-def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
+def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write the plots of a result file as PNG; returns their paths."""
-    rows = _measured(results["rows"], "tokens")
-    live = _measured(results["rows"], "live")
-    tokens = "tokens (rewards, for advantages)"
-
-    def megabytes(row: Row) -> float | None:
-        return row["peak_bytes"] / 1e6 if row.get("peak_bytes") else None
+    # Of whole steps that were measured.
+    ways = ("both", "score")
+    rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in ways]
+    live = [row for row in rows if row["sweep"] == "live"]
+    rows = [row for row in rows if row["sweep"] == "tokens"]
 
     def time(row: Row) -> float:
         return row["median_ms"]
 
-    def percent(row: Row) -> float:
+    def memory(row: Row) -> float | None:
+        return row["peak_bytes"] / 1e6 if row["peak_bytes"] else None
+
+    def share(row: Row) -> float:
         return row["percent_of_roof"]
 
     figures = {
-        "time_against_tokens": _lines(rows, "tokens", time, (tokens, "ms"), "xy"),
-        "memory_against_tokens": _lines(rows, "tokens", megabytes, (tokens, "peak MB"), "xy"),
-        "percent_of_roof": _lines(rows, "tokens", percent, (tokens, "% of the roof"), "xy"),
+        "time_against_tokens": _lines(rows, "tokens", time, "ms"),
+        "memory_against_tokens": _lines(rows, "tokens", memory, "peak MB"),
+        "percent_of_roof": _lines(rows, "tokens", share, "% of the roof"),
         "speed_up": _speed_up(rows),
-        "time_against_live": _lines(live, "live", time, ("share of tokens alive", "ms"), ""),
+        "time_against_live": _lines(live, "live", time, "ms"),
     }
-    where = results["environment"]
+    where = found["environment"]
     caption = f"{where['device']}, commit {(where['commit'] or 'unknown')[:9]}"
     paths = []
     for kind, figure in figures.items():
@@ -136,5 +117,4 @@ def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
             figure.suptitle(f"{kind.replace('_', ' ')} ({caption})", fontsize=10)
             paths.append(folder / f"{name}_{kind}.png")
             write_figure(figure, paths[-1], dpi=100)
-            plt.close(figure)
     return paths

@@ -1,81 +1,137 @@
-"""The README's tables, from result files: no number in them is typed by hand."""
+"""The tables of the README and of the terminal, from result files: no number is typed by hand."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from .case import OURS
-from .console import left_out, size
+from .levels import OURS
 
 Row = dict[str, Any]
+CASE = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
 
 
-def _case(row: Row) -> tuple[Any, ...]:
-    same = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
-    return tuple(row[key] for key in same)
+class Table(NamedTuple):
+    """A heading for each column, and rows of cells."""
+
+    heads: list[str]
+    lines: list[list[str]]
 
 
-def _peer(row: Row, ours: Row | None) -> str:
+def ours_of(row: Row, rows: list[Row]) -> Row | None:
+    """Our row of the same case and direction, if it was measured."""
+    for other in rows:
+        if other["provider"] == OURS and all(other[key] == row[key] for key in CASE):
+            return other if other["status"] == "ok" else None
+    return None
+
+
+def times(row: Row, ours: Row) -> float:
+    """How many times longer than ours a row takes, both timed alike.
+
+    Where one is a graph's replay and the other is not, both are as launched from Python.
+    """
+    if (row.get("timer") == "graph") == (ours.get("timer") == "graph"):
+        return row["median_ms"] / ours["median_ms"]
+    return (row.get("launched_ms") or row["median_ms"]) / (
+        ours.get("launched_ms") or ours["median_ms"]
+    )
+
+
+def megabytes(nbytes: float | None) -> str:
+    if nbytes is None:
+        return ""
+    return f"{nbytes / 1e6:.0f}" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}"
+
+
+def _peer(row: Row, ours: Row) -> str:
     """A peer's cell: its time over ours, its peak memory."""
     if row["status"] == "unavailable":
         return "-"
     if row["status"] != "ok":
         return row["status"]
-    memory = size(row.get("peak_bytes"))
-    times = f"{row['median_ms'] / ours['median_ms']:.2f}" if ours else f"{row['median_ms']:.3g} ms"
-    return f"{times} ({memory} MB)" if memory else times
+    memory = megabytes(row["peak_bytes"])
+    return f"{times(row, ours):.2f}" + (f" ({memory} MB)" if memory else "")
 
 
-def level_table(level: str, rows: list[Row]) -> list[str]:
-    """Markdown of one level: a row a case, ours in ms, peers as multiples of it."""
+def level_table(level: str, rows: list[Row]) -> Table:
+    """One level: a row a case, ours in ms, peers as multiples of it."""
     measured = {row["provider"] for row in rows if row["status"] != "unavailable"}
     peers = [x for x in dict.fromkeys(row["provider"] for row in rows) if x in measured - {OURS}]
-    heads = [level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     # A provider may do backward's work in forward: only whole steps compare.
     for row in (row for row in rows if row["direction"] in ("both", "score")):
-        cases.setdefault(_case(row), {})[row["provider"]] = row
+        cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
+    lines = []
     for found in cases.values():
         ours = found.get(OURS)
-        if ours is None or ours["status"] != "ok":
-            continue
-        cells = [
-            ours["shape"],
-            f"{ours['live']:.0%}",
-            f"{ours['median_ms']:.3g}",
-            f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
-            size(ours["peak_bytes"]),
-            *[_peer(found[name], ours) if name in found else "-" for name in peers],
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        if ours is not None and ours["status"] == "ok":
+            lines.append(
+                [
+                    ours["shape"],
+                    f"{ours['live']:.0%}",
+                    f"{ours['median_ms']:.3g}",
+                    f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
+                    megabytes(ours["peak_bytes"]),
+                    *[_peer(found[name], ours) if name in found else "-" for name in peers],
+                ]
+            )
+    return Table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
-    where, roofs = results["environment"], results["roofs"]
-    versions = where["versions"]
-    products = roofs["products_teraflops_per_second"]
-    about = (
-        f"{where['device']}, {where['threads']} threads, torch {versions['torch']}, triton "
-        f"{versions['triton']}, commit {(where['commit'] or 'unknown')[:9]}"
-        f"{' with changes' if where['dirty'] else ''}; copy "
-        f"{roofs['copy_gigabytes_per_second']:.3g} GB/s, launch "
-        f"{roofs['launch_microseconds']:.2g} us"
-        + "".join(f", products {name} {rate:.3g} TFLOP/s" for name, rate in products.items())
-        + ". Medians; peers as multiples of our time, their peak memory in brackets."
-    )
-    lines = [about]
+def tables(found: Row) -> list[Table]:
+    """A table a level."""
     levels: dict[str, list[Row]] = {}
-    for row in results["rows"]:
+    for row in found["rows"]:
         levels.setdefault(row["level"], []).append(row)
-    for level, rows in levels.items():
-        lines += ["", *level_table(level, rows)]
-    absent = left_out(results["rows"])
-    if absent:
-        lines += ["", "Not measured: " + "; ".join(absent) + "."]
-    return "\n".join(lines)
+    return [level_table(level, rows) for level, rows in levels.items()]
+
+
+def about(found: Row) -> str:
+    """Where a result was measured, and what bounds it."""
+    where, roofs = found["environment"], found["roofs"]
+    products = roofs["products_teraflops_per_second"].items()
+    parts = [
+        where["device"],
+        f"{where['threads']} threads",
+        f"torch {where['versions']['torch']}",
+        f"triton {where['versions']['triton']}",
+        f"commit {(where['commit'] or 'unknown')[:9]}{' with changes' if where['dirty'] else ''}"
+        f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s",
+        f"launch {roofs['launch_microseconds']:.2g} us",
+        *[f"products {name} {rate:.3g} TFLOP/s" for name, rate in products],
+    ]
+    text = ", ".join(parts)
+    text += ". Medians; peers as multiples of our time, their peak memory in brackets."
+    if not found.get("finished", True):
+        text += " The run was cut short: rows are missing."
+    if found["dry_run"]:
+        text += " Dry run: tiny shapes, interpreted kernels; the times mean nothing."
+    return text
+
+
+def notes(found: Row) -> list[str]:
+    """What was not measured, and why: a sentence each."""
+    absent, bad = {}, {}
+    for row in found["rows"]:
+        if row["status"] == "unavailable":
+            absent[f"{row['level']}: {row['provider']}: {row['reason']}"] = None
+        elif row["status"] != "ok":
+            error = row.get("error")
+            off = "" if error is None else f" (relative error {error:.1e})"
+            case = f"{row['level']}, {row['shape']}, {row['direction']}"
+            bad[f"{case}: {row['provider']}: {row['status']}, {row['reason']}{off}"] = None
+    found_notes = [("Wrong or failed", bad), ("Not measured", absent)]
+    return [f"{title}: {'; '.join(lines)}." for title, lines in found_notes if lines]
+
+
+def markdown(found: Row) -> str:
+    """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
+    blocks = [about(found)]
+    for heads, lines in tables(found):
+        rule = "|---" * len(heads) + "|"
+        rows = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
+        blocks.append("\n".join([rows[0], rule, *rows[1:]]))
+    return "\n\n".join([*blocks, *notes(found)])
 
 
 def insert(text: str, name: str, new: str) -> str:

@@ -10,140 +10,156 @@ from typing import Any
 
 from mapo_kernels.files import PARTIAL, CommandError, naming, read_json, write_whole
 
+from .cases import SUITES, Case
+
 FORMAT = 1
-_NUMBER = {"type": ["number", "null"]}
-_TEXT = {"type": ["string", "null"]}
-ROW_COLUMNS = {
-    "level": {"type": "string"},
-    "shape": {"type": "string"},
+TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+SOME_TEXT, SOME_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
+ROOFS = ["copy", "launch", "products"]
+# What every row has.
+OF_CASE: dict[str, Any] = {
+    "level": TEXT,
+    "shape": TEXT,
     "direction": {"enum": ["score", "forward", "backward", "both"]},
-    "provider": {"type": "string"},
-    "sweep": {"type": "string"},
+    "provider": TEXT,
+    "sweep": TEXT,
     "status": {"enum": ["ok", "wrong", "failed", "unavailable"]},
-    "reason": _TEXT,
-    "dtype": {"type": "string"},
-    "tokens": {"type": "integer"},
-    "group_size": {"type": "integer"},
-    "padding": {"type": "number"},
-    "no_signal": {"type": "number"},
-    "live": {"type": "number", "minimum": 0, "maximum": 1},
-    "head": _TEXT,
-    "width": _NUMBER,
-    "vocab": _NUMBER,
-    "error": _NUMBER,
-    "median_ms": _NUMBER,
-    "p20_ms": _NUMBER,
-    "p80_ms": _NUMBER,
-    "host_ms": _NUMBER,
-    "bytes": _NUMBER,
-    "flops": _NUMBER,
-    "gigabytes_per_second": _NUMBER,
-    "teraflops_per_second": _NUMBER,
-    "roof": {"enum": ["copy", "launch", "products", None]},
-    "floor_ms": _NUMBER,
-    "percent_of_roof": _NUMBER,
-    "peak_bytes": _NUMBER,
+    "tokens": WHOLE,
+    "group_size": WHOLE,
+    "padding": NUMBER,
+    "no_signal": NUMBER,
+    "live": NUMBER | {"minimum": 0, "maximum": 1},
 }
-MEASURED: dict[str, Any] = {
-    name: {"type": "number"}
-    for name in ("error", "median_ms", "p20_ms", "p80_ms", "percent_of_roof")
-} | {
-    "samples_ms": {"type": "array", "items": {"type": "number"}, "minItems": 1},
-    "roof": {"enum": ["copy", "launch", "products"]},
-    "gigabytes_per_second": {"type": "number"},
-    "teraflops_per_second": {"type": "number"},
-    "peak_bytes": _NUMBER,
+# What a row has that was measured.
+OF_TIME: dict[str, Any] = {
+    "error": NUMBER,
+    "median_ms": NUMBER,
+    "p20_ms": NUMBER,
+    "p80_ms": NUMBER,
+    "gigabytes_per_second": NUMBER,
+    "teraflops_per_second": NUMBER,
+    "roof": {"enum": ROOFS},
+    "percent_of_roof": NUMBER,
+    "peak_bytes": SOME_NUMBER,
 }
-CASE = ["level", "shape", "direction", "provider", "sweep", "status", "tokens", "live"]
-CASE += ["group_size", "padding", "no_signal"]
-SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
+# What it may have; `host_ms` is of earlier files.
+OPTIONAL: dict[str, Any] = {
+    **{name: SOME_TEXT for name in ("reason", "dtype", "head", "timer")},
+    **{name: SOME_NUMBER for name in ("width", "vocab", "launched_ms", "host_ms")},
+    **{name: SOME_NUMBER for name in ("bytes", "flops", "floor_ms")},
+}
+ROW_COLUMNS = OF_CASE | OPTIONAL | OF_TIME
+SAMPLES = {"type": "array", "items": NUMBER, "minItems": 1}
+ROW: dict[str, Any] = {
     "type": "object",
-    "required": ["format", "suite", "dry_run", "environment", "roofs", "parity", "seconds", "rows"],
+    "required": list(OF_CASE),
+    "additionalProperties": False,
     "properties": {
-        "format": {"const": FORMAT},
-        "suite": {"enum": ["quick", "gpu", "full"]},
-        "dry_run": {"type": "boolean"},
-        "notes": _TEXT,
-        "seconds": {"type": "number"},
-        "environment": {
-            "type": "object",
-            "required": ["device", "threads", "commit", "dirty", "backend", "versions"],
-            "properties": {
-                "device": {"type": "string"},
-                "commit": _TEXT,
-                "versions": {"type": "object", "required": ["torch", "triton"]},
-            },
-        },
-        "roofs": {
-            "type": "object",
-            "required": [
-                "copy_gigabytes_per_second",
-                "launch_microseconds",
-                "products_teraflops_per_second",
-            ],
-            "properties": {
-                "copy_gigabytes_per_second": {"type": "number"},
-                "launch_microseconds": {"type": "number"},
-                "products_teraflops_per_second": {
-                    "type": "object",
-                    "additionalProperties": {"type": "number"},
-                },
-            },
-        },
-        "parity": {"type": ["object", "null"], "required": ["passed", "summary"]},
-        "rows": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": CASE,
-                "additionalProperties": False,
-                "properties": {**ROW_COLUMNS, "samples_ms": MEASURED["samples_ms"]},
-                "if": {"properties": {"status": {"const": "ok"}}},
-                "then": {"required": list(MEASURED), "properties": MEASURED},
-                "else": {"required": ["reason"], "properties": {"reason": {"type": "string"}}},
-            },
-        },
+        **OF_CASE,
+        **OPTIONAL,
+        **{name: SOME_NUMBER for name in OF_TIME},
+        "roof": {"enum": [*ROOFS, None]},
+        "samples_ms": SAMPLES,
     },
+    "if": {"properties": {"status": {"const": "ok"}}},
+    "then": {"required": [*OF_TIME, "samples_ms"], "properties": OF_TIME},
+    "else": {"required": ["reason"], "properties": {"reason": TEXT}},
 }
 
 
-def reserve(folder: Path, name: str | None) -> None:
-    """Find out before a run of minutes whether its results can be written.
+def _object(required: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The schema of an object with these properties, all of them required; `more` are not."""
+    return {"type": "object", "required": list(required), "properties": required | more}
+
+
+SCHEMA = _object(
+    {
+        "format": {"const": FORMAT},
+        "suite": {"enum": list(SUITES)},
+        "dry_run": {"type": "boolean"},
+        "seconds": NUMBER,
+        "environment": _object(
+            {
+                "device": TEXT,
+                "threads": WHOLE,
+                "commit": SOME_TEXT,
+                "dirty": {"type": ["boolean", "null"]},
+                "backend": TEXT,
+                "versions": _object({"torch": TEXT, "triton": TEXT}),
+            }
+        ),
+        "roofs": _object(
+            {
+                "copy_gigabytes_per_second": NUMBER,
+                "launch_microseconds": NUMBER,
+                "products_teraflops_per_second": {"type": "object", "additionalProperties": NUMBER},
+            }
+        ),
+        "parity": {"type": ["object", "null"], "required": ["passed", "summary"]},
+        "rows": {"type": "array", "items": ROW},
+    },
+    notes=SOME_TEXT,
+    finished={"type": "boolean"},  # whether no row is missing; absent in earlier files
+)
+
+
+def describe(case: Case, direction: str, provider: str, live: float) -> dict[str, Any]:
+    """The part of a row that needs no measurement."""
+    return {
+        "level": case.level,
+        "shape": case.shape,
+        "direction": direction,
+        "provider": provider,
+        "sweep": case.sweep,
+        "dtype": case.dtype_name,
+        "tokens": case.batch.tokens,
+        "group_size": case.batch.group_size,
+        "padding": case.batch.padding,
+        "no_signal": case.batch.no_signal,
+        "live": live,
+        "head": case.head.name or None,
+        "width": case.head.width or None,
+        "vocab": case.head.vocab or None,
+    }
+
+
+def reserve(folder: Path, name: str) -> Path:
+    """FOLDER/NAME.json, found out before a run of minutes to be a file that can be written.
 
     Raises:
         CommandError: the folder cannot be made or written to, or NAME is no name of a file, or that
             of a file of something else.
     """
-    path = folder / f"{name or 'results'}.json"
+    path = folder / f"{name}.json"
     table = path.with_suffix(".csv")
     if path.parent != folder:
         raise CommandError(f"--name: expected the name of a file, without folders, got {name!r}")
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if name and path.exists():
+        if path.exists():
             read(path)
-        elif name and table.exists():
+        elif table.exists():
             raise CommandError(f"{table}: expected a table beside its {path.name}, got one alone")
     probe = path.with_name(path.name + PARTIAL)
     with naming(path):
         probe.unlink(missing_ok=True)
         probe.open("xb").close()
         probe.unlink()
+    return path
 
 
-def write(results: dict[str, Any], folder: Path, name: str) -> Path:
-    """Write NAME.json and NAME.csv; returns the JSON's path, or raises CommandError."""
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
+def write(found: dict[str, Any], path: Path) -> None:
+    """Write a result's JSON, whole or not at all; raises CommandError."""
+    write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def write_table(found: dict[str, Any], path: Path) -> None:
+    """Write the CSV beside a result's JSON; raises CommandError."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(ROW_COLUMNS), extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(results["rows"])
+    writer.writerows(found["rows"])
     write_whole(path.with_suffix(".csv"), table.getvalue().encode())
-    return path
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
-from .case import Case, Counts
-
-if TYPE_CHECKING:
-    from .harness import Clock, Effort
+from .cases import Case, Effort
+from .timers import Work, on_gpu
 
 # Rows of a product: what a chunk of the loss from hidden states has.
 PRODUCT_ROWS = {"cuda": 3456, "cpu": 512}
@@ -20,22 +19,25 @@ PRODUCT_ROWS = {"cuda": 3456, "cpu": 512}
 class Roofs:
     """Bytes a second of a copy, flops a second of products by shape, seconds of a launch."""
 
-    def __init__(self, clock: Clock, effort: Effort, tiny: bool = False) -> None:
+    def __init__(self, device: torch.device, effort: Effort, tiny: bool = False) -> None:
         """Measure the copy and the launch; products are measured when a shape first asks."""
-        self.clock, self.effort, self.tiny = clock, effort, tiny
-        size = 1 << (16 if tiny else 30 if clock.on_gpu else 27)
-        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=clock.device)
+        self.device, self.effort, self.tiny = device, effort, tiny
+        size = 1 << (16 if tiny else 30 if device.type == "cuda" else 27)
+        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         self.copy = 2 * size / self._seconds(lambda: target.copy_(source))
         self.launch = self._seconds(self._empty_launch())
         self.products: dict[str, float] = {}
 
     def _seconds(self, function: Callable[[], Any]) -> float:
-        samples, _ = self.clock.samples(lambda i: None, lambda _: function(), self.effort)
-        return statistics.median(samples) / 1e3
+        """The median of a call, timed as rows are; on a CPU many a sample, as some take 1 us."""
+        if self.device.type == "cuda":
+            return statistics.median(on_gpu(Work(lambda _: function()), self.effort).ms) / 1e3
+        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=self.effort.seconds).median
 
     def _empty_launch(self) -> Callable[[], Any]:
-        if self.clock.on_gpu:
+        if self.device.type == "cuda":
             from .empty_kernel import empty_kernel
 
             return lambda: empty_kernel[(1,)]()
@@ -45,11 +47,11 @@ class Roofs:
     def product_rate(self, case: Case) -> float:
         """Flops a second of the three bare products of a head, a chunk of rows at a time."""
         head = case.head
-        name = f"{head.width} x {head.vocab} {str(case.dtype).removeprefix('torch.')}"
+        name = f"{head.width} x {head.vocab} {case.dtype_name}"
         if name not in self.products:
-            rows = 8 if self.tiny else PRODUCT_ROWS[self.clock.device.type]
+            rows = 8 if self.tiny else PRODUCT_ROWS[self.device.type]
             hidden, weight, logits = (
-                torch.randn(size, device=self.clock.device).to(case.dtype)
+                torch.randn(size, device=self.device).to(case.dtype)
                 for size in ((rows, head.width), (head.vocab, head.width), (rows, head.vocab))
             )
 
@@ -62,7 +64,7 @@ class Roofs:
             self.products[name] = flops / self._seconds(products)
         return self.products[name]
 
-    def compare(self, case: Case, counts: Counts, median_ms: float) -> dict[str, Any]:
+    def compare(self, case: Case, counts: Any, median_ms: float) -> dict[str, Any]:
         """Counts of a row, the rate it reached, the roof that binds it and the share reached."""
         floors = {
             "copy": counts.nbytes / self.copy * 1e3,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli, console, report, results
+from benchmarks import cli, report, results
 from mapo_kernels import files
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -25,11 +25,12 @@ def runs(monkeypatch):
     """Stands in for a suite of minutes; how often it was run."""
     calls = []
 
-    def run_suite(*given):
-        calls.append(given)
-        return copy.deepcopy(FOUND)
+    def measure(arguments, path):
+        calls.append(arguments)
+        results.write(FOUND | {"seconds": len(calls)}, path)
+        return 0
 
-    monkeypatch.setattr("benchmarks.run.run_suite", run_suite)
+    monkeypatch.setattr(cli, "measure", measure)
     return calls
 
 
@@ -67,14 +68,13 @@ def test_a_file_of_something_else_is_not_overwritten(runs, tmp_path, capsys):
 def test_a_result_of_the_same_name_is_replaced(runs, tmp_path, capsys):
     for _ in range(2):
         assert cli.main(["--out", str(tmp_path), "--name=x", "--no-plots"]) == 0
-    assert len(runs) == 2 and results.read(tmp_path / "x.json") == FOUND
+    assert len(runs) == 2 and results.read(tmp_path / "x.json") == FOUND | {"seconds": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.json"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("name", ["x.json", "x.csv", "x_speed_up.png"])
+@pytest.mark.parametrize("name", ["x.csv", "x_speed_up.png"])
 def test_a_full_disk_is_one_line_after_the_tables(runs, tmp_path, monkeypatch, capsys, name):
-    (tmp_path / "x.json").write_text(json.dumps(FOUND))
     flush = os.fsync
 
     def fail(descriptor):
@@ -88,7 +88,30 @@ def test_a_full_disk_is_one_line_after_the_tables(runs, tmp_path, monkeypatch, c
     assert err.count("\n") == 1 and f"{tmp_path / name}: No space left" in err
     assert "hidden states" in out  # minutes of work are not lost
     assert not list(tmp_path.glob("*.partial"))
-    assert results.read(tmp_path / "x.json") == FOUND
+    assert results.read(tmp_path / "x.json")["rows"] == FOUND["rows"]
+
+
+@pytest.mark.parametrize(("status", "code"), [(1, 1), (2, 130)])
+def test_what_a_failed_or_interrupted_run_measured_is_shown(
+    tmp_path, monkeypatch, capsys, status, code
+):
+    def measure(arguments, path):
+        results.write(FOUND | {"rows": FOUND["rows"][:3], "finished": False}, path)
+        return status
+
+    monkeypatch.setattr(cli, "measure", measure)
+    assert cli.main(["--out", str(tmp_path), "--name=x", "--no-plots"]) == code
+    assert "rows are missing" in capsys.readouterr().out
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 4
+
+
+def test_an_earlier_result_is_not_shown_for_a_run_that_measured_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "x.json").write_text(json.dumps(FOUND))
+    monkeypatch.setattr(cli, "measure", lambda *_: 4)
+    assert cli.main(["--out", str(tmp_path), "--name=x"]) == 4
+    assert not capsys.readouterr().out
 
 
 BROKEN = {
@@ -129,8 +152,8 @@ def parts(value, path=()):
 
 
 @pytest.mark.parametrize("damage", ["absent", None, "text", []])
-def test_what_passes_as_a_result_can_be_shown(damage, monkeypatch, capsys):
-    """Whatever part of a file is broken: it is refused, or report and console can show it."""
+def test_what_passes_as_a_result_can_be_shown(damage):
+    """Whatever part of a file is broken: it is refused, or the report can show it."""
     small = FOUND | {"rows": FOUND["rows"][:3]}
     accepted = 0
     for path in parts(small):
@@ -148,7 +171,6 @@ def test_what_passes_as_a_result_can_be_shown(damage, monkeypatch, capsys):
             continue
         accepted += 1
         report.markdown(broken)
-        console.show(broken, console.terminal())
     assert accepted
 
 
@@ -179,23 +201,21 @@ def test_a_linked_readme_stays_a_link(tmp_path, capsys):
     assert target.stat().st_mode & 0o777 == 0o664
 
 
-def test_markup_is_printed_as_it_is(runs, tmp_path, monkeypatch, capsys):
+def test_markup_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    result = copy.deepcopy(FOUND)
-    row = next(row for row in result["rows"] if row["status"] == "unavailable")
+    found = copy.deepcopy(FOUND)
+    row = next(row for row in found["rows"] if row["status"] == "unavailable")
     row["reason"] = "lacks [bold]x[/] and [/y]"
-    monkeypatch.setattr("benchmarks.run.run_suite", lambda *_: result)
+    found["rows"][0]["shape"] = "[red]1024"
+    monkeypatch.setattr(cli, "measure", lambda arguments, path: results.write(found, path) or 0)
     assert cli.main(["--out", "[bold]x[/]", "--name", "[red]"]) == 0
     out = capsys.readouterr().out
-    assert "[bold]x[/]/[red].json and .csv" in out
+    assert "[bold]x[/]/[red].json and .csv" in out and "[red]1024" in out
     assert "[bold]x[/]/[red]_speed_up.png" in out
     assert row["reason"] in out
 
 
-def test_reasons_in_the_progress_bar_are_printed_as_they_are(capsys):
-    terminal = console.terminal()
-    row = {"level": "logits", "shape": "x", "direction": "both", "status": "failed"}
-    with console.Bar(terminal) as bar:
-        case = type("Case", (), {"level": "logits"})
-        bar.show(case, "TRL", [row | {"reason": "index [/y] of [bold]x"}])
-    assert "index [/y] of [bold]x" in capsys.readouterr().out
+def test_the_arguments_of_a_suite_reach_pytest(runs, tmp_path, capsys):
+    suite = ["--suite=full", "--level=log-probs", "--level=logits", "--commit=abc", "--notes=x y"]
+    assert cli.main([*suite, "--out", str(tmp_path), "--name=x", "--no-plots"]) == 0
+    assert runs == [suite]

@@ -1,0 +1,112 @@
+"""Samples of a piece of work: by pytest-benchmark on a CPU, by Triton's do_bench on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .cases import Effort
+
+# Below this a call may take its caller longer than the device: it is timed by graph replay.
+SHORT_MS = 1.0
+GRAPH_MS = 20.0  # of work in one graph
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed, `region(given)`, and what makes its argument outside the time.
+
+    `repeatable`: preparing is free and touches no device, so that it may happen within the time.
+    """
+
+    region: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    repeatable: bool = True
+
+    def __call__(self) -> Any:
+        return self.region(self.prepare())
+
+
+class Samples(NamedTuple):
+    """Milliseconds of each sample, and how they were taken: by the wall, by events or by graphs.
+
+    With `graph` a sample is the mean of the calls in one replay, and `launched_ms` is the median of
+    the same call launched from Python.
+    """
+
+    ms: list[float]
+    timer: str
+    launched_ms: float | None = None
+
+
+def on_cpu(work: Work, effort: Effort, benchmark: Any) -> Samples:
+    """By the fixture of pytest-benchmark, which is used up."""
+    rounds = effort.most
+    if effort.least < effort.most:
+        began = time.perf_counter()
+        work()  # warms up, too
+        seconds = time.perf_counter() - began
+        rounds = min(max(int(effort.seconds / seconds), effort.least), effort.most)
+    benchmark.pedantic(work.region, setup=lambda: ((work.prepare(),), {}), rounds=rounds)
+    return Samples([x * 1e3 for x in benchmark.stats.stats.data], "wall")
+
+
+def on_gpu(work: Work, effort: Effort) -> Samples:
+    """By events around each call with the cache overwritten before it, or by graph replay."""
+    from triton import testing
+
+    once = _PreparedOnce(work)
+
+    def measure(milliseconds: float) -> list[float]:
+        # do_bench resets the gradient of what it is given before each run, outside the time.
+        return testing.do_bench(
+            once.run, warmup=10, rep=milliseconds, grad_to_none=[once], return_mode="all"
+        )
+
+    launched = statistics.median(measure(10))
+    if launched < SHORT_MS and work.repeatable and _never_waits(work):
+        # What cannot be captured for another reason is timed as the rest is.
+        with suppress(RuntimeError):
+            replayed = testing.do_bench_cudagraph(work, rep=GRAPH_MS, return_mode="all")
+            return Samples(replayed, "graph", launched)
+    return Samples(measure(max(effort.seconds * 1e3, effort.least * launched)), "events")
+
+
+class _PreparedOnce:
+    """A piece of work whose argument is made anew whenever its `grad` is set."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.given: list[Any] = []
+
+    def _renew(self, _: None) -> None:
+        self.given = [self.work.prepare()]
+
+    grad = property(fset=_renew)
+
+    def run(self) -> None:
+        given = self.given.pop() if self.given else self.work.prepare()
+        self.work.region(given)
+
+
+def _never_waits(work: Work) -> bool:
+    """Whether a call waits for the device nowhere: only such a call can be captured into a graph.
+
+    It is asked first because a capture that fails may leave memory behind.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize()
+    return True
