@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import vocab_ranks as ranks
+import vocab_sharded as sharded
 from spawn import run_ranks
-from test_extreme_inputs import exact_scores
+from support import exact_scores
 
 from mapo_kernels import config, operators
 from mapo_kernels._triton import HAS_TRITON, interprets
@@ -106,19 +107,19 @@ def test_ranks_that_disagree_are_told():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_dtensors(size):
-    for found in run_ranks(size, ranks.dtensors, "eager"):
+    for found in run_ranks(size, sharded.dtensors, "eager"):
         for expected, message in found.items():
             assert expected in message, found
             assert "expected" in message and "got" in message
 
 
 def test_fully_sharded():
-    for found in run_ranks(2, ranks.fsdp, "eager"):
+    for found in run_ranks(2, sharded.fsdp, "eager"):
         assert len(found) == 2 and all(what in message for what, message in found.items()), found
 
 
 def test_fully_sharded_and_split():
-    run_ranks(4, ranks.fsdp_of_split_rows, "eager")
+    run_ranks(4, sharded.fsdp_of_split_rows, "eager")
 
 
 def test_the_documentation():

@@ -2,10 +2,9 @@
 
 import math
 
-import mpmath
 import pytest
 import torch
-from support import assert_accurate, assert_close, make_logits
+from support import assert_accurate, assert_close, exact_scores, make_logits
 
 import mapo_kernels as mk
 import reference
@@ -161,15 +160,6 @@ def test_a_row_of_minus_infinity_has_no_log_prob(device):
     logits[0, 1, 3] = 0.0
     logp = mk.token_logprobs(logits, torch.tensor([[0, 3]], device=device))
     assert logp[0, 0].isnan() and logp[0, 1] == 0
-
-
-def exact_scores(row, token):
-    """Log-prob and entropy in more digits than float64 has: it loses 1 in 1 + e^-60."""
-    with mpmath.workdps(60):
-        powers = [mpmath.exp(mpmath.mpf(float(x) - float(row.max()))) for x in row]
-        total = mpmath.fsum(powers)
-        entropy = -mpmath.fsum(p / total * mpmath.log(p / total) for p in powers)
-        return float(mpmath.log(powers[token] / total)), float(entropy)
 
 
 @pytest.mark.parametrize("gap", [8.0, 16.0, 32.0, 60.0])
