@@ -392,6 +392,8 @@ def group_advantage(
         factor = count / others / unit
     else:
         eps = numbers.eps * unit
-        factor = (1.0 - certainty) / (std + eps) + certainty / (scale + eps)
+        # No percent deviation where it has no weight: `paper` may divide by a mean of -eps.
+        percent = certainty / tl.where(certainty > 0, scale + eps, 1.0)
+        factor = (1.0 - certainty) / (std + eps) + percent
     has_signal = (highest > lowest) & (count > 1)
     return tl.where(has_signal, factor, 0.0 * mean), std / unit, success_ratio, certainty

@@ -89,7 +89,10 @@ class Plan:
 
         A token with advantage 0 cannot, unless the KL term or an entropy bonus still acts on it.
         """
-        total = self.bounds[-1] if self.bounds is not None else 0
+        total = 0
+        if self.bounds is not None:
+            # There may be tokens after those of the last sequence.
+            total = self.advantages.shape[0] if self.per_token else self.bounds[-1]
         source = Source(self.advantages, self.narrow, self.per_token)
         return _live_tokens(source, self.mask, self.cu_seqlens, self.spec, total)
 

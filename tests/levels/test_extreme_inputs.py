@@ -288,3 +288,12 @@ def test_accuracy_of_entropies_by_the_rule(device):
     for i in range(40):
         plain = -(logp.exp() * logp).sum(-1)[:, i]
         assert_accurate(entropy[:, i], exact[:, i], plain)
+
+
+@pytest.mark.parametrize("certainty", ["step", 0.0])
+def test_a_mean_of_minus_eps_is_not_divided_by_where_it_has_no_weight(certainty, device):
+    rewards = torch.tensor([-2.0, 0.0, -2.0, 0.0], device=device)
+    success = torch.tensor([True, False, True, False], device=device)
+    settings = {"std_correction": 0, "eps": 1.0, "apd": "paper", "certainty": certainty}
+    found = mk.group_advantages(rewards, group_size=4, success=success, **settings)
+    assert found.tolist() == [-0.5, 0.5, -0.5, 0.5]

@@ -217,11 +217,11 @@ def test_a_kernel_that_fails_leaves_the_next_loss_alone(monkeypatch):
 
 @pytest.fixture
 def forgets_warnings():
-    from mapo_kernels import advantages
+    from mapo_kernels import groups
 
-    advantages.forget_warnings()
+    groups.forget_warnings()
     yield
-    advantages.forget_warnings()
+    groups.forget_warnings()
 
 
 def never_reached(device, **settings):
