@@ -443,7 +443,8 @@ def bench(*arguments, **environment):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | environment,
+        # Its own pytest is nobody's worker: pytest-benchmark measures nothing in those.
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | environment,
     )
 
 

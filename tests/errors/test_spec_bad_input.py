@@ -359,7 +359,8 @@ def test_tensors_that_are_not_contiguous(name, device):
     weight = {k: strided(v) for k, v in arguments.items() if k == "lm_head_weight"}
     others = {k: strided(arguments[k]) for k in tensors_of(arguments) if k != "lm_head_weight"}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        # Not of numpy, in the interpreter of an older Triton.
+        warnings.simplefilter("error", UserWarning)
         found = results({**arguments, **others})
     for a, e in zip(found, expected, strict=True):
         assert torch.equal(a, e)
