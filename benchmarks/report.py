@@ -111,7 +111,8 @@ def about(found: Row) -> str:
 
 def notes(found: Row) -> list[str]:
     """What was not measured, and why: a sentence each."""
-    absent, bad = {}, {}
+    absent: dict[str, None] = {}  # in order, each once
+    bad: dict[str, None] = {}
     for row in found["rows"]:
         if row["status"] == "unavailable":
             absent[f"{row['level']}: {row['provider']}: {row['reason']}"] = None
