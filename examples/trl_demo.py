@@ -51,7 +51,7 @@ def new_model() -> transformers.PreTrainedModel:
         num_key_value_heads=4,
         head_dim=16,
         max_position_embeddings=64,
-        initializer_range=0.1,  # 0.02 is for widths of thousands: steps would be too large for it
+        initializer_range=0.1,  # 0.02, the default, is for widths of thousands
         pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=END,

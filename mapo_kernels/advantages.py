@@ -88,7 +88,10 @@ def group_advantages(
     own = slice(None)
     if process_group is not None:
         call = data.Call("group_advantages", None, spec)
-        groups, own = data.gather_groups(groups, call, process_group)
+        part = data.Part(rewards.shape[0], groups=groups)
+        shared = data.share(part, call, process_group, rewards.device)
+        assert shared.groups is not None
+        groups, own = shared.groups, shared.own
     advantages, table = operators.group_advantages(groups, spec, return_stats)
     advantages, table = advantages[own].to(rewards.device), table.to(rewards.device)
     if not return_stats:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels import checks, checks_rows
+from mapo_kernels import checks, checks_rows, operators
 from mapo_kernels.arguments import DEFAULTS
 from mapo_kernels.batch import (
     GROUP_METRICS,
@@ -165,9 +165,11 @@ def _among_ranks(
     part = data.Part(batch.n_sequences(tokens), n_tokens, batch.groups)
     settings = data.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer)
     shared = data.share(part, settings, process_group, tokens.device)
-    if shared.signal is not None:
-        batch = replaced(batch, groups=None, advantages=shared.signal.advantages)
-        known = KnownMetrics(shared.signal.metrics, group_ranks(process_group))
+    if shared.groups is not None:
+        signal = operators.group_signals(shared.groups, call.advantage_spec)[0]
+        signal = signal.of_rows(shared.own, tokens.device)
+        batch = replaced(batch, groups=None, advantages=signal.advantages)
+        known = KnownMetrics(signal.metrics, group_ranks(process_group))
     if shared.normalizer is not None:
         batch = replaced(batch, normalizer=shared.normalizer)
     return replaced(call, batch=batch, known=known)

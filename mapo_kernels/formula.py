@@ -171,18 +171,6 @@ def row_summary(others, tail, weighted, gap):
 
 
 @jit
-def others_entropy(others, tail, weighted, gap):
-    """Entropy in nats of a row's distribution over the columns other than the target.
-
-    From what `row_summary` takes; 0 where there is no such column, or next to nothing of them.
-    """
-    certain = certain_elsewhere(others, gap)
-    bounded = tl.where(others > 1e-37, others, 1.0)
-    log_others = tl.where(certain, log1p(tl.where(certain, tail, 0.0)), tl.log(bounded))
-    return tl.where(others > 1e-37, log_others - weighted / bounded, 0.0)
-
-
-@jit
 def clamp(x, low, high):
     """`x` within [low, high]; NaN stays NaN."""
     return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
@@ -404,6 +392,8 @@ def group_advantage(
         factor = count / others / unit
     else:
         eps = numbers.eps * unit
-        factor = (1.0 - certainty) / (std + eps) + certainty / (scale + eps)
+        # No percent deviation where it has no weight: `paper` may divide by a mean of -eps.
+        percent = certainty / tl.where(certainty > 0, scale + eps, 1.0)
+        factor = (1.0 - certainty) / (std + eps) + percent
     has_signal = (highest > lowest) & (count > 1)
     return tl.where(has_signal, factor, 0.0 * mean), std / unit, success_ratio, certainty

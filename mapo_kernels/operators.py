@@ -18,9 +18,10 @@ from mapo_kernels.batch import (
     empty_results,
     replaced,
 )
-from mapo_kernels.distributed import vocabulary
+from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.door import door
 from mapo_kernels.eager import logits as eager_logits
+from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.eager.logprobs import eager_token_loss
 from mapo_kernels.groups import Signal, decide_rewards, group_metrics
@@ -131,11 +132,11 @@ def score_rows(
     """
     if rows.share is None:
         return _scores(logits, rows, mask, columns)
-    local = vocabulary.local_rows(rows)
+    local = shares.local_rows(rows)
     sums = _shares(logits, local, mask, 3 if columns == 1 else 4)
-    sums = vocabulary.gather(sums, rows.share)
+    sums = all_gather(sums, rows.share.group)
     in_powers_of_2 = not backend.is_eager(logits)
-    return vocabulary.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
+    return shares.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
 
 
 def row_gradient(
@@ -156,7 +157,7 @@ def row_gradient(
     if torch.compiler.is_compiling():
         # A compiled graph decides by itself which of its buffers it reuses.
         out = None
-    rows = vocabulary.local_rows(rows)
+    rows = shares.local_rows(rows)
     return _gradient(logits, rows, mask, table, slope, bonus, results, out=out)
 
 

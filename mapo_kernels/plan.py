@@ -89,7 +89,10 @@ class Plan:
 
         A token with advantage 0 cannot, unless the KL term or an entropy bonus still acts on it.
         """
-        total = self.bounds[-1] if self.bounds is not None else 0
+        total = 0
+        if self.bounds is not None:
+            # There may be tokens after those of the last sequence.
+            total = self.advantages.shape[0] if self.per_token else self.bounds[-1]
         source = Source(self.advantages, self.narrow, self.per_token)
         return _live_tokens(source, self.mask, self.cu_seqlens, self.spec, total)
 
@@ -221,16 +224,18 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         checks.check_advantages(advantages, n_sequences, shape, device)
         tokens = advantages if mask is None else mask
         per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
-    signal, narrow = None, None
+    own = slice(None)
     if process_group is not None:
         part = data.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
         call = data.Call.of_loss(spec, advantage_spec, normalizer)
         shared = data.share(part, call, process_group, device)
-        signal, narrow = shared.signal, shared.narrow
+        groups, own = shared.groups, shared.own
         normalizer = normalizer if shared.normalizer is None else shared.normalizer
-    elif groups is not None:
+    narrow = None
+    if groups is not None:
         signal, narrow = operators.group_signals(groups, advantage_spec)
-    if signal is None:
+        signal, narrow = signal.of_rows(own, device), narrow and narrow.of_rows(own, device)
+    else:
         assert advantages is not None
         signal = Signal(advantages)
     count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)

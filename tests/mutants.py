@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,8 @@ _COPIED += ("README.md", "constraints.txt")
 
 
 class Mutant(NamedTuple):
-    """A fault: in which module, which text becomes which, and which tests should notice."""
+    """A fault: which text of the package becomes which, and which tests should notice."""
 
-    module: str
     old: str
     new: str
     tests: str
@@ -50,141 +50,127 @@ CHECKS = tests_of("errors/test_checks", _EVERYWHERE, _EXTREME)
 
 MUTANTS = (
     # formula: advantages
-    Mutant("formula", "1.0 - 4.0 * p * (1.0 - p)", "1.0 - 3.0 * p * (1.0 - p)", ADVANTAGES),
-    Mutant("formula", "(p >= 0.25) & (p <= 0.75)", "(p > 0.25) & (p <= 0.75)", ADVANTAGES),
-    Mutant("formula", "divisor = count - numbers.std_correction", "divisor = count", ADVANTAGES),
-    Mutant("formula", "(highest > lowest) & (count > 1)", "(count > 1)", ADVANTAGES),
-    Mutant("formula", "eps = numbers.eps * unit", "eps = numbers.eps", ADVANTAGES),
-    Mutant("formula", "std / unit, success_ratio", "std, success_ratio", ADVANTAGES),
-    Mutant("formula", "factor = count / others / unit", "factor = 1.0 / unit", ADVANTAGES),
+    Mutant("1.0 - 4.0 * p * (1.0 - p)", "1.0 - 3.0 * p * (1.0 - p)", ADVANTAGES),
+    Mutant("(p >= 0.25) & (p <= 0.75)", "(p > 0.25) & (p <= 0.75)", ADVANTAGES),
+    Mutant("divisor = count - numbers.std_correction", "divisor = count", ADVANTAGES),
+    Mutant("(highest > lowest) & (count > 1)", "(count > 1)", ADVANTAGES),
+    Mutant("eps = numbers.eps * unit", "eps = numbers.eps", ADVANTAGES),
+    Mutant("std / unit, success_ratio", "std, success_ratio", ADVANTAGES),
+    Mutant("factor = count / others / unit", "factor = 1.0 / unit", ADVANTAGES),
     Mutant(
-        "formula",
         "tl.where(tl.abs(mean) > farthest, tl.abs(mean), farthest)",
         "tl.where(mean > farthest, mean, farthest)",
         ADVANTAGES,
     ),
     # formula: tokens
-    Mutant("formula", "tl.where(tl.abs(log_ratio) > 20.0, 0.0, ratio)", "ratio", TOKENS),
+    Mutant("tl.where(tl.abs(log_ratio) > 20.0, 0.0, ratio)", "ratio", TOKENS),
     Mutant(
-        "formula",
         "(ratio < 1.0 - numbers.eps_low) & (advantage < 0)",
         "(ratio < 1.0 - numbers.eps_low)",
         TOKENS,
     ),
-    Mutant("formula", "ratio > numbers.eps_high_cispo", "ratio >= 1.0", TOKENS),
-    Mutant("formula", "d_logp = -(kl + d)", "d_logp = -kl", TOKENS),
-    Mutant("formula", "numbers.beta * (ratio_slope * kl)", "0.0 * kl", TOKENS),
-    Mutant("formula", "d_logp = weight * d_logp", "d_logp = d_logp", TOKENS),
-    Mutant("formula", "loss - numbers.entropy_coef * entropy", "loss", TOKENS + " " + LOGITS),
-    Mutant("formula", "tl.where(active > 0, float", "tl.where(active > 1, float", TOKENS),
-    Mutant("formula", "log1p(tail + target)", "log1p(tail)", LOGITS),
-    Mutant("formula", "rest = others / total", "rest = 1.0 - target / total", LOGITS),
+    Mutant("ratio > numbers.eps_high_cispo", "ratio >= 1.0", TOKENS),
+    Mutant("d_logp = -(kl + d)", "d_logp = -kl", TOKENS),
+    Mutant("numbers.beta * (ratio_slope * kl)", "0.0 * kl", TOKENS),
+    Mutant("d_logp = weight * d_logp", "d_logp = d_logp", TOKENS),
+    Mutant("loss - numbers.entropy_coef * entropy", "loss", TOKENS + " " + LOGITS),
+    Mutant("tl.where(active > 0, float", "tl.where(active > 1, float", TOKENS),
+    Mutant("log1p(tail + target)", "log1p(tail)", LOGITS),
+    Mutant("rest = others / total", "rest = 1.0 - target / total", LOGITS),
     # kernels
     Mutant(
-        "advantages_kernel",
         "success = finite & (reward >= threshold)",
         "success = finite & (reward > threshold)",
         ADVANTAGES,
     ),
     Mutant(
-        "advantages_kernel",
         "member = member & (ids == span.own_id[:, None])",
         "member = member",
         ADVANTAGES,
     ),
     Mutant(
-        "advantages_kernel",
         "speaks * (m.members - m.count)",
         "speaks * m.members",
         ADVANTAGES + " " + tests_of(_TOKENS),
     ),
     Mutant(
-        "tokens_device",
         "advantage = tl.where(scored, advantage, 0.0)",
         "advantage = advantage",
         TOKENS,
     ),
     Mutant(
-        "tokens_device",
         "live = inside & (offs >= begin) & (offs < end)",
         "live = inside & (offs < end)",
         TOKENS,
     ),
     Mutant(
-        "tokens_device",
         "limit = tl.where(sequence == n_sequences - 1, length, end)",
         "limit = end",
         TOKENS,
     ),
-    Mutant("tokens_device", "tl.maximum(s.ratio_max, x.ratio_max)", "x.ratio_max", TOKENS),
-    Mutant("tokens_kernel", "scale = 1.0 / n_live", "scale = 1.0", TOKENS),
+    Mutant("tl.maximum(s.metrics[i], x.metrics[i])", "x.metrics[i]", TOKENS),
     Mutant(
-        "tokens_kernel",
+        "tl.store(Grad + row + offs, grad * scale,",
+        "tl.store(Grad + row + offs, grad,",
+        TOKENS,
+    ),
+    Mutant(
         "tl.sum(slope_sum, 0) / n_live * scale",
         "tl.sum(slope_sum, 0) * scale",
         TOKENS,
     ),
     Mutant(
-        "rows_device",
         "tl.fma(total, fade, tl.sum(e0 + e1, 1))",
         "tl.fma(total, 1.0, tl.sum(e0 + e1, 1))",
         LOGITS,
     ),
-    Mutant("rows_device", "at_target = slope * rest", "at_target = slope", LOGITS),
+    Mutant("at_target = slope * rest", "at_target = slope", LOGITS),
     Mutant(
-        "rows_device",
         "start = (i + tl.where(i >= own, 1, 0)) * BLOCK",
         "start = (i + tl.where(i > own, 1, 0)) * BLOCK",
         LOGITS,
     ),
     Mutant(
-        "logits_kernel",
         "return tl.minimum(tl.sum(ended, 0), n_sequences - 1)",
         "return tl.minimum(tl.sum(ended, 0) + 1, n_sequences - 1)",
         LOGITS,
     ),
     # eager
     Mutant(
-        "advantages",
         "finite & (given >= spec.success_threshold)",
         "given >= spec.success_threshold",
         ADVANTAGES,
     ),
-    Mutant("advantages", "ids[1:] != ids[:-1]", "ids[1:] > ids[:-1] + 1", ADVANTAGES),
+    Mutant("ids[1:] != ids[:-1]", "ids[1:] > ids[:-1] + 1", ADVANTAGES),
     Mutant(
-        "tokens_eager",
         "(positions >= bounds[0]) & (positions < bounds[-1])",
         "positions < bounds[-1]",
         TOKENS,
     ),
+    Mutant("with_signal & (weight != 0)", "with_signal", TOKENS),
+    Mutant("(ids >= 0) & (ids < self._vocab)", "ids < self._vocab", LOGITS),
     Mutant(
-        "tokens_eager", "live & (advantage != 0) & (weight != 0)", "live & (advantage != 0)", TOKENS
-    ),
-    Mutant("logits_eager", "(ids >= 0) & (ids < self._vocab)", "ids < self._vocab", LOGITS),
-    Mutant(
-        "logits_eager",
         "flat = (bonus * (entropy - total.log()) - g) / total",
         "flat = (bonus * entropy - g) / total",
         LOGITS,
     ),
     Mutant(
-        "linear",
         "temperature if head.softcap is not None else temperature / head.logit_scale",
         "temperature",
         LOGITS,
     ),
-    Mutant("linear", "square_().neg_().add_(1.0)", "neg_().add_(1.0)", LOGITS),
+    Mutant("square_().neg_().add_(1.0)", "neg_().add_(1.0)", LOGITS),
     # plan, ranks, checks
-    Mutant("plan", "cu_seqlens=cu_seqlens - cu_seqlens[0]", "cu_seqlens=cu_seqlens", PLANS),
-    Mutant("plan", "tokens if self.per_token else rows", "rows", PLANS),
-    Mutant("parallel", "start = sum(header[2] for header in headers[:rank])", "start = 0", RANKS),
-    Mutant("parallel", "counts.sum().double() / table.shape[0]", "counts.sum().double()", RANKS),
-    Mutant("inputs", "return sum(self.sizes[: self.rank])", "return 0", VOCABULARY),
-    Mutant("vocab_parallel", "(gaps + distance).amax(0)", "gaps.amax(0)", VOCABULARY),
-    Mutant("metrics", "value = values.sum()", "value = values.amax()", RANKS),
-    Mutant("checks", "0 < normalizer < float", "0 <= normalizer < float", CHECKS),
-    Mutant("checks", "advantages.shape[0] != cu_seqlens.shape[0] - 1", "True", PLANS),
-    Mutant("checks", "n_rows % group_size", "n_rows % (group_size + 1)", CHECKS),
+    Mutant("cu_seqlens=cu_seqlens - cu_seqlens[0]", "cu_seqlens=cu_seqlens", PLANS),
+    Mutant("tokens if self.per_token else rows", "rows", PLANS),
+    Mutant("start = sum(header[2] for header in headers[:rank])", "start = 0", RANKS),
+    Mutant("counts.sum().double() / table.shape[0]", "counts.sum().double()", RANKS),
+    Mutant("return sum(self.sizes[: self.rank])", "return 0", VOCABULARY),
+    Mutant("(gaps + distance).amax(0)", "gaps.amax(0)", VOCABULARY),
+    Mutant("value = values.sum()", "value = values.amax()", RANKS),
+    Mutant("0 < normalizer < float", "0 <= normalizer < float", CHECKS),
+    Mutant("advantages.shape[0] != cu_seqlens.shape[0] - 1", "True", PLANS),
+    Mutant("n_rows % group_size", "n_rows % (group_size + 1)", CHECKS),
 )
 
 
@@ -216,38 +202,41 @@ def notices(folder: Path, tests: str, chosen: str = "") -> bool:
 
 def survives(mutant: Mutant, whole: bool) -> bool:
     """Plant a fault in a fresh copy, run its tests, and the whole suite if it survived them."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         copy_package(folder)
-        path = folder / "mapo_kernels" / f"{mutant.module}.py"
+        (name,) = places(mutant)
+        path = folder / name
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
         # Only the interpreter runs kernels; the eager backend runs the rest, in less time.
-        triton = "kernel" in mutant.module or "device" in mutant.module
+        triton = re.search("kernels/|_kernel|_device", name.removeprefix("mapo_kernels/"))
         chosen = "interpreter" if triton else "not interpreter"
         found = notices(folder, mutant.tests, chosen) or notices(folder, mutant.tests)
         return not (found or (whole and notices(folder, "tests")))
 
 
-def occurrences(mutant: Mutant) -> int:
-    """How often the text that a fault replaces stands in its module."""
-    return (ROOT / "mapo_kernels" / f"{mutant.module}.py").read_text().count(mutant.old)
+def places(mutant: Mutant) -> list[str]:
+    """The files that have the text that a fault replaces, each as often as it stands there."""
+    paths = sorted((ROOT / "mapo_kernels").rglob("*.py"))
+    counts = {str(path.relative_to(ROOT)): path.read_text().count(mutant.old) for path in paths}
+    return [name for name, count in counts.items() for _ in range(count)]
 
 
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="faults whose module or text contains this")
+    parser.add_argument("--only", default="", help="faults whose file or text contains this")
     parser.add_argument("--whole", action="store_true")
     given = parser.parse_args()
-    chosen = [m for m in MUTANTS if given.only in f"{m.module}: {m.old}"]
+    chosen = [m for m in MUTANTS if given.only in f"{places(m)}: {m.old}"]
     survivors = 0
     with ThreadPoolExecutor(given.jobs) as pool:
         found = pool.map(lambda m: survives(m, given.whole), chosen)
         for mutant, alive in zip(chosen, found, strict=True):
             survivors += alive
             word = "SURVIVED" if alive else "noticed "
-            print(f"{word} {mutant.module}: {mutant.old!r} -> {mutant.new!r}", flush=True)
+            print(f"{word} {places(mutant)[0]}: {mutant.old!r} -> {mutant.new!r}", flush=True)
     print(f"{survivors} of {len(chosen)} survived")
     return survivors
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import mpmath
 import torch
 
 import mapo_kernels as mk
@@ -213,3 +214,12 @@ def tune(monkeypatch, record, **fields):
     from mapo_kernels import config
 
     monkeypatch.setattr(config, record, dataclasses.replace(getattr(config, record), **fields))
+
+
+def exact_scores(row, token):
+    """Log-prob and entropy in more digits than float64 has: it loses 1 in 1 + e^-60."""
+    with mpmath.workdps(60):
+        powers = [mpmath.exp(mpmath.mpf(float(x) - float(row.max()))) for x in row]
+        total = mpmath.fsum(powers)
+        entropy = -mpmath.fsum(p / total * mpmath.log(p / total) for p in powers)
+        return float(mpmath.log(powers[token] / total)), float(entropy)

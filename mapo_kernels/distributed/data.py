@@ -14,11 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from mapo_kernels import checks, operators
+from mapo_kernels import checks
 from mapo_kernels.batch import GroupInputs
 from mapo_kernels.checks import GLOBAL
-from mapo_kernels.distributed.agreement import all_gather, digest, meeting_place
-from mapo_kernels.groups import Signal
+from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of, meeting_place
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
@@ -96,7 +95,7 @@ class _Memory:
 
     Attributes:
         capacity: rewards that a message has room for.
-        calls: digests of the last settings by settings and device, once the ranks were seen to
+        calls: facts of the last settings by settings and device, once the ranks were seen to
             agree. What is forgotten is read again, which waits for the device and is no collective.
     """
 
@@ -104,10 +103,10 @@ class _Memory:
         self.capacity = _FIRST_CAPACITY
         self.calls: dict[tuple[tuple[str, ...], torch.device], torch.Tensor] = {}
 
-    def keep(self, key: tuple[tuple[str, ...], torch.device], digests: torch.Tensor) -> None:
+    def keep(self, key: tuple[tuple[str, ...], torch.device], facts: torch.Tensor) -> None:
         """Remember settings that were used just now, and forget those that were not for longest."""
         self.calls.pop(key, None)
-        self.calls[key] = digests
+        self.calls[key] = facts
         while len(self.calls) > _REMEMBERED:
             del self.calls[next(iter(self.calls))]
 
@@ -119,26 +118,23 @@ def _sent_dtype(rewards: torch.Tensor) -> torch.dtype:
     return rewards.dtype if rewards.dtype in _DTYPES else torch.float64
 
 
-def _write_message(part: Part, digests: torch.Tensor, capacity: int) -> torch.Tensor:
-    """A rank's message: counts, digests, and its rewards if they fit; nothing waits."""
-    n_header = len(_COUNTS) + digests.numel()
-    message = digests.new_zeros(n_header + _ROW * capacity)
-    message[0].fill_(part.n_sequences)
-    if isinstance(part.n_tokens, torch.Tensor):
-        message[1].copy_(part.n_tokens)
-    else:
-        message[1].fill_(part.n_tokens)
-    message[len(_COUNTS) : n_header] = digests
+def _write_message(part: Part, facts: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A rank's message: counts, facts, and its rewards if they fit; nothing waits."""
     groups = part.groups
-    n_rewards = 0 if groups is None else groups.rewards.shape[0]
-    if groups is None or n_rewards == 0:
-        return message
-    message[2].fill_(n_rewards)
-    message[3].fill_(_DTYPES.index(_sent_dtype(groups.rewards)))
-    message[4].fill_(_SUCCESS.index("none" if groups.success is None else "given"))
-    if n_rewards <= capacity:
+    n_rewards, dtype, success = 0, 0, 0
+    if groups is not None and groups.rewards.shape[0]:
+        n_rewards = groups.rewards.shape[0]
+        dtype = _DTYPES.index(_sent_dtype(groups.rewards))
+        success = _SUCCESS.index("none" if groups.success is None else "given")
+    n_header = len(_COUNTS) + facts.numel()
+    message = facts.new_zeros(n_header + _ROW * capacity)
+    counts = (part.n_sequences, part.n_tokens, n_rewards, dtype, success)
+    for i, count in enumerate(counts):
+        message[i] = count
+    message[len(_COUNTS) : n_header] = facts
+    if groups is not None and n_rewards <= capacity:
         rows = message[n_header:].view(capacity, _ROW)[:n_rewards]
-        rows[:, 0] = groups.rewards.to(digests.device).double().view(torch.int64)
+        rows[:, 0] = groups.rewards.to(facts.device).double().view(torch.int64)
         if groups.group_ids is not None:
             rows[:, 1] = groups.group_ids
         if groups.success is not None:
@@ -148,29 +144,13 @@ def _write_message(part: Part, digests: torch.Tensor, capacity: int) -> torch.Te
 
 def _check_agreement(headers: list[list[int]], settings: dict[str, str]) -> None:
     """Raise unless every rank was called with the same settings, and rewards of one kind."""
-    first = headers[0]
-    names = (*_COUNTS, *settings)
-    apart = [
-        name
-        for i, name in enumerate(names)
-        if i >= len(_COUNTS) and any(header[i] != first[i] for header in headers)
-    ]
-    for i, name, kinds in ((3, "dtype", _DTYPES), (4, "success", _SUCCESS)):
+    for name, kinds in (("dtype", _DTYPES), ("success", _SUCCESS)):
         # A rank without rewards says nothing about them.
-        found = {header[i] for header in headers} - {0}
+        found = {header[_COUNTS.index(name)] for header in headers} - {0}
         if len(found) > 1:
             came = ", ".join(str(kinds[code]) for code in sorted(found))
             raise ValueError(f"rewards: expected the same {name} on every rank, got {came}")
-    if apart:
-        index = [names.index(name) for name in apart]
-        others = [
-            r for r, header in enumerate(headers) if any(header[i] != first[i] for i in index)
-        ]
-        here = ", ".join(f"{name} = {settings[name]}" for name in apart)
-        raise ValueError(
-            f"{', '.join(apart)}: expected the same on every rank of process_group, but ranks "
-            f"{others} of {len(headers)} differ from rank 0; this rank has {here}"
-        )
+    check_facts("process_group", settings, (), [header[len(_COUNTS) :] for header in headers])
 
 
 @torch.compiler.disable
@@ -187,19 +167,17 @@ def _exchange(
     settings = call.settings(part.groups)
     place = meeting_place(process_group, device)
     key = (tuple(settings.values()), place)
-    digests = memory.calls.get(key)
-    agreed = digests is not None
-    if digests is None:
-        digests = torch.tensor([digest(x) for x in settings.values()], device=place)
+    agreed = key in memory.calls
+    facts = memory.calls[key] if agreed else facts_of(settings, {}, place)
     n_header = len(_COUNTS) + len(settings)
     while True:
-        table = all_gather(_write_message(part, digests, memory.capacity), process_group)
+        table = all_gather(_write_message(part, facts, memory.capacity), process_group)
         if agreed and part.groups is None and call.normalizer == GLOBAL:
-            memory.keep(key, digests)
+            memory.keep(key, facts)
             return table, None
         headers = table[:, :n_header].tolist()
         _check_agreement(headers, settings)
-        memory.keep(key, digests)
+        memory.keep(key, facts)
         most = max(header[2] for header in headers)
         if most <= memory.capacity:
             return table, headers
@@ -227,23 +205,6 @@ def _whole_groups(
     return whole
 
 
-def gather_groups(
-    groups: GroupInputs, call: Call, process_group: dist.ProcessGroup
-) -> tuple[GroupInputs, slice]:
-    """The groups of all ranks, and which of their rows are this rank's: one collective."""
-    part = Part(groups.rewards.shape[0], groups=groups)
-    table, headers = _exchange(part, call, process_group, groups.rewards.device)
-    assert headers is not None
-    return _whole_groups(table, headers, groups), _own_rows(headers, process_group)
-
-
-def _own_rows(headers: list[list[int]], process_group: dist.ProcessGroup) -> slice:
-    """Which of the rewards of all ranks are this rank's."""
-    rank = dist.get_rank(process_group)
-    start = sum(header[2] for header in headers[:rank])
-    return slice(start, start + headers[rank][2])
-
-
 def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
     """Tokens or sequences of all ranks per rank, [] float64; NaN where a rank was called otherwise.
 
@@ -260,13 +221,14 @@ class Shared(NamedTuple):
     """What a rank knows about the batch once all ranks have met.
 
     Attributes:
-        signal: of this rank's sequences, from the groups of all ranks; None without rewards.
-        narrow: the same with float32 statistics, where those of `signal` are float64.
+        groups: the groups of all ranks, where collectives of the group take place; None without
+            rewards.
+        own: which of their rewards are this rank's.
         normalizer: [] float64 if one of all ranks was asked for, else None.
     """
 
-    signal: Signal | None
-    narrow: Signal | None
+    groups: GroupInputs | None
+    own: slice
     normalizer: torch.Tensor | None
 
 
@@ -277,9 +239,9 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     if call.normalizer == GLOBAL:
         normalizer = _denominator(table, call).to(device)
     if part.groups is None:
-        return Shared(None, None, normalizer)
+        return Shared(None, slice(None), normalizer)
     assert headers is not None
-    whole = _whole_groups(table, headers, part.groups)
-    signal, narrow = operators.group_signals(whole, call.advantage_spec)
-    own = _own_rows(headers, process_group)
-    return Shared(signal.of_rows(own, device), narrow and narrow.of_rows(own, device), normalizer)
+    rank = dist.get_rank(process_group)
+    start = sum(header[2] for header in headers[:rank])
+    own = slice(start, start + headers[rank][2])
+    return Shared(_whole_groups(table, headers, part.groups), own, normalizer)

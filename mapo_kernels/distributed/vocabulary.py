@@ -1,8 +1,8 @@
 """Rows that are split over ranks: each rank of a group holds some adjacent columns of every row.
 
 A rank sums over its own columns; what the ranks found is gathered, four numbers a row, and every
-rank merges it in the same order into the same statistics. From there on each knows the whole loss,
-and the gradient by its own columns.
+rank merges it in the same order into the same statistics (`rows_merged`). From there on each knows
+the whole loss, and the gradient by its own columns.
 
 What a rank sends depends on what it was called with: on the number of rows, on which of them matter
 and on how they are cut into chunks. Messages of different sizes end processes or leave them waiting
@@ -20,86 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mapo_kernels.batch import Batch, RowInputs, VocabShare
-from mapo_kernels.distributed.agreement import all_gather, digest, digest_of, meeting_place
-from mapo_kernels.eager import formula
-from mapo_kernels.eager.sums import row_sum
+from mapo_kernels.batch import Batch, VocabShare
+from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of, meeting_place
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
-
-_LN2 = 0.6931471805599453
-
-
-def local_rows(rows: RowInputs) -> RowInputs:
-    """The rows with token ids counted from this rank's first column; whole rows as they are."""
-    if rows.share is None:
-        return rows
-    return RowInputs(rows.token_ids.long() - rows.share.offset, rows.temperature)
-
-
-def gather(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
-    """What every rank has in place of `x` [k, n]: [ranks, k, n], in one collective."""
-    ranks = len(share.sizes)
-    if x.numel() == 0:
-        return x.new_empty((ranks, *x.shape))
-    return all_gather(x, share.group).view(ranks, *x.shape)
-
-
-def merge_shares(
-    shares: torch.Tensor,
-    rows: RowInputs,
-    mask: torch.Tensor | None,
-    columns: int,
-    powers_of_2: bool,
-) -> torch.Tensor:
-    """Table [columns, n] of `ops.score_rows` from the sums [ranks, 3 or 4, n] of the ranks.
-
-    A rank's sums are the first of (reference, others, gap, entropy): the largest of its tempered
-    logits, what `formula.row_summary` takes, relative to that, and the entropy of its columns but
-    the target. So the others of a target are summed over all ranks without it, and a certain token
-    stays exact. `powers_of_2` says that references are in units of log 2.
-    """
-    assert rows.share is not None
-    references, others, gaps = shares[:, 0], shares[:, 1], shares[:, 2]
-    reference = references.amax(0)
-    # A rank without a column in the sums has the lowest number for a reference.
-    distance = (references - reference).clamp(min=-1e30)
-    fade = torch.exp2(distance) if powers_of_2 else torch.exp(distance)
-    distance = distance * _LN2 if powers_of_2 else distance
-    # Only the rank that has the target knows how far below its reference that is.
-    gap = (gaps + distance).amax(0)
-    parts = others * fade
-    total_others = row_sum(parts.t())
-    nothing = torch.zeros_like(reference)
-    logp, rest, total, entropy = formula.row_summary(total_others, nothing, nothing, gap)
-    if shares.shape[1] > 3:
-        entropy = _merged_entropy(parts, others.log() + distance, shares[:, 3], gap)
-    if powers_of_2:
-        # Beyond, exponents are too coarse to be merged: see `rows_device.loses_digits`.
-        logp = logp.where(reference.abs() <= 2.0**26, torch.nan)
-    ids = rows.token_ids.reshape(-1)
-    logp = logp.where((ids >= 0) & (ids < rows.share.vocab), torch.nan)
-    table = torch.stack([logp, entropy, reference, total, rest][:columns])
-    return table if mask is None else table.where(mask.reshape(-1) != 0, 0.0)
-
-
-def _merged_entropy(
-    parts: torch.Tensor, logs: torch.Tensor, entropies: torch.Tensor, gap: torch.Tensor
-) -> torch.Tensor:
-    """Entropy of rows from those of the ranks' columns: of which rank, and then of which column.
-
-    Args:
-        parts: [ranks, n], each rank's share of `others` as `formula.row_summary` takes it.
-        logs: [ranks, n], their logarithms; -inf for 0.
-        entropies: [ranks, n], of each rank's columns but the target.
-        gap: [n], of the target.
-    """
-    # Relative to the largest part, so that a row which is certain of one rank's columns is exact.
-    top = logs.amax(0).clamp(min=-1.0)
-    logs = (logs - top).clamp(min=-1e30)
-    parts = parts * torch.exp(-top)
-    tail = row_sum(parts.masked_fill(logs == 0, 0.0).t())
-    weighted = row_sum((parts * (logs - entropies)).t())
-    return formula.row_summary(row_sum(parts.t()), tail, weighted, gap - top)[3]
 
 
 def sum_over_ranks(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
@@ -159,13 +82,17 @@ class Split(NamedTuple):
         settings = self._settings(token_ids, inputs, temperature)
         tensors = _tensors(token_ids, inputs, temperature)
         place = meeting_place(self.group, token_ids.device)
-        known = [x if isinstance(x, int) else digest(str(x)) for x in settings.values()]
-        numbers = torch.tensor([self.columns, *known]).to(place, non_blocking=True)
-        nothing = numbers.new_zeros(())
-        found = [nothing if x is None else digest_of(x).to(place) for x in tensors.values()]
-        headers = all_gather(torch.cat([numbers, torch.stack(found)]), self.group).tolist()
-        sizes = _checked_sizes(headers, settings, list(tensors), self.vocab)
-        return VocabShare(self.group, dist.get_rank(self.group), sizes)
+        facts = facts_of(settings, tensors, place)
+        message = torch.cat([facts.new_full((1,), self.columns), facts])
+        headers = all_gather(message, self.group).tolist()
+        check_facts("vocab_group", settings, list(tensors), [header[1:] for header in headers])
+        sizes = [header[0] for header in headers]
+        if self.vocab and sum(sizes) != self.vocab:
+            raise ValueError(
+                f"vocab_group: expected shares of {self.vocab} columns (V of the DTensor) in all, "
+                f"got {sizes}"
+            )
+        return VocabShare(self.group, dist.get_rank(self.group), tuple(sizes))
 
     def _settings(
         self, token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
@@ -234,39 +161,6 @@ def _tensors(
 
 def _if_tensor(x: object) -> torch.Tensor | None:
     return x if isinstance(x, torch.Tensor) else None
-
-
-def _checked_sizes(
-    headers: list[list[int]], settings: dict[str, object], tensors: list[str], vocab: int
-) -> tuple[int, ...]:
-    """The ranks' columns, from what each came with; raises where that does not fit together."""
-    columns, *facts = zip(*headers, strict=True)
-    names = (*settings, *tensors)
-    apart = {
-        name: values for name, values in zip(names, facts, strict=True) if len(set(values)) > 1
-    }
-    # Where settings differ tensors may well do so for that.
-    apart = {k: v for k, v in apart.items() if k in settings} or apart
-    came = []
-    for name, values in apart.items():
-        others = [rank for rank, value in enumerate(values) if value != values[0]]
-        if name not in settings:
-            came.append(f"others on ranks {others} than on rank 0")
-        elif isinstance(settings[name], int):
-            came.append(str(list(values)))
-        else:
-            came.append(f"{settings[name]} here, where ranks {others} differ from rank 0")
-    if apart:
-        raise ValueError(
-            f"vocab_group: expected the same {', '.join(apart)} on every rank, got "
-            f"{'; '.join(came)}"
-        )
-    if vocab and sum(columns) != vocab:
-        raise ValueError(
-            f"vocab_group: expected shares of {vocab} columns (V of the DTensor) in all, got "
-            f"{list(columns)}"
-        )
-    return tuple(columns)
 
 
 def check_vocab_group(group: Any) -> None:

@@ -153,7 +153,10 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
 def _shares(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Reference, the others' sum, gap of the target, entropy of the others."""
     top, others, gap, weighted, tail = sums
-    return top, others, gap, formula.others_entropy(others, tail, weighted, gap)
+    log_others = formula.log1p(tail).where(formula.certain_elsewhere(others, gap), others.log())
+    # Others so rare have next to no part in the entropy of the row.
+    entropy = (log_others - weighted / others).where(others > 1e-37, 0.0)
+    return top, others, gap, entropy
 
 
 def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:

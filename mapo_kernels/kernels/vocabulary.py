@@ -1,7 +1,7 @@
 """The kernel of rows that are split over ranks: what one rank's columns contribute to a row."""
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.formula import certain_elsewhere, others_entropy
+from mapo_kernels.formula import certain_elsewhere, log1p
 from mapo_kernels.kernels.row import exact_sums, row_sums
 from mapo_kernels.kernels.scoring import load_exponent, load_target
 
@@ -44,12 +44,13 @@ def share_kernel(
         reference, others, weighted, distance, own = row_sums(
             Row, target, columns, c, float("-inf"), COLUMNS > 3, R, A, WIDE
         )
-        if COLUMNS > 3:
-            # Only the entropy is made of the exact sums: a log-prob is the same without one.
-            sums, tail = others, others
-            if certain_elsewhere(others, distance) & (others > 1e-37):
+        # Others so rare have next to no part in the entropy of the row.
+        if (COLUMNS > 3) & (others > 1e-37):
+            entropy = tl.log(others) - weighted / others
+            if certain_elsewhere(others, distance):
+                # The entropy alone is made of exact sums: a log-prob is the same without one.
                 sums, tail, weighted, _ = exact_sums(Row, target, own, columns, c, R, A, WIDE)
-            entropy = others_entropy(sums, tail, weighted, distance)
+                entropy = log1p(tail) - weighted / sums
     tl.store(Table + row, reference)
     tl.store(Table + n + row, others)
     tl.store(Table + 2 * n + row, distance)

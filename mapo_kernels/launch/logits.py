@@ -144,7 +144,7 @@ def launch_shares(
     columns: int,
     out: torch.Tensor,
 ) -> None:
-    """Table [columns, rows] of what these columns contribute: see `vocab_parallel.merge_shares`."""
+    """Table [columns, rows] of what these columns contribute: see `eager.shares.merge_shares`."""
     launch_scores(logits, rows, mask, columns, out, share_kernel)
 
 

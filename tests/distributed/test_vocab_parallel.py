@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import vocab_ranks as ranks
+import vocab_sharded as sharded
 from spawn import run_ranks
-from test_extreme_inputs import exact_scores
+from support import exact_scores
 
 from mapo_kernels import config, operators
 from mapo_kernels._triton import HAS_TRITON, interprets
@@ -42,11 +43,11 @@ def merged_scores(monkeypatch, logits, ids, sizes, columns=2):
     """Log-probs and entropies of rows [n, V] from shares of these sizes, in one process."""
     shares = []
 
-    def stop(x, share):
+    def gather(x, group):
         shares.append(x)
         return torch.stack(shares) if len(shares) == len(sizes) else x.expand(len(sizes), *x.shape)
 
-    monkeypatch.setattr("mapo_kernels.distributed.vocabulary.gather", stop)
+    monkeypatch.setattr(operators, "all_gather", gather)
     for rank, part in enumerate(logits.split(sizes, -1)):
         rows = RowInputs(ids, 1.0, VocabShare(None, rank, sizes))
         table = operators.score_rows(part.contiguous(), rows, None, columns)
@@ -106,19 +107,19 @@ def test_ranks_that_disagree_are_told():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_dtensors(size):
-    for found in run_ranks(size, ranks.dtensors, "eager"):
+    for found in run_ranks(size, sharded.dtensors, "eager"):
         for expected, message in found.items():
             assert expected in message, found
             assert "expected" in message and "got" in message
 
 
 def test_fully_sharded():
-    for found in run_ranks(2, ranks.fsdp, "eager"):
+    for found in run_ranks(2, sharded.fsdp, "eager"):
         assert len(found) == 2 and all(what in message for what, message in found.items()), found
 
 
 def test_fully_sharded_and_split():
-    run_ranks(4, ranks.fsdp_of_split_rows, "eager")
+    run_ranks(4, sharded.fsdp_of_split_rows, "eager")
 
 
 def test_the_documentation():

@@ -12,7 +12,13 @@ import pytest
 # Every process of `pytest -n` that runs one of these compiles all kernels.
 pytestmark = pytest.mark.xdist_group("codegen")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# One target of each maker is quick: compiling all kernels for one takes a minute.
+NVIDIA = [
+    pytest.param("sm_80", marks=pytest.mark.slow),
+    "sm_90",
+    pytest.param("sm_100", marks=pytest.mark.slow),
+]
+TARGETS = [*NVIDIA, "gfx942"]
 TOKENS_PER_THREAD = 4
 
 
@@ -86,7 +92,7 @@ def longest(kernel):
     return max(loop["instructions"] for loop in kernel["loops"])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_arithmetic_budget_of_the_loss(target):
     """On an H200 13 bytes of memory traffic take as long as about 90 instructions of one token."""
     (loss,) = compile_case(target, "clip")["kernels"]["token_loss_kernel"]
@@ -112,7 +118,7 @@ def test_lengths_and_hyper_parameters_do_not_recompile():
     assert len(report["kernels"]["scale_kernel"]) <= 2
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("case", ["logits", "logits, given advantages", "entropy bonus"])
 def test_a_multiprocessor_holds_one_row(target, case):
     """Two programs of 1024 threads would share it, and their rows the cache, at 32 registers."""

@@ -1,14 +1,15 @@
 """torch.compile(fullgraph=True) and CUDA graphs around the public functions."""
 
+import itertools
+
 import pytest
 import torch
 from support import assert_close, make_batch, make_logits
 
 import mapo_kernels as mk
-from mapo_kernels import advantages
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, empty_results
 from mapo_kernels.door import packed
-from mapo_kernels.launch import logits
+from mapo_kernels.launch import advantages, logits
 from mapo_kernels.launch import logprobs as tokens
 
 
@@ -38,7 +39,8 @@ def arguments(device, length=9):
     return logp.requires_grad_(), old, mask, rewards, ids, ref
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+# Without `dynamic` the second length makes the graph for every size, too.
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fullgraph(dynamic, device):
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -198,10 +200,15 @@ def logits_arguments(device, length=3):
     return logits.requires_grad_(), ids, old, mask, rewards
 
 
-@pytest.mark.pairwise
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("dynamic", [False, True])
+# Between them every value; each takes seconds to trace.
+QUICK = [(True, "token", False), (False, "sequence", True)]
+SETTINGS = itertools.product((False, True), ("token", "sequence"), (False, True))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "level", "inplace"),
+    [pytest.param(*x, marks=[] if x in QUICK else pytest.mark.slow) for x in SETTINGS],
+)
 def test_fullgraph_from_logits(dynamic, level, inplace, device):
     spec = mk.LossSpec(importance_level=level, entropy_coef=0.1, aggregation="seq-mean-token-mean")
 

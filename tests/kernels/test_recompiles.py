@@ -83,9 +83,9 @@ def source(name, n, tokens=()):
 @pytest.mark.parametrize(
     ("where", "layout", "varied", "spec"),
     [
-        ("advantages", "padded", "sequences", TOKEN),
+        pytest.param("advantages", "padded", "sequences", TOKEN, marks=pytest.mark.slow),
         ("group_size", "padded", "tokens", NORM),
-        ("plan", "padded", "both", SEQUENCE),
+        pytest.param("plan", "padded", "both", SEQUENCE, marks=pytest.mark.slow),
         ("plan", "packed", "both", SEQUENCE),
         ("per_token", "packed", "both", mk.LossSpec()),
     ],

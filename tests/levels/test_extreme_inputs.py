@@ -2,10 +2,9 @@
 
 import math
 
-import mpmath
 import pytest
 import torch
-from support import assert_accurate, assert_close, make_logits
+from support import assert_accurate, assert_close, exact_scores, make_logits
 
 import mapo_kernels as mk
 import reference
@@ -163,15 +162,6 @@ def test_a_row_of_minus_infinity_has_no_log_prob(device):
     assert logp[0, 0].isnan() and logp[0, 1] == 0
 
 
-def exact_scores(row, token):
-    """Log-prob and entropy in more digits than float64 has: it loses 1 in 1 + e^-60."""
-    with mpmath.workdps(60):
-        powers = [mpmath.exp(mpmath.mpf(float(x) - float(row.max()))) for x in row]
-        total = mpmath.fsum(powers)
-        entropy = -mpmath.fsum(p / total * mpmath.log(p / total) for p in powers)
-        return float(mpmath.log(powers[token] / total)), float(entropy)
-
-
 @pytest.mark.parametrize("gap", [8.0, 16.0, 32.0, 60.0])
 @pytest.mark.parametrize("offset", [0.0, 30.1, -1000.3])
 def test_entropy_of_a_certain_row_whose_token_is_the_unlikely_one(gap, offset, device):
@@ -298,3 +288,12 @@ def test_accuracy_of_entropies_by_the_rule(device):
     for i in range(40):
         plain = -(logp.exp() * logp).sum(-1)[:, i]
         assert_accurate(entropy[:, i], exact[:, i], plain)
+
+
+@pytest.mark.parametrize("certainty", ["step", 0.0])
+def test_a_mean_of_minus_eps_is_not_divided_by_where_it_has_no_weight(certainty, device):
+    rewards = torch.tensor([-2.0, 0.0, -2.0, 0.0], device=device)
+    success = torch.tensor([True, False, True, False], device=device)
+    settings = {"std_correction": 0, "eps": 1.0, "apd": "paper", "certainty": certainty}
+    found = mk.group_advantages(rewards, group_size=4, success=success, **settings)
+    assert found.tolist() == [-0.5, 0.5, -0.5, 0.5]

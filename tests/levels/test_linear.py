@@ -45,7 +45,7 @@ def test_every_combination_equals_the_oracle_in_float64(policy, level, head, agg
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize(
-    ("aggregation", "bonus"), zip(AGGREGATIONS, (0.0, 0.1, 0.0, 0.1), strict=True)
+    ("aggregation", "bonus"), list(zip(AGGREGATIONS, (0.0, 0.1, 0.0, 0.1), strict=True))
 )
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("head", HEADS, ids=str)

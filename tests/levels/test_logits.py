@@ -47,7 +47,7 @@ def check_against_oracle(batch, spec, device, tolerance, temperature=1.0):
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize(("mask", "bonus"), zip(MASKS, BONUSES, strict=True))
+@pytest.mark.parametrize(("mask", "bonus"), list(zip(MASKS, BONUSES, strict=True)))
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kl", KLS, ids=str)
@@ -64,7 +64,7 @@ def test_every_combination_equals_the_oracle_in_float64(
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize(
-    ("aggregation", "mask", "bonus"), zip(AGGREGATIONS, MASKS, BONUSES, strict=True)
+    ("aggregation", "mask", "bonus"), list(zip(AGGREGATIONS, MASKS, BONUSES, strict=True))
 )
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kl", [KLS[0], KLS[-1]], ids=str)

@@ -11,7 +11,7 @@ from support import make_batch, make_logits, pack
 
 import mapo_kernels as mk
 from mapo_kernels.batch import RowInputs, VocabShare
-from mapo_kernels.distributed import vocabulary
+from mapo_kernels.eager import shares as merged
 from mapo_kernels.eager.sums import row_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -155,7 +155,7 @@ def test_a_row_split_over_ranks_is_merged_alone_as_in_a_batch(ranks, device):
 
     def merge(rows):
         given = RowInputs(ids[rows], 1.0, share)
-        return vocabulary.merge_shares(shares[..., rows], given, None, 5, False)
+        return merged.merge_shares(shares[..., rows], given, None, 5, False)
 
     whole = merge(slice(None))
     for i in range(19):

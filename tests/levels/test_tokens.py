@@ -48,7 +48,7 @@ def test_every_combination_equals_the_oracle_in_float64(policy, kl, level, aggre
 
 @pytest.mark.pairwise
 # Each aggregation meets one mask here; the float64 test above has the full product.
-@pytest.mark.parametrize(("aggregation", "mask"), zip(AGGREGATIONS, MASKS, strict=True))
+@pytest.mark.parametrize(("aggregation", "mask"), list(zip(AGGREGATIONS, MASKS, strict=True)))
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kl", KLS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
