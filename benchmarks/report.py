@@ -111,7 +111,7 @@ def about(found: Row) -> str:
 
 def notes(found: Row) -> list[str]:
     """What was not measured, and why: a sentence each."""
-    absent: dict[str, None] = {}
+    absent: dict[str, None] = {}  # in order, each once
     bad: dict[str, None] = {}
     for row in found["rows"]:
         if row["status"] == "unavailable":
