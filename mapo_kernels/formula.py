@@ -362,8 +362,9 @@ def reward_unit(lowest, highest, large, unit):
 @jit
 def row_advantage(deviation, finite, factor, limit):
     """Advantage of one row of a group, within [-limit, limit]; 0 where its reward is not finite."""
-    # A factor of 0 means exactly 0: a NaN or an overflow times 0 would not be.
-    return tl.where(finite & (factor != 0), clamp(deviation * factor, -limit, limit), 0.0)
+    # A deviation or a factor of 0 means exactly 0: a NaN or an overflow times 0 would not be.
+    some = finite & (factor != 0) & (deviation != 0)
+    return tl.where(some, clamp(deviation * factor, -limit, limit), 0.0)
 
 
 @jit

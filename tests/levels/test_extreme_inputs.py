@@ -297,3 +297,11 @@ def test_a_mean_of_minus_eps_is_not_divided_by_where_it_has_no_weight(certainty,
     settings = {"std_correction": 0, "eps": 1.0, "apd": "paper", "certainty": certainty}
     found = mk.group_advantages(rewards, group_size=4, success=success, **settings)
     assert found.tolist() == [-0.5, 0.5, -0.5, 0.5]
+
+
+def test_a_reward_at_the_mean_is_worth_nothing_whatever_the_factor(device):
+    rewards = torch.tensor([-(2.0**127), 1.0, 2.0**127], device=device)
+    settings = {"std_correction": 0, "eps": 1e-30, "apd": "paper", "certainty": 0.1}
+    found = mk.group_advantages(rewards, group_size=3, **settings)
+    # The mean is 0, and eps is 0 in the unit of such rewards.
+    assert found[1] == 0 and found[0] == -found[2] == -torch.finfo(torch.float32).max

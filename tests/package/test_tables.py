@@ -1,4 +1,4 @@
-"""A new aggregation, and a new metric, are a line in one table each: every level and backend has it.
+"""A new aggregation, or metric, is a line in one table: every level and backend has it.
 
 The lines are added to a copy of the package, which another process then uses.
 """
