@@ -158,7 +158,11 @@ def row_summary(others, tail, weighted, gap):
     rest = others / total
     near = gap > -1.0
     log_total = tl.log(tl.where(total > 0, total, float("nan")))
-    logp = tl.where(near, -log1p(others * exp(tl.where(near, -gap, 0.0))), gap - log_total)
+    logp = tl.where(
+        near,
+        -log1p(others * exp(tl.where(near, -gap, 0.0))),
+        gap - log_total,
+    )
     # A target of -inf has p log p = 0.
     bounded = tl.where(gap < -1e30, -1e30, gap)
     entropy = tl.where(

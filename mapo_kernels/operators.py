@@ -1,4 +1,4 @@
-"""The computations that losses are made of, each behind its door."""
+"""The computations that losses are made of, each on the backend that its tensors take."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mapo_kernels.batch import (
     empty_results,
     replaced,
 )
+from mapo_kernels.dispatch import dispatched
 from mapo_kernels.distributed.agreement import all_gather
-from mapo_kernels.door import door
 from mapo_kernels.eager import logits as eager_logits
 from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
@@ -61,18 +61,24 @@ def _eager_rescale(upstream: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_advantages = door(
+_advantages = dispatched(
     launch_groups.launch_advantages, _eager_advantages, launch_groups.empty_advantages
 )
-_token_loss = door(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)
-_logits_loss = door(launch_logits.launch_logits_loss, eager_token_loss, launch_logits.empty_loss)
-_scores = door(launch_logits.launch_scores, eager_logits.eager_scores, launch_logits.empty_scores)
-_shares = door(launch_logits.launch_shares, eager_logits.eager_shares, launch_logits.empty_scores)
-_gradient = door(
+_token_loss = dispatched(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)
+_logits_loss = dispatched(
+    launch_logits.launch_logits_loss, eager_token_loss, launch_logits.empty_loss
+)
+_scores = dispatched(
+    launch_logits.launch_scores, eager_logits.eager_scores, launch_logits.empty_scores
+)
+_shares = dispatched(
+    launch_logits.launch_shares, eager_logits.eager_shares, launch_logits.empty_scores
+)
+_gradient = dispatched(
     launch_logits.launch_gradient, eager_logits.eager_gradient, launch_logits.empty_gradient
 )
-_rescale = door(launch_logits.launch_rescale, _eager_rescale, launch_logits.empty_gradient)
-scale_gradient = door(launch_logprobs.launch_scale, _eager_scale, _empty_scaled)
+_rescale = dispatched(launch_logits.launch_rescale, _eager_rescale, launch_logits.empty_gradient)
+scale_gradient = dispatched(launch_logprobs.launch_scale, _eager_scale, _empty_scaled)
 
 
 def group_advantages(

@@ -99,13 +99,13 @@ MUTANTS = (
         TOKENS,
     ),
     Mutant(
-        "live = inside & (offs >= begin) & (offs < end)",
-        "live = inside & (offs < end)",
+        "valid = inside & (offs >= begin) & (offs < end)",
+        "valid = inside & (offs < end)",
         TOKENS,
     ),
     Mutant(
-        "limit = tl.where(sequence == n_sequences - 1, length, end)",
-        "limit = end",
+        "write_end = tl.where(sequence == n_sequences - 1, length, end)",
+        "write_end = end",
         TOKENS,
     ),
     Mutant("tl.maximum(s.metrics[i], x.metrics[i])", "x.metrics[i]", TOKENS),
@@ -115,7 +115,7 @@ MUTANTS = (
         TOKENS,
     ),
     Mutant(
-        "tl.sum(slope_sum, 0) / n_live * scale",
+        "tl.sum(slope_sum, 0) / n_valid * scale",
         "tl.sum(slope_sum, 0) * scale",
         TOKENS,
     ),

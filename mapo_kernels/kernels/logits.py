@@ -11,25 +11,25 @@ from mapo_kernels.kernels.advantages import advantage_of_sequence
 from mapo_kernels.kernels.row import row_statistics, write_gradient, write_zeros
 from mapo_kernels.kernels.scoring import load_exponent, load_target
 from mapo_kernels.kernels.token import (
-    arrive,
-    live_tokens,
     no_scores,
+    publish_sums,
     score_tokens,
     sequence_bounds,
     sequence_statistics,
     token_signal,
     total_scores,
+    valid_tokens,
 )
 
 
 @jit
-def count_live(Mask, begin, end, BLOCK_T: tl.constexpr):
+def count_valid(Mask, begin, end, BLOCK_T: tl.constexpr):
     """Live tokens of a whole batch, whose mask is contiguous."""
     count = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
-        _, live = live_tokens(Mask, 0, offs, begin, end, end)
-        count = count + live.to(tl.float32)
+        _, valid = valid_tokens(Mask, 0, offs, begin, end, end)
+        count = count + valid.to(tl.float32)
     return tl.sum(count, 0)
 
 
@@ -49,13 +49,13 @@ class Matrix(NamedTuple):
 
     pointer: Any
     stride: Any
-    gap: Any
+    stride_sequence: Any
 
 
 @jit
 def row_of(matrix, row, sequence):
     """Where a row of a matrix begins."""
-    return matrix.pointer + (row * matrix.stride + sequence * matrix.gap)
+    return matrix.pointer + (row * matrix.stride + sequence * matrix.stride_sequence)
 
 
 @jit
@@ -71,9 +71,20 @@ def batch_divisor(batch, Mask, n_sequences, n_rows, BLOCK_T: tl.constexpr):
         if batch.cu_seqlens is not None:
             first = tl.maximum(tl.load(batch.cu_seqlens).to(tl.int32), 0)
             last = tl.minimum(tl.load(batch.cu_seqlens + n_sequences).to(tl.int32), n_rows)
-        divisor = count_live(Mask, first, last, BLOCK_T)
+        divisor = count_valid(Mask, first, last, BLOCK_T)
     # A row asks, so that there is an active token.
     return loss_denominator(divisor, 1.0)
+
+
+@jit
+def entropy_weight(tokens, row, numbers, scale):
+    """What the entropy of a row is worth, 0 without a bonus; `scale` is that of the row's loss."""
+    weight = 0.0
+    if numbers.entropy_coef is not None:
+        weight = numbers.entropy_coef * scale
+        if tokens.loss_weight is not None:
+            weight = weight * tl.load(tokens.loss_weight + row).to(tl.float32)
+    return weight
 
 
 @jit(do_not_specialize=["n_sequences", "length", "group_size"])
@@ -100,10 +111,9 @@ def logits_loss_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
@@ -113,9 +123,11 @@ def logits_loss_kernel(
     end = begin + length
     if batch.cu_seqlens is not None:
         sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
-        begin, end, cover, limit = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, n_rows)
+        begin, end, write_begin, write_end = sequence_bounds(
+            batch.cu_seqlens, sequence, n_sequences, n_rows
+        )
     offs = row + tl.arange(0, 1)  # [1], as everything about the token
-    inside, live = live_tokens(tokens.mask, 0, offs, begin, end, n_rows)
+    inside, valid = valid_tokens(tokens.mask, 0, offs, begin, end, n_rows)
 
     group = None
     advantage = tl.full([], 1.0, tl.float32)
@@ -123,18 +135,18 @@ def logits_loss_kernel(
         nothing = tl.full([], 0.0, tl.float32)
         group = GroupMetrics(nothing, nothing, nothing, nothing, nothing)
         # Every sequence's first row speaks for it, be it masked or not.
-        if tl.max((live | (offs == begin)).to(tl.int32), 0) > 0:
+        if tl.max((valid | (offs == begin)).to(tl.int32), 0) > 0:
             advantage, group = advantage_of_sequence(
                 rewards, AdvantageOut, sequence, row - begin, n_sequences, group_size,
                 group_numbers, GROUP, BLOCK_G,
             )  # fmt: skip
     elif Advantage is not None:
         advantage = tl.load(Advantage + sequence).to(tl.float32)
-    candidates = live
+    candidates = valid
     if not LOSS.score_all:
-        candidates = live & (tl.where(live, advantage, 0.0) != 0)
+        candidates = valid & (tl.where(valid, advantage, 0.0) != 0)
     advantages, weight, scored = token_signal(tokens, 0, offs, inside, candidates, advantage, LOSS)
-    active = live.to(tl.float32)
+    active = valid.to(tl.float32)
     sums = total_scores(no_scores(1), active, 1.0)
 
     wide, wide_sequence = row.to(tl.int64), sequence.to(tl.int64)
@@ -145,38 +157,34 @@ def logits_loss_kernel(
             index = sequence if batch.cu_seqlens is None else row
             c = load_exponent(Temperature, index, c, True)
         reference, total, logp, rest, entropy = row_statistics(
-            Row, target, vocab, c, True, R, A, WIDE
+            Row, target, vocab, c, True, THREADS, VECTOR, WIDE
         )
         zero = tl.zeros([1], tl.float32)
         scores, d_log_ratio, d_logp = score_tokens(
             zero + logp, tokens, 0, offs, inside, scored, advantages, weight, zero + entropy, 0.0,
             numbers, LOSS,
         )  # fmt: skip
-        n_live = 1.0
+        n_valid = 1.0
         if LOSS.divisor == "tokens":
-            n_live, mean, signal = sequence_statistics(zero, tokens, 0, begin, end, False, BLOCK_T)
-        scale = 1.0 / sequence_divisor(n_live, max_tokens, LOSS)
+            n_valid, mean, signal = sequence_statistics(zero, tokens, 0, begin, end, False, BLOCK_T)
+        scale = 1.0 / sequence_divisor(n_valid, max_tokens, LOSS)
         sums = total_scores(scores, active, scale)
         if out is not None:
             scale = scale / batch_divisor(batch, tokens.mask, n_sequences, n_rows, BLOCK_T)
             slope = tl.sum(d_logp + d_log_ratio, 0) * scale
             has_slope = 1
-            bonus = 0.0
-            if numbers.entropy_coef is not None:
-                bonus = numbers.entropy_coef * scale
-                if tokens.loss_weight is not None:
-                    bonus = bonus * tl.load(tokens.loss_weight + row).to(tl.float32)
-            else:
+            bonus = entropy_weight(tokens, row, numbers, scale)
+            if numbers.entropy_coef is None:
                 has_slope = tl.where(slope != 0, 1, 0)
             Out = row_of(out, wide, wide_sequence)
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    bonus, numbers.entropy_coef is not None, R, A, WIDE, CONVERTS,
+                    bonus, numbers.entropy_coef is not None, THREADS, VECTOR, WIDE,
                 )  # fmt: skip
             else:
-                write_zeros(Out, vocab, R, A, WIDE)
+                write_zeros(Out, vocab, THREADS, VECTOR, WIDE)
     elif out is not None:
-        write_zeros(row_of(out, wide, wide_sequence), vocab, R, A, WIDE)
+        write_zeros(row_of(out, wide, wide_sequence), vocab, THREADS, VECTOR, WIDE)
 
-    arrive(sums, group, batch, row, n_rows, BLOCK_P)
+    publish_sums(sums, group, batch, row, n_rows, BLOCK_P)

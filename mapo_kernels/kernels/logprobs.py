@@ -12,27 +12,27 @@ from mapo_kernels.formula import sequence_divisor
 from mapo_kernels.kernels.advantages import advantage_of_sequence
 from mapo_kernels.kernels.token import (
     add_scores,
-    arrive,
-    live_tokens,
     load_row,
     no_scores,
+    publish_sums,
     score_tokens,
     sequence_bounds,
     sequence_statistics,
     token_signal,
     total_scores,
+    valid_tokens,
 )
 
 
 @jit
 def spread_slope(Grad, Mask, row, slope, begin, end, BLOCK_T: tl.constexpr):
-    """Add a sequence's common slope to the gradient of its live tokens."""
+    """Add a sequence's common slope to the gradient of its valid tokens."""
     tl.debug_barrier()
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
-        inside, live = live_tokens(Mask, row, offs, begin, end, end)
+        inside, valid = valid_tokens(Mask, row, offs, begin, end, end)
         grad = tl.load(Grad + row + offs, mask=inside, other=0.0)
-        tl.store(Grad + row + offs, grad + tl.where(live, slope, 0.0), mask=inside)
+        tl.store(Grad + row + offs, grad + tl.where(valid, slope, 0.0), mask=inside)
 
 
 @jit(do_not_specialize=["n_sequences", "n_splits", "group_size"])
@@ -62,7 +62,9 @@ def token_loss_kernel(
     n_programs = n_sequences * n_splits
     sequence = pid // n_splits
     split = pid % n_splits
-    begin, end, cover, limit = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, length)
+    begin, end, write_begin, write_end = sequence_bounds(
+        batch.cu_seqlens, sequence, n_sequences, length
+    )
     row = sequence.to(tl.int64) * (length if batch.cu_seqlens is None else 0)
 
     group = None
@@ -75,30 +77,30 @@ def token_loss_kernel(
     elif Advantage is not None:
         advantage = tl.load(Advantage + sequence).to(tl.float32)
 
-    n_live = 1.0
+    n_valid = 1.0
     mean_log_ratio = 0.0
     # A sequence without signal needs no statistics: nothing of it will be scored.
-    stop = end
+    stats_end = end
     if not LOSS.score_all:
-        stop = tl.where(advantage != 0, end, begin)
+        stats_end = tl.where(advantage != 0, end, begin)
     if LOSS.sequence_level or LOSS.divisor == "tokens":
-        n_live, mean_log_ratio, signal = sequence_statistics(
-            Logp, tokens, row, begin, stop, LOSS.sequence_level, BLOCK_T
+        n_valid, mean_log_ratio, signal = sequence_statistics(
+            Logp, tokens, row, begin, stats_end, LOSS.sequence_level, BLOCK_T
         )
         if LOSS.sequence_level:
             advantage = tl.where(signal > 0, advantage, 0.0)
-    scale = 1.0 / sequence_divisor(n_live, max_tokens, LOSS)
+    scale = 1.0 / sequence_divisor(n_valid, max_tokens, LOSS)
 
     sums = no_scores(BLOCK_T)
     active = tl.zeros([BLOCK_T], tl.float32)
     slope_sum = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(cover + split * BLOCK_T, limit, n_splits * BLOCK_T):
+    for start in range(write_begin + split * BLOCK_T, write_end, n_splits * BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
-        inside, live = live_tokens(tokens.mask, row, offs, begin, end, limit)
-        active = active + live.to(tl.float32)
-        candidates = live
+        inside, valid = valid_tokens(tokens.mask, row, offs, begin, end, write_end)
+        active = active + valid.to(tl.float32)
+        candidates = valid
         if not LOSS.score_all:
-            candidates = live & (tl.where(live, advantage, 0.0) != 0)
+            candidates = valid & (tl.where(valid, advantage, 0.0) != 0)
         grad = tl.zeros([BLOCK_T], tl.float32)
         # A block without work (padding, or a sequence without signal) reads nothing but its mask.
         if tl.max(candidates.to(tl.int32), 0) > 0:
@@ -122,11 +124,11 @@ def token_loss_kernel(
         if Grad is not None:
             tl.store(Grad + row + offs, grad * scale, mask=inside)
     if Grad is not None and LOSS.sequence_level:
-        # The mean over a sequence is self-adjoint: every live token gets the mean of the slopes.
-        slope = tl.sum(slope_sum, 0) / n_live * scale
-        spread_slope(Grad, tokens.mask, row, slope, begin, stop, BLOCK_T)
+        # The mean over a sequence is self-adjoint: every valid token gets the mean of the slopes.
+        slope = tl.sum(slope_sum, 0) / n_valid * scale
+        spread_slope(Grad, tokens.mask, row, slope, begin, stats_end, BLOCK_T)
 
-    arrive(total_scores(sums, active, scale), group, batch, pid, n_programs, BLOCK_P)
+    publish_sums(total_scores(sums, active, scale), group, batch, pid, n_programs, BLOCK_P)
 
 
 @jit

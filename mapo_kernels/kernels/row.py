@@ -14,22 +14,22 @@ from mapo_kernels.formula import certain_elsewhere, exp, row_summary
 
 
 @jit
-def tile_columns(R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
-    """Columns [R, A] of a tile: A of each of R threads, so that a thread's maximum is its own.
+def tile_columns(THREADS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    """Columns [THREADS, VECTOR] of a tile: each thread has its own, and a maximum of them.
 
     They are adjacent where a row is aligned to 16 bytes, which a thread reads at once. Elsewhere
     neighbouring threads read neighbouring columns.
     """
     if WIDE:
-        columns = tl.arange(0, R)[:, None] * A + tl.arange(0, A)[None, :]
+        columns = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     else:
-        columns = tl.arange(0, R)[:, None] + tl.arange(0, A)[None, :] * R
+        columns = tl.arange(0, THREADS)[:, None] + tl.arange(0, VECTOR)[None, :] * THREADS
     return columns
 
 
 @jit
 def load_tile(Row, offs, vocab, target, MASKED: tl.constexpr):
-    """One tile [R, A] of a row in float32; -inf at the target and beyond the row if MASKED."""
+    """One tile of a row in float32; if MASKED, -inf at the target and beyond the row."""
     if MASKED:
         x = tl.load(
             Row + offs, mask=offs < vocab, other=float("-inf"), eviction_policy="evict_last"
@@ -52,14 +52,14 @@ def fold_block(
     target,
     MASKED: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Add two tiles to every thread's running maximum, sum of 2^d and sum of 2^d d."""
-    offs = start + tile_columns(R, A, WIDE)
+    offs = start + tile_columns(THREADS, VECTOR, WIDE)
     x0 = load_tile(Row, offs, vocab, target, MASKED)
-    x1 = load_tile(Row, offs + R * A, vocab, target, MASKED)
+    x1 = load_tile(Row, offs + THREADS * VECTOR, vocab, target, MASKED)
     new_top = tl.maximum(top, tl.maximum(tl.max(x0, 1), tl.max(x1, 1)) * c)
     fade = tl.exp2(top - new_top)
     d0 = tl.fma(x0, c, -new_top[:, None])
@@ -82,8 +82,8 @@ def row_sums(
     c,
     absent,
     HAS_ENTROPY: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Read a row once. `target` is its token id, or -1 where it has none: its logit is `absent`.
@@ -91,12 +91,12 @@ def row_sums(
     Returns (reference m in units of log 2, then what `row_summary` takes: others, weighted, gap),
     and the target's logit.
     """
-    BLOCK: tl.constexpr = 2 * R * A
+    BLOCK: tl.constexpr = 2 * THREADS * VECTOR
     # Not -inf, which would make NaN of the first difference; and not so low that the exponents of a
     # thread's own columns lose their digits, and overflow. A row that lies lower `loses_digits`.
-    top = tl.full([R], -134217728.0, tl.float32)
-    total = tl.zeros([R], tl.float32)
-    weighted = tl.zeros([R], tl.float32)
+    top = tl.full([THREADS], -134217728.0, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    weighted = tl.zeros([THREADS], tl.float32)
     n_full = vocab // BLOCK
     # The target stays out of the sums, so its block is left to the masked loop.
     inside = (target >= 0) & (target < n_full * BLOCK)
@@ -104,13 +104,15 @@ def row_sums(
     for i in range(0, n_full - tl.where(inside, 1, 0)):
         start = (i + tl.where(i >= own, 1, 0)) * BLOCK
         top, total, weighted = fold_block(
-            Row, start, top, total, weighted, c, vocab, target, False, HAS_ENTROPY, R, A, WIDE
-        )
+            Row, start, top, total, weighted, c, vocab, target, False, HAS_ENTROPY,
+            THREADS, VECTOR, WIDE,
+        )  # fmt: skip
     for k in range(tl.where(inside, 0, 1), tl.where(n_full * BLOCK < vocab, 2, 1)):
         start = tl.where(k == 0, own, n_full) * BLOCK
         top, total, weighted = fold_block(
-            Row, start, top, total, weighted, c, vocab, target, True, HAS_ENTROPY, R, A, WIDE
-        )
+            Row, start, top, total, weighted, c, vocab, target, True, HAS_ENTROPY,
+            THREADS, VECTOR, WIDE,
+        )  # fmt: skip
     index = target + tl.arange(0, 1)
     x = tl.load(Row + index, mask=index >= 0, other=absent).to(tl.float32)
     x = tl.sum(x, 0)
@@ -130,30 +132,34 @@ def loses_digits(reference):
 
 
 @jit
-def largest_logit(Row, target, vocab, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+def largest_logit(
+    Row, target, vocab, THREADS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr
+):
     """The largest column of a row but for `target`; -1 leaves none out."""
-    top = tl.full([R], float("-inf"), tl.float32)
-    for start in range(0, vocab, R * A):
-        x = load_tile(Row, start + tile_columns(R, A, WIDE), vocab, target, True)
+    top = tl.full([THREADS], float("-inf"), tl.float32)
+    for start in range(0, vocab, THREADS * VECTOR):
+        x = load_tile(Row, start + tile_columns(THREADS, VECTOR, WIDE), vocab, target, True)
         top = tl.maximum(top, tl.max(x, 1))
     return tl.max(top, 0)
 
 
 @jit
-def exact_sums(Row, target, own, vocab, c, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+def exact_sums(
+    Row, target, own, vocab, c, THREADS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr
+):
     """What `row_summary` takes, by exact differences from the largest logit: two more readings.
 
     For the few rows that need it; `own` is the target's logit.
     Returns (others, tail, weighted, gap).
     """
-    largest = largest_logit(Row, target, vocab, R, A, WIDE)
+    largest = largest_logit(Row, target, vocab, THREADS, VECTOR, WIDE)
     base = tl.maximum(largest, own)
     gap = (own - base) * c
-    others = tl.zeros([R], tl.float32)
-    tail = tl.zeros([R], tl.float32)
-    weighted = tl.zeros([R], tl.float32)
-    for start in range(0, vocab, R * A):
-        x = load_tile(Row, start + tile_columns(R, A, WIDE), vocab, target, True)
+    others = tl.zeros([THREADS], tl.float32)
+    tail = tl.zeros([THREADS], tl.float32)
+    weighted = tl.zeros([THREADS], tl.float32)
+    for start in range(0, vocab, THREADS * VECTOR):
+        x = load_tile(Row, start + tile_columns(THREADS, VECTOR, WIDE), vocab, target, True)
         d = (x - base) * c
         power = tl.exp2(d)
         others = others + tl.sum(power, 1)
@@ -170,18 +176,18 @@ def row_statistics(
     vocab,
     c,
     HAS_ENTROPY: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """(reference, total, logp, rest, entropy) of a whole row: NaN where it has no target."""
     reference, others, weighted, gap, own = row_sums(
-        Row, target, vocab, c, float("nan"), HAS_ENTROPY, R, A, WIDE
+        Row, target, vocab, c, float("nan"), HAS_ENTROPY, THREADS, VECTOR, WIDE
     )
     logp, rest, total, entropy = row_summary(others, others - 1.0, weighted, gap)
     is_coarse = loses_digits(reference) & (target >= 0)
     if is_coarse | (HAS_ENTROPY & certain_elsewhere(others, gap)):
-        others, tail, weighted, gap = exact_sums(Row, target, own, vocab, c, R, A, WIDE)
+        others, tail, weighted, gap = exact_sums(Row, target, own, vocab, c, THREADS, VECTOR, WIDE)
         exact_logp, exact_rest, exact_total, entropy = row_summary(others, tail, weighted, gap)
         if is_coarse:
             logp = exact_logp
@@ -191,27 +197,11 @@ def row_statistics(
 
 
 @jit
-def narrow(x, dtype: tl.constexpr, CONVERTS: tl.constexpr):
-    """`x` rounded to nearest, ties to even, in the dtype of the gradient.
-
-    Where the hardware has no conversion to bfloat16, the compiler's own takes five instructions, of
-    which two keep a NaN from overflowing. One that stems from bfloat16 cannot.
-    """
-    if dtype == tl.bfloat16 and not CONVERTS:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = bits + 32767 + ((bits >> 16) & 1)
-        y = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        y = x.to(dtype)
-    return y
-
-
-@jit
-def write_zeros(Out, vocab, R: tl.constexpr, A: tl.constexpr, WIDE: tl.constexpr):
+def write_zeros(Out, vocab, THREADS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
     """The gradient of a row that needs none."""
-    zeros = tl.zeros([R, A], Out.dtype.element_ty)
-    for start in range(0, vocab, R * A):
-        offs = start + tile_columns(R, A, WIDE)
+    zeros = tl.zeros([THREADS, VECTOR], Out.dtype.element_ty)
+    for start in range(0, vocab, THREADS * VECTOR):
+        offs = start + tile_columns(THREADS, VECTOR, WIDE)
         tl.store(Out + offs, zeros, mask=offs < vocab)
 
 
@@ -228,7 +218,6 @@ def gradient_tile(
     MASKED: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BONUS: tl.constexpr,
-    CONVERTS: tl.constexpr,
 ):
     """2^d (factor + tilt d) of one tile of a row, to where the gradient goes.
 
@@ -248,7 +237,7 @@ def gradient_tile(
         grad = tl.exp2(d) * tl.fma(tl.maximum(d, -1e30), tilt, factor)
     else:
         grad = tl.exp2(d) * factor
-    grad = narrow(grad, Out.dtype.element_ty, CONVERTS)
+    grad = grad.to(Out.dtype.element_ty)
     if MASKED:
         tl.store(Out + offs, grad, mask=offs < vocab, eviction_policy="evict_first")
     else:
@@ -270,10 +259,9 @@ def write_gradient(
     slope,
     bonus,
     HAS_BONUS: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
 ):
     """Read a row again and write d loss / d logits, from `slope` = d loss / d logp.
 
@@ -290,29 +278,27 @@ def write_gradient(
         factor = factor + bonus * (entropy - tl.log(total)) / total
         tilt = bonus * 0.6931471805599453 / total
         at_target = at_target + bonus * exp(logp) * (tl.maximum(logp, -1e30) + entropy)
-    tile = tile_columns(R, A, WIDE)
-    n_full = vocab // (2 * R * A)
+    tile = tile_columns(THREADS, VECTOR, WIDE)
+    n_full = vocab // (2 * THREADS * VECTOR)
     if loses_digits(reference):
-        base = largest_logit(Row, -1, vocab, R, A, WIDE)
-        for start in range(0, vocab, R * A):
+        base = largest_logit(Row, -1, vocab, THREADS, VECTOR, WIDE)
+        for start in range(0, vocab, THREADS * VECTOR):
             gradient_tile(
                 Row, Out, start + tile, vocab, c, base, factor, tilt, True, True, HAS_BONUS,
-                CONVERTS,
             )  # fmt: skip
         n_full = 0
     else:
-        for start in range(n_full * (2 * R * A), vocab, R * A):
+        for start in range(n_full * (2 * THREADS * VECTOR), vocab, THREADS * VECTOR):
             gradient_tile(
                 Row, Out, start + tile, vocab, c, reference, factor, tilt, True, False, HAS_BONUS,
-                CONVERTS,
             )  # fmt: skip
     for i in range(0, n_full):
-        start = (n_full - 1 - i) * (2 * R * A)
+        start = (n_full - 1 - i) * (2 * THREADS * VECTOR)
         for u in tl.static_range(2):
+            offs = start + u * (THREADS * VECTOR) + tile
             gradient_tile(
-                Row, Out, start + u * (R * A) + tile, vocab, c, reference, factor, tilt, False,
-                False, HAS_BONUS, CONVERTS,
-            )  # fmt: skip
+                Row, Out, offs, vocab, c, reference, factor, tilt, False, False, HAS_BONUS
+            )
     # Another thread wrote the target's column, so this one waits for it.
     tl.debug_barrier()
     index = target + tl.arange(0, 1)

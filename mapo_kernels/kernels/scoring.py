@@ -31,31 +31,33 @@ def score_kernel(
     per_temperature,
     vocab,
     stride_row,
-    gap,
+    stride_sequence,
     c,
     HAS_MASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     COLUMNS: tl.constexpr,  # 1: log-probs; 2: entropies too; 5: all that the gradient needs
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Statistics of a row; all 0, and nothing read, where it is masked."""
     row = tl.program_id(0)
-    live = 1
+    valid = 1
     if HAS_MASK:
-        live = (tl.load(Mask + row) != 0).to(tl.int32)
+        valid = (tl.load(Mask + row) != 0).to(tl.int32)
     logp = 0.0
     entropy = 0.0
     reference = 0.0
     total = 1.0
     rest = 0.0
-    if live > 0:
-        Row = Logits + (row.to(tl.int64) * stride_row + (row // length).to(tl.int64) * gap)
+    if valid > 0:
+        Row = Logits + (
+            row.to(tl.int64) * stride_row + (row // length).to(tl.int64) * stride_sequence
+        )
         target = load_target(TokenIds + row, vocab)
         c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
         reference, total, logp, rest, entropy = row_statistics(
-            Row, target, vocab, c, COLUMNS > 1, R, A, WIDE
+            Row, target, vocab, c, COLUMNS > 1, THREADS, VECTOR, WIDE
         )
     tl.store(Table + row, logp)
     if COLUMNS > 1:
@@ -82,46 +84,45 @@ def gradient_kernel(
     per_temperature,
     vocab,
     stride_row,
-    gap,
+    stride_sequence,
     stride_grad,
     gap_grad,
     c,
     HAS_MASK: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_BONUS: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
 ):
     """Gradient of a row whose statistics and d loss / d logp (but for the batch's scale) exist."""
     row = tl.program_id(0)
     wide = row.to(tl.int64)
     sequence = (row // length).to(tl.int64)
     Out = Grad + (wide * stride_grad + sequence * gap_grad)
-    live = 1
+    valid = 1
     if HAS_MASK:
-        live = (tl.load(Mask + row) != 0).to(tl.int32)
+        valid = (tl.load(Mask + row) != 0).to(tl.int32)
     scale = tl.load(Results)
     slope = 0.0
-    if live > 0:
+    if valid > 0:
         slope = tl.load(Slope + row)
     if not HAS_BONUS:
-        live = live * tl.where(slope != 0, 1, 0)
-    if live > 0:
+        valid = valid * tl.where(slope != 0, 1, 0)
+    if valid > 0:
         target = load_target(TokenIds + row, vocab)
         c = load_exponent(Temperature, row // per_temperature, c, HAS_TEMPERATURE)
         bonus = 0.0
         if HAS_BONUS:
             bonus = tl.load(Bonus + row) * scale
         write_gradient(
-            Logits + (wide * stride_row + sequence * gap), Out, target, vocab, c,
+            Logits + (wide * stride_row + sequence * stride_sequence), Out, target, vocab, c,
             tl.load(Table + 2 * n + row), tl.load(Table + 3 * n + row), tl.load(Table + row),
             tl.load(Table + 4 * n + row), tl.load(Table + n + row), slope * scale,
-            bonus, HAS_BONUS, R, A, WIDE, CONVERTS,
+            bonus, HAS_BONUS, THREADS, VECTOR, WIDE,
         )  # fmt: skip
     else:
-        write_zeros(Out, vocab, R, A, WIDE)
+        write_zeros(Out, vocab, THREADS, VECTOR, WIDE)
 
 
 @jit(do_not_specialize=["n", "length"])
@@ -132,9 +133,9 @@ def rescale_kernel(
     length,
     vocab,
     stride_row,
-    gap,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    stride_sequence,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Backward: multiply the gradient by the upstream gradient, unless that is 1."""
@@ -143,9 +144,9 @@ def rescale_kernel(
         for row in range(tl.program_id(0), n, tl.num_programs(0)):
             # The counter may be a plain number, which has no `.to`.
             wide = tl.zeros([], tl.int64) + row
-            Row = Grad + (wide * stride_row + (wide // length) * gap)
-            for start in range(0, vocab, R * A):
-                offs = start + tile_columns(R, A, WIDE)
+            Row = Grad + (wide * stride_row + (wide // length) * stride_sequence)
+            for start in range(0, vocab, THREADS * VECTOR):
+                offs = start + tile_columns(THREADS, VECTOR, WIDE)
                 x = tl.load(Row + offs, mask=offs < vocab).to(tl.float32)
                 # What is exactly 0 stays so, whatever the factor.
                 x = tl.where(x == 0, 0.0, x * factor)

@@ -1,4 +1,4 @@
-"""Device functions about tokens: which are live, which are scored, the formula, the last sum."""
+"""Device functions about tokens: which are valid, which are scored, the formula, the last sum."""
 
 from typing import Any, NamedTuple
 
@@ -104,21 +104,21 @@ def total_scores(s, active, scale):
 
 
 @jit
-def load_row(X, row, offs, inside, live):
-    """One block of the row that starts at `row`, in float32; 0 where not live."""
-    # Loading under `inside` alone keeps the accesses wide; `live` is known per element only.
+def load_row(X, row, offs, inside, valid):
+    """One block of the row that starts at `row`, in float32; 0 where not valid."""
+    # Loading under `inside` alone keeps the accesses wide; `valid` is known per element only.
     x = tl.load(X + row + offs, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(live, x, 0.0)
+    return tl.where(valid, x, 0.0)
 
 
 @jit
-def live_tokens(Mask, row, offs, begin, end, limit):
-    """Which lanes lie in the row's allocation, and which are live tokens of the sequence."""
-    inside = offs < limit
-    live = inside & (offs >= begin) & (offs < end)
+def valid_tokens(Mask, row, offs, begin, end, write_end):
+    """Which lanes lie in the row's allocation, and which are valid tokens of the sequence."""
+    inside = offs < write_end
+    valid = inside & (offs >= begin) & (offs < end)
     if Mask is not None:
-        live = live & (tl.load(Mask + row + offs, mask=inside, other=0) != 0)
-    return inside, live
+        valid = valid & (tl.load(Mask + row + offs, mask=inside, other=0) != 0)
+    return inside, valid
 
 
 @jit
@@ -131,25 +131,25 @@ def sequence_statistics(
     signal = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
-        inside, live = live_tokens(tokens.mask, row, offs, begin, end, end)
-        count = count + live.to(tl.float32)
+        inside, valid = valid_tokens(tokens.mask, row, offs, begin, end, end)
+        count = count + valid.to(tl.float32)
         if SEQUENCE_LEVEL:
-            logp = load_row(Logp, row, offs, inside, live)
+            logp = load_row(Logp, row, offs, inside, valid)
             old = logp
             if tokens.old is not None:
-                old = load_row(tokens.old, row, offs, inside, live)
+                old = load_row(tokens.old, row, offs, inside, valid)
             total = total + (logp - old)
-            strength = live.to(tl.float32)
+            strength = valid.to(tl.float32)
             # Whether both differ from 0; their product may underflow, or be NaN.
             if tokens.advantage is not None:
-                advantage = load_row(tokens.advantage, row, offs, inside, live)
+                advantage = load_row(tokens.advantage, row, offs, inside, valid)
                 strength = tl.where(advantage != 0, strength, 0.0)
             if tokens.weight is not None:
-                weight = load_row(tokens.weight, row, offs, inside, live)
+                weight = load_row(tokens.weight, row, offs, inside, valid)
                 strength = tl.where(weight != 0, strength, 0.0)
             signal = tl.maximum(signal, strength)
-    n_live = tl.maximum(tl.sum(count, 0), 1.0)
-    return n_live, tl.sum(total, 0) / n_live, tl.max(signal, 0)
+    n_valid = tl.maximum(tl.sum(count, 0), 1.0)
+    return n_valid, tl.sum(total, 0) / n_valid, tl.max(signal, 0)
 
 
 @jit
@@ -198,7 +198,7 @@ def finish(batch, n_programs, BLOCK_P: tl.constexpr):
 
 
 @jit
-def arrive(scores, group, batch, pid, n_programs, BLOCK_P: tl.constexpr):
+def publish_sums(scores, group, batch, pid, n_programs, BLOCK_P: tl.constexpr):
     """Leave a program's sums; the last program to do so finishes the batch."""
     slots = tl.arange(0, SLOTS)
     values = tl.zeros([SLOTS], tl.float32)
@@ -223,21 +223,21 @@ def sequence_bounds(CuSeqlens, sequence, n_sequences, length):
     """Where a sequence's tokens begin and end, and the span of gradient its programs write."""
     begin = 0
     end = length
-    cover = 0
-    limit = length
+    write_begin = 0
+    write_end = length
     if CuSeqlens is not None:
         begin = tl.minimum(tl.maximum(tl.load(CuSeqlens + sequence).to(tl.int32), 0), length)
         end = tl.load(CuSeqlens + sequence + 1).to(tl.int32)
         end = tl.minimum(tl.maximum(end, begin), length)
         # The first and the last sequence also write the gradient, 0, of what lies outside all.
-        cover = tl.where(sequence == 0, 0, begin)
-        limit = tl.where(sequence == n_sequences - 1, length, end)
-    return begin, end, cover, limit
+        write_begin = tl.where(sequence == 0, 0, begin)
+        write_end = tl.where(sequence == n_sequences - 1, length, end)
+    return begin, end, write_begin, write_end
 
 
 @jit
 def token_signal(tokens, row, offs, inside, candidates, sequence_advantage, LOSS: tl.constexpr):
-    """Advantage and weight of a block of tokens, 0 where not live, and which of them to score."""
+    """Advantage and weight of a block of tokens, 0 where not valid, and which of them to score."""
     advantage = tl.where(candidates, sequence_advantage, 0.0)
     if tokens.advantage is not None:
         advantage = load_row(tokens.advantage, row, offs, inside, candidates)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
+from mapo_kernels._triton import on_device_of, registers, triton, warp_size
 from mapo_kernels.batch import (
     SLOTS,
     Batch,
@@ -27,7 +27,7 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
 def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
-    """Threads R and logits per 16-byte access A; every thread alone keeps sums of its columns.
+    """THREADS, and VECTOR logits per 16-byte access; each thread keeps sums of its columns.
 
     The last bits of a row's statistics depend on these, so scoring and the loss both take them from
     here; and they depend on the shape of the matrix, never on how many rows it has.
@@ -39,8 +39,8 @@ def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
     # What Triton specialises on: only then does it know that a row is aligned.
     strides = (logits.data_ptr(), *row_layout(logits)[1:])
     return {
-        "R": threads,
-        "A": access,
+        "THREADS": threads,
+        "VECTOR": access,
         "WIDE": all(x % 16 == 0 for x in strides),
         "num_warps": threads // warp_size(),
     }
@@ -52,7 +52,7 @@ def _one_program_at_once(tile: dict[str, int | bool]) -> dict[str, int]:
     The compiler otherwise spills to fit two of them on an A100, and the cache then has to hold two
     rows for each multiprocessor until they are read again.
     """
-    return registers(config.LOGITS.registers) if tile["R"] == 1024 else {}
+    return registers(config.LOGITS.registers) if tile["THREADS"] == 1024 else {}
 
 
 def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
@@ -113,7 +113,7 @@ def launch_scores(
     logits = columns_together(logits)
     n = out.shape[1]
     if n:
-        length, stride_row, gap = row_layout(logits)
+        length, stride_row, stride_sequence = row_layout(logits)
         temperature, exponent = _temperature(rows)
         with on_device_of(logits):
             kernel[(n,)](
@@ -127,7 +127,7 @@ def launch_scores(
                 _per_temperature(rows),
                 logits.shape[-1],
                 stride_row,
-                gap,
+                stride_sequence,
                 exponent,
                 HAS_MASK=mask is not None,
                 HAS_TEMPERATURE=temperature is not None,
@@ -167,8 +167,8 @@ def launch_gradient(
     n = table.shape[1]
     if n == 0:
         return
-    length, stride_row, gap = row_layout(logits)
-    _, stride_out, gap_out = row_layout(out)
+    length, stride_row, stride_sequence = row_layout(logits)
+    _, stride_out, stride_sequence_out = row_layout(out)
     temperature, exponent = _temperature(rows)
     with on_device_of(logits):
         gradient_kernel[(n,)](
@@ -186,14 +186,13 @@ def launch_gradient(
             _per_temperature(rows),
             logits.shape[-1],
             stride_row,
-            gap,
+            stride_sequence,
             stride_out,
-            gap_out,
+            stride_sequence_out,
             exponent,
             HAS_MASK=mask is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_BONUS=bonus is not None,
-            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile_of(logits),
         )
@@ -205,7 +204,7 @@ def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
     n = grad[..., 0].numel()
     if n == 0:
         return
-    length, stride_row, gap = row_layout(grad)
+    length, stride_row, stride_sequence = row_layout(grad)
     with on_device_of(grad):
         rescale_kernel[(min(n, config.LOGITS.rescale_programs),)](
             grad,
@@ -214,7 +213,7 @@ def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
             length,
             grad.shape[-1],
             stride_row,
-            gap,
+            stride_sequence,
             **tile_of(grad),
         )
 
@@ -270,8 +269,7 @@ def launch_logits_loss(
             GROUP=advantage_spec.kind if inputs.groups is not None else None,
             BLOCK_T=config.LOGITS.block_tokens,
             BLOCK_G=block_g,
-            BLOCK_P=config.LOGITS.partials_per_thread * tile["R"] // SLOTS,
-            CONVERTS=converts_bfloat16(),
+            BLOCK_P=config.LOGITS.partials_per_thread * tile["THREADS"] // SLOTS,
             enable_fp_fusion=False,
             **tile,
             **_one_program_at_once(tile),

@@ -8,7 +8,7 @@ from support import assert_close, make_batch, make_logits
 
 import mapo_kernels as mk
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, empty_results
-from mapo_kernels.door import packed
+from mapo_kernels.dispatch import packed
 from mapo_kernels.launch import advantages, logits
 from mapo_kernels.launch import logprobs as tokens
 

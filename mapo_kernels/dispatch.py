@@ -1,4 +1,4 @@
-"""One door per computation: the eager backend, a Triton launch, or the launch as a torch operator.
+"""Who computes: the eager backend, a Triton launch, or the launch as a torch operator.
 
 Inside a compiled graph a launch is an operator, so that `torch.compile` sees it whole. Outside it
 the launcher is called directly: an operator costs tens of microseconds.
@@ -20,7 +20,7 @@ _SPECS = {x.__name__: x for x in (LossSpec, AdvantageSpec)}
 _SCHEMA = "(Tensor[] tensors, Tensor(a!)[] out, float[] numbers, str form) -> ()"
 
 
-def door(
+def dispatched(
     launch: Callable[..., None], eager: Callable[..., Any], allocate: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A function of the arguments of `launch`, but for `out`, that returns what was computed.
