@@ -28,7 +28,9 @@ def token_logprobs(
 ) -> Any:
     """Log-probs of sampled tokens from logits, for old and reference policies: no gradient.
 
-    On the same logits they equal, bit for bit, what `mapo_loss_from_logits` computes inside.
+    On the same logits they equal, bit for bit, what `mapo_loss_from_logits` computes inside. The
+    same in memory, too: of rows that are aligned to 16 bytes and of a cut of them that is not, the
+    Triton kernels add columns in another order.
 
     Args:
         logits: [B, T, V] or [total, V], as in `mapo_loss_from_logits`.
