@@ -60,6 +60,20 @@ def warp_size() -> int:
 
 
 @cache
+def converts_bfloat16() -> bool:
+    """Whether the GPU at hand has an instruction that rounds to bfloat16; CDNA3 does not."""
+    if interprets():
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend != "hip" or str(target.arch) not in (
+        "gfx90a",
+        "gfx940",
+        "gfx941",
+        "gfx942",
+    )
+
+
+@cache
 def _is_nvidia() -> bool:
     return interprets() or triton.runtime.driver.active.get_current_target().backend == "cuda"
 

@@ -84,7 +84,6 @@ def group_advantages(
     checks.check_process_group(process_group, None)
     is_part = process_group is not None
     groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
-    groups = groups._replace(wide=rewards.dtype == torch.float64)
     own = slice(None)
     if process_group is not None:
         call = data.Call("group_advantages", None, spec)

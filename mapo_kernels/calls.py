@@ -132,7 +132,7 @@ def resolve(
         known = KnownMetrics(signal.metrics, plan.ranks)
     else:
         advantages = given["advantages"]
-        groups = groups_of(given)
+        groups = groups_of(given, is_double)
         per_token = checks.is_per_token(advantages, tokens, layout["cu_seqlens"])
     token_tensors = {key: given[key] for key in _TOKENS}
     batch = Batch(
@@ -143,15 +143,14 @@ def resolve(
     checks.check_denominator(
         batch.normalizer, batch.mask, torch.float64 if is_double else torch.float32
     )
-    if groups is not None:
-        groups = replaced(groups, wide=is_double and groups.rewards.dtype == torch.float64)
-        batch = replaced(batch, groups=groups)
     call = Call(batch, spec, advantage_spec, known, plan is not None)
     if process_group is not None:
         return _among_ranks(call, tokens, process_group)
     if groups is not None:
-        batch = replaced(batch, groups=decide_rewards(groups, advantage_spec))
-    return replaced(call, batch=batch)
+        decided = decide_rewards(groups, advantage_spec)
+        if decided is not groups:
+            call = replaced(call, batch=replaced(batch, groups=decided))
+    return call
 
 
 def _among_ranks(

@@ -88,8 +88,12 @@ def check_groups(
     success: torch.Tensor | None,
     is_part: bool = False,
     device: torch.device | None = None,
+    is_double: bool = True,
 ) -> GroupInputs:
-    """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete."""
+    """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete.
+
+    `is_double` says whether all else of the call is float64: then so may their statistics be.
+    """
     validates_device_data()  # an error, if the environment is not clear about it
     check_constant("rewards", rewards, device, REAL)
     if rewards.dim() != 1:
@@ -118,7 +122,8 @@ def check_groups(
         check_shape("success", success, rewards.shape, "one flag per reward")
         if success.dtype != torch.bool:
             raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
-    return GroupInputs(comparable(rewards), group_size or 0, group_ids, success)
+    wide = is_double and rewards.dtype == torch.float64
+    return GroupInputs(comparable(rewards), group_size or 0, group_ids, success, wide)
 
 
 def check_group_count(n_rows: int, group_size: int) -> None:

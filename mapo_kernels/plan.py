@@ -167,15 +167,22 @@ class Source(NamedTuple):
         return ((self.advantages != 0) | (self.narrow.advantages != 0)).to(torch.float32)
 
 
-def groups_of(given: Mapping[str, Any], device: torch.device | None = None) -> GroupInputs | None:
-    """The validated groups (on `device`) that a batch is `given`; None if it has advantages."""
+def groups_of(
+    given: Mapping[str, Any], is_double: bool, device: torch.device | None = None
+) -> GroupInputs | None:
+    """The validated groups (on `device`) that a batch is `given`; None if it has advantages.
+
+    `is_double` says whether all else of the call is float64.
+    """
     grouping = {key: given[key] for key in ("group_size", "group_ids", "success")}
     checks.check_source(given["rewards"], given["advantages"], grouping)
     checks.check_process_group(given["process_group"], given["normalizer"])
     if given["rewards"] is None:
         return None
     is_part = given["process_group"] is not None
-    return checks.check_groups(given["rewards"], **grouping, is_part=is_part, device=device)
+    return checks.check_groups(
+        given["rewards"], **grouping, is_part=is_part, device=device, is_double=is_double
+    )
 
 
 @takes(BatchArguments)
@@ -213,11 +220,10 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
     if normalizer is not None and not checks.is_global(normalizer):
         checks.check_normalizer(normalizer, device)
         checks.check_denominator(normalizer, mask)
-    groups = groups_of(given, device)
+    groups = groups_of(given, True, device)
     per_token = False
     if groups is not None:
         checks.check_shape("rewards", groups.rewards, (n_sequences,), "one reward per sequence")
-        groups = groups._replace(wide=groups.rewards.dtype == torch.float64)
     else:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
         shape = None if mask is None else mask.shape

@@ -114,6 +114,7 @@ def logits_loss_kernel(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
@@ -180,7 +181,7 @@ def logits_loss_kernel(
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    bonus, numbers.entropy_coef is not None, THREADS, VECTOR, WIDE,
+                    bonus, numbers.entropy_coef is not None, THREADS, VECTOR, WIDE, CONVERTS,
                 )  # fmt: skip
             else:
                 write_zeros(Out, vocab, THREADS, VECTOR, WIDE)

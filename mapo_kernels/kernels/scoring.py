@@ -94,6 +94,7 @@ def gradient_kernel(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
     """Gradient of a row whose statistics and d loss / d logp (but for the batch's scale) exist."""
     row = tl.program_id(0)
@@ -119,7 +120,7 @@ def gradient_kernel(
             Logits + (wide * stride_row + sequence * stride_sequence), Out, target, vocab, c,
             tl.load(Table + 2 * n + row), tl.load(Table + 3 * n + row), tl.load(Table + row),
             tl.load(Table + 4 * n + row), tl.load(Table + n + row), slope * scale,
-            bonus, HAS_BONUS, THREADS, VECTOR, WIDE,
+            bonus, HAS_BONUS, THREADS, VECTOR, WIDE, CONVERTS,
         )  # fmt: skip
     else:
         write_zeros(Out, vocab, THREADS, VECTOR, WIDE)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import on_device_of, registers, triton, warp_size
+from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
 from mapo_kernels.batch import (
     SLOTS,
     Batch,
@@ -193,6 +193,7 @@ def launch_gradient(
             HAS_MASK=mask is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_BONUS=bonus is not None,
+            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile_of(logits),
         )
@@ -270,6 +271,7 @@ def launch_logits_loss(
             BLOCK_T=config.LOGITS.block_tokens,
             BLOCK_G=block_g,
             BLOCK_P=config.LOGITS.partials_per_thread * tile["THREADS"] // SLOTS,
+            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile,
             **_one_program_at_once(tile),

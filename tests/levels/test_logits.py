@@ -21,6 +21,8 @@ from support import (
 
 import mapo_kernels as mk
 import reference
+from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
+from mapo_kernels.kernels.row import narrow
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
@@ -399,3 +401,22 @@ def test_autograd_function(device):
         logits, RowInputs(ids), Batch(advantages=advantages), spec, mk.AdvantageSpec(), False
     )
     assert torch.equal(loss, expected.loss)
+
+
+@jit
+def round_all(X, Y):
+    offs = tl.arange(0, 4096)
+    tl.store(Y + offs, narrow(tl.load(X + offs), tl.bfloat16, False))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_bfloat16_is_rounded_to_even_without_an_instruction_for_it():
+    device = "cpu" if interprets() else "cuda"
+    x = torch.randn(4096) * torch.logspace(-40, 38, 4096)
+    halfway = torch.arange(256).bfloat16().float() * (1 + 2**-8)
+    x[:256] = halfway
+    x[256:261] = torch.tensor([float("inf"), -float("inf"), 3.4e38, 0.0, -0.0])
+    x[261] = torch.tensor(NAN).bfloat16().float()
+    y = torch.empty(4096, dtype=torch.bfloat16, device=device)
+    round_all[(1,)](x.to(device), y)
+    torch.testing.assert_close(y.cpu(), x.bfloat16(), rtol=0, atol=0, equal_nan=True)
