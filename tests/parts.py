@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config, items):
             tests[item.nodeid.split("[")[0], item.callspec.params.get("device")].append(item)
     cut = {item for item in items if item.get_closest_marker("slow")}
     cut |= {item for cases in tests.values() for item in set(cases) - set(quick_of(cases))}
-    # What `pytest -n` gives to one worker as a whole goes first: it takes the longest.
+    # What takes the longest goes first.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     if part == "all":
         return

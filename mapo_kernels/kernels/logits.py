@@ -124,9 +124,7 @@ def logits_loss_kernel(
     end = begin + length
     if batch.cu_seqlens is not None:
         sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
-        begin, end, write_begin, write_end = sequence_bounds(
-            batch.cu_seqlens, sequence, n_sequences, n_rows
-        )
+        begin, end, _, _ = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, n_rows)
     offs = row + tl.arange(0, 1)  # [1], as everything about the token
     inside, valid = valid_tokens(tokens.mask, 0, offs, begin, end, n_rows)
 
