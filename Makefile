@@ -17,7 +17,7 @@ WITH_verl := test,verl
 ALSO_trl := peft
 ALSO_verl := cachetools fastapi uvicorn
 # One process a core; the tests of a file stay together, and so share what is expensive to make.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Tritons that the kernels are interpreted and compiled with, beside the one in constraints.txt.
 TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.

@@ -32,7 +32,11 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
+    """Whatever ran before, the same random numbers and the backend of the environment."""
+    import mapo_kernels
+
+    mapo_kernels.set_backend(None)
     torch.manual_seed(0)
 
 
