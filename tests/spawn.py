@@ -18,7 +18,8 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
-TIMEOUT = 60.0
+# Of ranks that wait for each other for ever; a busy machine needs a minute at times.
+TIMEOUT = 240.0
 # What ranks that wait for a failed one still get to fail, too, and say where they were.
 GRACE = 2.0
 
