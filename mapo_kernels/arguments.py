@@ -117,9 +117,7 @@ def takes(table: type) -> Callable[[F], F]:
 
 def _meanings(table: type) -> list[str]:
     """The lines of help about the arguments of a table and of those it extends."""
-    lines: list[str] = []
-    for one in (BatchArguments, table):
-        text = (one.__doc__ or "").partition("Args:\n")[2]
-        found = [line for line in text.splitlines() if line.strip()]
-        lines += [] if found == lines else found
-    return lines
+    texts = [
+        (x.__doc__ or "").partition("Args:\n")[2] for x in dict.fromkeys((BatchArguments, table))
+    ]
+    return [line for text in texts for line in text.splitlines() if line.strip()]

@@ -49,7 +49,7 @@ class LossOutput(NamedTuple):
     advantages: torch.Tensor
 
 
-class Call(NamedTuple):
+class LossCall(NamedTuple):
     """One call of a loss.
 
     Attributes:
@@ -107,7 +107,7 @@ class Call(NamedTuple):
 
 def resolve(
     name: str, tokens: torch.Tensor, dtype: torch.dtype, arguments: Mapping[str, Any]
-) -> Call:
+) -> LossCall:
     """The validated call that was made with these `arguments`.
 
     `name` and `tokens` are the argument that says which shape token tensors have, `dtype` is that
@@ -143,7 +143,7 @@ def resolve(
     checks.check_denominator(
         batch.normalizer, batch.mask, torch.float64 if is_double else torch.float32
     )
-    call = Call(batch, spec, advantage_spec, known, plan is not None)
+    call = LossCall(batch, spec, advantage_spec, known, plan is not None)
     if process_group is not None:
         return _among_ranks(call, tokens, process_group)
     if groups is not None:
@@ -154,8 +154,8 @@ def resolve(
 
 
 def _among_ranks(
-    call: Call, tokens: torch.Tensor, process_group: torch.distributed.ProcessGroup
-) -> Call:
+    call: LossCall, tokens: torch.Tensor, process_group: torch.distributed.ProcessGroup
+) -> LossCall:
     """The call with advantages and denominator of the batch of all ranks, and its group metrics."""
     batch, known = call.batch, call.known
     n_tokens: torch.Tensor | int = tokens.numel()

@@ -21,15 +21,19 @@ _SCHEMA = "(Tensor[] tensors, Tensor(a!)[] out, float[] numbers, str form) -> ()
 
 
 def dispatched(
-    launch: Callable[..., None], eager: Callable[..., Any], allocate: Callable[..., Any]
+    launch: Callable[..., None],
+    eager: Callable[..., Any] | None,
+    allocate: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """A function of the arguments of `launch`, but for `out`, that returns what was computed.
 
     Args:
         launch: `launch(*arguments, out)` writes to `out`, a tensor or a tuple of tensors. Its first
             argument, or the first in that, is a tensor, which decides where it runs.
-        eager: `eager(*arguments, out)` returns what `launch` writes, to `out` where one is given.
-        allocate: `allocate(*arguments)` makes `out`. So no operator needs to say what it returns.
+        eager: `eager(*arguments, out)` returns what `launch` writes, to `out` where one is given;
+            None if the caller sees to the eager backend.
+        allocate: `allocate(*arguments)` makes `out`, so that no operator needs to say what it
+            returns; None if the caller always gives one.
     """
     name = launch.__name__.removeprefix("launch_")
 
@@ -44,9 +48,10 @@ def dispatched(
 
     def call(*arguments: Any, out: Any = None) -> Any:
         first = arguments[0]
-        if backend.is_eager(first if isinstance(first, torch.Tensor) else first[0]):
+        if eager and backend.is_eager(first if isinstance(first, torch.Tensor) else first[0]):
             return eager(*arguments, out=out)
         if out is None:
+            assert allocate is not None
             out = allocate(*arguments)
         if not torch.compiler.is_compiling():
             launch(*arguments, out)
@@ -54,7 +59,7 @@ def dispatched(
         operator(*packed(arguments, out))
         return out
 
-    call.__name__, call.__doc__ = name, eager.__doc__
+    call.__name__, call.__doc__ = name, launch.__doc__
     return call
 
 
@@ -84,9 +89,9 @@ def _pack(value: Any, form: list[str], tensors: list[torch.Tensor], numbers: lis
         for x in value:
             _pack(x, form, tensors, numbers)
     elif type(value).__name__ in _SPECS:
-        form.append(type(value).__name__)
-        for name in value.__dataclass_fields__:
-            _pack(getattr(value, name), form, tensors, numbers)
+        own, kinds = value.pack()
+        form += [type(value).__name__, kinds]
+        numbers += own
     else:
         form.append("int" if isinstance(value, int) else "float")
         numbers.append(float(value))
@@ -103,8 +108,8 @@ def _unpack(form: Any, tensors: Any, numbers: Any) -> Any:
         values = [_unpack(form, tensors, numbers) for _ in range(int(next(form)))]
         return tuple(values) if word == "tuple" else _TUPLES[word](*values)
     if word in _SPECS:
-        names = _SPECS[word].__dataclass_fields__
-        return _SPECS[word](**{name: _unpack(form, tensors, numbers) for name in names})
+        own = [next(numbers) for _ in _SPECS[word].__dataclass_fields__]
+        return _SPECS[word].unpack(own, next(form))
     if word.startswith("torch."):
         return getattr(torch, word.removeprefix("torch."))
     return {"None": None, "True": True, "False": False}.get(word, word)

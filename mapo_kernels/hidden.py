@@ -26,7 +26,7 @@ from mapo_kernels.batch import (
 from mapo_kernels.distributed import vocabulary
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.formula import LARGEST
-from mapo_kernels.layout import Layout
+from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -266,7 +266,7 @@ def _token_level(
     """Loss and gradients of a chunk from its logits while they are there."""
     shape = layout.valid.shape
     active = layout.valid.sum().to(out.loss.dtype)
-    denominator = layout.denominator(spec, active)
+    denominator = loss_denominator(inputs, spec, layout.n_sequences, active)
     weights = inputs.loss_weights
     if spec.how.divisor != "one":
         per_sequence = 1.0 / layout.divisor(spec).to(out.loss.dtype)
@@ -297,7 +297,7 @@ def _token_level(
 
 
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Results of a batch [16] from those of its chunks [chunks, 16]: see `inputs.RESULTS`."""
+    """Results of a batch [16] from those of its chunks [chunks, 16]: see `batch.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
     maxima = [names[name] for name in LARGEST]
     scored = table[:, names["scored_tokens"]]

@@ -10,6 +10,21 @@ from mapo_kernels.eager.sums import accumulator_dtype, row_sum
 from mapo_kernels.spec import LossSpec
 
 
+def loss_denominator(
+    batch: Batch, spec: LossSpec, n_sequences: int, n_valid: torch.Tensor
+) -> torch.Tensor:
+    """The batch's denominator [], of which `n_valid` [] tokens are valid, in their dtype."""
+    found = batch.denominator(spec, n_sequences)
+    if found is None:
+        found = n_valid
+    elif isinstance(found, torch.Tensor):
+        found = found.to(n_valid.dtype).reshape(())
+    else:
+        # torch.compile keeps a number as a symbol where it is a factor, and not as a filling.
+        found = torch.ones_like(n_valid) * found
+    return formula.loss_denominator(found, n_valid)
+
+
 class Layout:
     """Which tokens are valid, and how to go between tokens and sequences.
 
@@ -24,6 +39,7 @@ class Layout:
         self._batch = batch
         self._length = tokens.shape[-1]
         self._sequence: torch.Tensor | None = None
+        self._n_valid: torch.Tensor | None = None
         valid = torch.ones_like(tokens, dtype=torch.bool)
         if batch.cu_seqlens is not None:
             positions = torch.arange(tokens.shape[0], device=tokens.device)
@@ -42,7 +58,9 @@ class Layout:
 
     def n_valid(self) -> torch.Tensor:
         """Valid tokens of each sequence, [B] float32: exact up to 2^24."""
-        return self.sum(self.valid.to(torch.float32))
+        if self._n_valid is None:
+            self._n_valid = self.sum(self.valid.to(torch.float32))
+        return self._n_valid
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Values of sequences [B] in a shape that broadcasts against token tensors."""
@@ -77,18 +95,6 @@ class Layout:
             # A tensor: torch.compile makes a graph for each number that is added to one.
             length = torch.full_like(n_valid, spec.fixed_length(self._length))
         return formula.sequence_divisor(n_valid, length, spec.kind)
-
-    def denominator(self, spec: LossSpec, n_valid: torch.Tensor) -> torch.Tensor:
-        """The batch's denominator [], of which `n_valid` [] tokens are valid, in their dtype."""
-        found = self._batch.denominator(spec, self.n_sequences)
-        if found is None:
-            found = n_valid
-        elif isinstance(found, torch.Tensor):
-            found = found.to(n_valid.dtype).reshape(())
-        else:
-            # torch.compile keeps a number as a symbol where it is a factor, and not as a filling.
-            found = torch.ones_like(n_valid) * found
-        return formula.loss_denominator(found, n_valid)
 
     def entropy_weights(self, spec: LossSpec, like: torch.Tensor) -> torch.Tensor | None:
         """Weight of each token's entropy bonus, the shape of the tokens; None if there is none.

@@ -65,9 +65,7 @@ _advantages = dispatched(
     launch_groups.launch_advantages, _eager_advantages, launch_groups.empty_advantages
 )
 _token_loss = dispatched(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)
-_logits_loss = dispatched(
-    launch_logits.launch_logits_loss, eager_token_loss, launch_logits.empty_loss
-)
+_logits_loss = dispatched(launch_logits.launch_logits_loss, None, launch_logits.empty_loss)
 _scores = dispatched(
     launch_logits.launch_scores, eager_logits.eager_scores, launch_logits.empty_scores
 )
@@ -77,7 +75,7 @@ _shares = dispatched(
 _gradient = dispatched(
     launch_logits.launch_gradient, eager_logits.eager_gradient, launch_logits.empty_gradient
 )
-_rescale = dispatched(launch_logits.launch_rescale, _eager_rescale, launch_logits.empty_gradient)
+_rescale = dispatched(launch_logits.launch_rescale, _eager_rescale, None)
 scale_gradient = dispatched(launch_logprobs.launch_scale, _eager_scale, _empty_scaled)
 
 
@@ -194,11 +192,10 @@ def logits_loss(
         if rows.token_ids.numel() > config.LOGITS.count_limit:
             valid = Layout(rows.token_ids, inputs).valid
             inputs = replaced(inputs, normalizer=valid.sum().float())
+    place = None
     if out is not None and need_grad and not torch.compiler.is_compiling():
         place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
         place = replaced(place, grad=out)
-    else:
-        place = None
     return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=place)
 
 

@@ -13,7 +13,7 @@ from mapo_kernels.eager import formula
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.formula import LARGEST
 from mapo_kernels.groups import group_metrics
-from mapo_kernels.layout import Layout
+from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -126,7 +126,7 @@ def eager_token_loss(
             for r in pieces
         ]
     total, active, scored, *sums = torch.stack([part.sums for part in parts]).sum(0)
-    denominator = Layout(logprobs, inputs).denominator(spec, active)
+    denominator = loss_denominator(inputs, spec, inputs.n_sequences(logprobs), active)
     # What is said of no scored token is NaN.
     means = [x / scored for x in sums]
     largest = torch.stack([part.largest for part in parts]).amax(0).where(scored > 0, torch.nan)

@@ -20,9 +20,8 @@ from mapo_kernels.batch import (
 )
 from mapo_kernels.kernels.logits import Matrix, logits_loss_kernel
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
-from mapo_kernels.kernels.token import Common
 from mapo_kernels.kernels.vocabulary import share_kernel
-from mapo_kernels.launch.logprobs import contiguous, counters, denominator_of, rewards_of, tokens_of
+from mapo_kernels.launch.logprobs import common_of, denominator_of, rewards_of, tokens_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -249,15 +248,7 @@ def launch_logits_loss(
             advantages,
             rewards,
             out.advantages,
-            Common(
-                contiguous(inputs.cu_seqlens),
-                normalizer,
-                denominator,
-                out.loss,
-                out.results,
-                logits.new_empty(SLOTS * n, dtype=torch.float32),
-                counters.get(logits.device),
-            ),
+            common_of(inputs, (normalizer, denominator), out, n),
             n_sequences,
             length,
             group_size,

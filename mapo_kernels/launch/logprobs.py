@@ -83,6 +83,23 @@ def tokens_of(inputs: Batch) -> tuple[Tokens, torch.Tensor | None]:
     return tokens, given
 
 
+def common_of(
+    inputs: Batch,
+    denominator: tuple[torch.Tensor | None, float | None],
+    out: TokenResults,
+    n_programs: int,
+) -> Common:
+    """What the programs of a loss share, with room for what each of them leaves."""
+    return Common(
+        contiguous(inputs.cu_seqlens),
+        *denominator,
+        out.loss,
+        out.results,
+        out.loss.new_empty(SLOTS * n_programs),
+        counters.get(out.loss.device),
+    )
+
+
 def launch_token_loss(
     logprobs: torch.Tensor,
     inputs: Batch,
@@ -108,14 +125,7 @@ def launch_token_loss(
             rewards,
             out.advantages,
             out.grad if need_grad else None,
-            Common(
-                contiguous(inputs.cu_seqlens),
-                *denominator_of(inputs, spec, n_sequences),
-                out.loss,
-                out.results,
-                logprobs.new_empty(SLOTS * n_programs, dtype=torch.float32),
-                counters.get(logprobs.device),
-            ),
+            common_of(inputs, denominator_of(inputs, spec, n_sequences), out, n_programs),
             n_sequences,
             length,
             n_splits,
