@@ -9,8 +9,61 @@ Exponents are kept in units of log 2, as c x - m with c = log2(e) / temperature 
 multiply-add: exact where x and the maximum are large and close.
 """
 
+from typing import Any, NamedTuple
+
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.formula import certain_elsewhere, exp, row_summary
+
+
+class Matrix(NamedTuple):
+    """Rows of V: pointer, stride of a row, and what is added to it between two sequences."""
+
+    pointer: Any
+    stride: Any
+    stride_sequence: Any
+
+
+class Rows(NamedTuple):
+    """n rows of logits, and what says which log-prob of each is asked for."""
+
+    logits: Any  # Matrix
+    token_ids: Any  # [n]
+    temperature: Any = None  # one for one or several rows, or None where `c` is one number
+    mask: Any = None  # [n], or None
+
+
+@jit
+def row_of(matrix, row, sequence):
+    """Where a row of a matrix begins."""
+    # A counter may be a plain number, which has no `.to`.
+    zero = tl.zeros([], tl.int64)
+    return matrix.pointer + (
+        (zero + row) * matrix.stride + (zero + sequence) * matrix.stride_sequence
+    )
+
+
+@jit
+def is_valid(mask, row):
+    """1 for a row that is not masked, else 0."""
+    valid = 1
+    if mask is not None:
+        valid = (tl.load(mask + row) != 0).to(tl.int32)
+    return valid
+
+
+@jit
+def target_of(rows, row, vocab):
+    """The token id of a row, -1 if it does not exist."""
+    token = tl.load(rows.token_ids + row)
+    return tl.where((token >= 0) & (token < vocab), token, -1).to(tl.int32)
+
+
+@jit
+def exponent_of(rows, index, c):
+    """log2(e) / temperature: the given number, or from a tensor of temperatures."""
+    if rows.temperature is not None:
+        c = 1.4426950408889634 / tl.load(rows.temperature + index).to(tl.float32)
+    return c
 
 
 @jit
@@ -234,10 +287,9 @@ def gradient_tile(
     tilt,
     MASKED: tl.constexpr,
     EXACT: tl.constexpr,
-    HAS_BONUS: tl.constexpr,
     CONVERTS: tl.constexpr,
 ):
-    """2^d (factor + tilt d) of one tile of a row, to where the gradient goes.
+    """2^d (factor + tilt d) of one tile of a row, to where the gradient goes; tilt may be None.
 
     `reference` is a logit if EXACT, else c times it.
     """
@@ -251,7 +303,7 @@ def gradient_tile(
         d = (x.to(tl.float32) - reference) * c
     else:
         d = tl.fma(x.to(tl.float32), c, -reference)
-    if HAS_BONUS:
+    if tilt is not None:
         grad = tl.exp2(d) * tl.fma(tl.maximum(d, -1e30), tilt, factor)
     else:
         grad = tl.exp2(d) * factor
@@ -276,7 +328,6 @@ def write_gradient(
     entropy,
     slope,
     bonus,
-    HAS_BONUS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
@@ -284,16 +335,16 @@ def write_gradient(
 ):
     """Read a row again and write d loss / d logits, from `slope` = d loss / d logp.
 
-    With p the row's probabilities, H its entropy, `bonus` the weight of the entropy bonus:
+    With p the row's probabilities, H its entropy, `bonus` the weight of the entropy bonus, or None:
     slope (1[j = y] - p_j) + bonus p_j (log p_j + H), over the temperature. Out may be Row.
     """
     per_logit = c * 0.6931471805599453
     slope = slope * per_logit
-    bonus = bonus * per_logit
     factor = -slope / total
-    tilt = 0.0
+    tilt = None
     at_target = slope * rest
-    if HAS_BONUS:
+    if bonus is not None:
+        bonus = bonus * per_logit
         factor = factor + bonus * (entropy - tl.log(total)) / total
         tilt = bonus * 0.6931471805599453 / total
         at_target = at_target + bonus * exp(logp) * (tl.maximum(logp, -1e30) + entropy)
@@ -303,23 +354,21 @@ def write_gradient(
         base = largest_logit(Row, -1, vocab, THREADS, VECTOR, WIDE)
         for start in range(0, vocab, THREADS * VECTOR):
             gradient_tile(
-                Row, Out, start + tile, vocab, c, base, factor, tilt, True, True, HAS_BONUS,
+                Row, Out, start + tile, vocab, c, base, factor, tilt, True, True,
                 CONVERTS,
             )  # fmt: skip
         n_full = 0
     else:
         for start in range(n_full * (2 * THREADS * VECTOR), vocab, THREADS * VECTOR):
             gradient_tile(
-                Row, Out, start + tile, vocab, c, reference, factor, tilt, True, False, HAS_BONUS,
+                Row, Out, start + tile, vocab, c, reference, factor, tilt, True, False,
                 CONVERTS,
             )  # fmt: skip
     for i in range(0, n_full):
         start = (n_full - 1 - i) * (2 * THREADS * VECTOR)
         for u in tl.static_range(2):
             offs = start + u * (THREADS * VECTOR) + tile
-            gradient_tile(
-                Row, Out, offs, vocab, c, reference, factor, tilt, False, False, HAS_BONUS, CONVERTS
-            )
+            gradient_tile(Row, Out, offs, vocab, c, reference, factor, tilt, False, False, CONVERTS)
     # Another thread wrote the target's column, so this one waits for it.
     tl.debug_barrier()
     index = target + tl.arange(0, 1)

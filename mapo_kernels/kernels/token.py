@@ -125,7 +125,7 @@ def valid_tokens(Mask, row, offs, begin, end, write_end):
 def sequence_statistics(
     Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """Live tokens of a sequence, the mean of logp - old over them, and whether any has A w != 0."""
+    """Of a sequence: valid tokens, their mean of logp - old, whether any of them has A w != 0."""
     count = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     signal = tl.zeros([BLOCK_T], tl.float32)

@@ -18,10 +18,17 @@ from mapo_kernels.batch import (
     empty_results,
     replaced,
 )
-from mapo_kernels.kernels.logits import Matrix, logits_loss_kernel
+from mapo_kernels.kernels.logits import logits_loss_kernel
+from mapo_kernels.kernels.row import Matrix, Rows
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.kernels.vocabulary import share_kernel
-from mapo_kernels.launch.logprobs import common_of, denominator_of, rewards_of, tokens_of
+from mapo_kernels.launch.logprobs import (
+    common_of,
+    contiguous,
+    denominator_of,
+    rewards_of,
+    tokens_of,
+)
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -79,11 +86,22 @@ def columns_together(logits: torch.Tensor) -> torch.Tensor:
     return logits.contiguous()
 
 
-def _temperature(rows: RowInputs) -> tuple[torch.Tensor | None, float]:
-    """Temperatures on the device, or the exponent's factor log2(e) / temperature."""
+def _matrix(x: torch.Tensor) -> Matrix:
+    """`x` [..., V] as kernels index it."""
+    return Matrix(x, *row_layout(x)[1:])
+
+
+def _rows(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None = None
+) -> tuple[Rows, float]:
+    """Rows for a kernel, and the exponent's factor log2(e) / temperature where that is a number."""
+    temperature, exponent = None, 0.0
     if isinstance(rows.temperature, torch.Tensor):
-        return rows.temperature.contiguous(), 0.0
-    return None, 1.0 / (math.log(2.0) * float(rows.temperature))
+        temperature = rows.temperature.contiguous()
+    else:
+        exponent = 1.0 / (math.log(2.0) * float(rows.temperature))
+    ids = rows.token_ids.contiguous()
+    return Rows(_matrix(logits), ids, temperature, contiguous(mask)), exponent
 
 
 def _per_temperature(rows: RowInputs) -> int:
@@ -112,24 +130,16 @@ def launch_scores(
     logits = columns_together(logits)
     n = out.shape[1]
     if n:
-        length, stride_row, stride_sequence = row_layout(logits)
-        temperature, exponent = _temperature(rows)
+        described, exponent = _rows(logits, rows, mask)
         with on_device_of(logits):
             kernel[(n,)](
-                logits,
-                rows.token_ids.contiguous(),
-                temperature,
-                None if mask is None else mask.contiguous(),
+                described,
                 out,
                 n,
-                length,
+                row_layout(logits)[0],
                 _per_temperature(rows),
                 logits.shape[-1],
-                stride_row,
-                stride_sequence,
                 exponent,
-                HAS_MASK=mask is not None,
-                HAS_TEMPERATURE=temperature is not None,
                 COLUMNS=columns,
                 enable_fp_fusion=False,
                 **tile_of(logits),
@@ -166,32 +176,20 @@ def launch_gradient(
     n = table.shape[1]
     if n == 0:
         return
-    length, stride_row, stride_sequence = row_layout(logits)
-    _, stride_out, stride_sequence_out = row_layout(out)
-    temperature, exponent = _temperature(rows)
+    described, exponent = _rows(logits, rows, mask)
     with on_device_of(logits):
         gradient_kernel[(n,)](
-            logits,
-            out,
-            rows.token_ids.contiguous(),
-            temperature,
-            None if mask is None else mask.contiguous(),
+            described,
+            _matrix(out),
             table,
             slope,
             bonus,
             results,
             n,
-            length,
+            row_layout(logits)[0],
             _per_temperature(rows),
             logits.shape[-1],
-            stride_row,
-            stride_sequence,
-            stride_out,
-            stride_sequence_out,
             exponent,
-            HAS_MASK=mask is not None,
-            HAS_TEMPERATURE=temperature is not None,
-            HAS_BONUS=bonus is not None,
             CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile_of(logits),
@@ -204,16 +202,13 @@ def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
     n = grad[..., 0].numel()
     if n == 0:
         return
-    length, stride_row, stride_sequence = row_layout(grad)
     with on_device_of(grad):
         rescale_kernel[(min(n, config.LOGITS.rescale_programs),)](
-            grad,
+            _matrix(grad),
             upstream,
             n,
-            length,
+            row_layout(grad)[0],
             grad.shape[-1],
-            stride_row,
-            stride_sequence,
             **tile_of(grad),
         )
 
@@ -230,7 +225,7 @@ def launch_logits_loss(
     """Loss, results, advantages and, if needed, the gradient: one launch, token level."""
     logits = columns_together(logits)
     n_sequences, n = inputs.n_sequences(logits), rows.token_ids.numel()
-    temperature, exponent = _temperature(rows)
+    described, exponent = _rows(logits, rows)
     normalizer, denominator = denominator_of(inputs, spec, n_sequences)
     if normalizer is denominator is None and inputs.mask is None and inputs.cu_seqlens is None:
         denominator = float(n)
@@ -240,10 +235,8 @@ def launch_logits_loss(
     length = row_layout(logits)[0]
     with on_device_of(logits):
         logits_loss_kernel[(n,)](
-            Matrix(logits, *row_layout(logits)[1:]),
-            Matrix(out.grad, *row_layout(out.grad)[1:]) if need_grad else None,
-            rows.token_ids.contiguous(),
-            temperature,
+            described,
+            _matrix(out.grad) if need_grad else None,
             tokens,
             advantages,
             rewards,
