@@ -10,14 +10,8 @@ import torch
 
 from mapo_kernels import config
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
-from mapo_kernels.batch import (
-    SLOTS,
-    Batch,
-    RowInputs,
-    TokenResults,
-    empty_results,
-    replaced,
-)
+from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
+from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.logits import logits_loss_kernel
 from mapo_kernels.kernels.row import Matrix, Rows
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
