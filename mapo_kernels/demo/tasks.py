@@ -1,8 +1,8 @@
 """Verifiable tasks: reasoning-gym problems, written in a few characters for a tiny model.
 
-reasoning-gym generates the problems and scores the answers. A `Task` translates between its text
-and a compact form (`5276<` instead of a paragraph of instructions), so that a model of 0.1M
-parameters with one token per character can learn the task in a minute.
+reasoning-gym generates the problems and scores wrong answers. A `Task` translates its text into a
+compact form (`5276<` instead of a paragraph of instructions), so that a model of 0.1M parameters
+with one token per character can learn the task in a minute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PARTIAL_CREDIT_CAP = 0.99
 
 @dataclass(frozen=True)
 class Task:
-    """One reasoning-gym dataset and its compact form."""
+    """One reasoning-gym dataset and its compact form, in which every problem has one solution."""
 
     name: str  # of the dataset
     description: str  # one line for the help text
@@ -30,10 +30,8 @@ class Task:
     prompt_length: int  # of the longest compact prompt, in characters
     answer_length: int  # of the longest compact answer
     prompt: Callable[[Entry], str]  # entry -> compact prompt
-    solution: Callable[[Entry], str]  # entry -> a compact right answer, for the warm-up
-    expand: Callable[[str], str] = str  # compact answer -> the text that the scorer expects
-    scored_entry: Callable[[Entry], Entry] = dict  # entry -> the entry that the scorer sees
-    # Whether to reward scores between 0 and 1 too. Off where the scorer pays for answers that
+    solution: Callable[[Entry], str]  # entry -> compact solution
+    # Whether wrong answers are rewarded by their score. Off where the scorer pays for answers that
     # merely contain the right one: RL learns to write those, and success falls.
     partial_credit: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)  # of `reasoning_gym.create_dataset`
@@ -41,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Problem:
-    """A compact prompt, its compact solution, and the reasoning-gym entry that scores answers."""
+    """A compact prompt, its compact solution, and the reasoning-gym entry behind them."""
 
     prompt: str
     solution: str
@@ -57,16 +55,6 @@ def _sorting_prompt(entry: Entry) -> str:
     return _digits(entry["metadata"]["original_numbers"]) + direction
 
 
-def _as_tens(digits: str) -> str:
-    return str([f"{digit}0" for digit in digits])
-
-
-def _sorting_scored_entry(entry: Entry) -> Entry:
-    # The scorer forgives an error of 1 in every number: on single digits that accepts wrong answers
-    # (and a policy finds them). Ten times the numbers is the same problem without the loophole.
-    return {**entry, "answer": _as_tens(_digits(entry["metadata"]["sorted_numbers"]))}
-
-
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -78,8 +66,6 @@ TASKS: dict[str, Task] = {
             answer_length=6,
             prompt=_sorting_prompt,
             solution=lambda entry: _digits(entry["metadata"]["sorted_numbers"]),
-            expand=_as_tens,
-            scored_entry=_sorting_scored_entry,
             options={"min_numbers": 3, "max_numbers": 6, "min_value": 0.0, "max_value": 9.0}
             | {"min_decimals": 0, "max_decimals": 0},
         ),
@@ -103,16 +89,6 @@ TASKS: dict[str, Task] = {
             prompt=lambda entry: entry["metadata"]["expression"].replace(" ", "") + "=",
             solution=lambda entry: entry["answer"],
             options={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-        ),
-        Task(
-            name="palindrome_generation",
-            description="3 to 6 letters in any order, to a palindrome: aabcb< -> abcba or bacab",
-            alphabet="abcdefghijklmnopqrstuvwxyz<",
-            prompt_length=7,
-            answer_length=6,
-            prompt=lambda entry: "".join(entry["metadata"]["letters"]) + "<",
-            solution=lambda entry: entry["answer"],
-            options={"min_length": 3, "max_length": 6},
         ),
     )
 }
@@ -168,26 +144,21 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
 
 
 class Verifier:
-    """Rewards compact answers by reasoning-gym's score, cached by problem and answer."""
+    """Rewards compact answers."""
 
     def __init__(self, task: Task) -> None:
         """Create the reasoning-gym dataset that scores."""
         self.task = task
         self._dataset = _dataset(task, 0)
-        self._cache: dict[tuple[str, str], float] = {}
 
     def reward(self, problem: Problem, answer: str | None) -> float:
-        """1 for the right answer, partial credit (if the task has it) or 0 otherwise.
+        """1 for the solution, partial credit (if the task has it) or 0 otherwise.
 
         `None`, an answer that never ended, gets 0. Partial credit is capped: reasoning-gym sums it
         in floats, and the 0.9999999999999999 of a wrong answer rounds to a success in float32.
         """
-        if answer is None:
+        if answer == problem.solution:
+            return 1.0
+        if answer is None or not self.task.partial_credit:
             return 0.0
-        key = (problem.prompt, answer)
-        if key not in self._cache:
-            entry = self.task.scored_entry(problem.entry)
-            score = float(self._dataset.score_answer(self.task.expand(answer), entry))
-            partial = min(score, PARTIAL_CREDIT_CAP) if self.task.partial_credit else 0.0
-            self._cache[key] = 1.0 if score >= 1.0 else partial
-        return self._cache[key]
+        return min(self._dataset.score_answer(answer, problem.entry), PARTIAL_CREDIT_CAP)
