@@ -34,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # Only the command that was named is imported: torch takes a second.
+    # Only the command that was named is imported, torch taking a second; doctor has no options.
     named = next((word for word in given if not word.startswith("-")), None)
     try:
         for name, summary in COMMANDS.items():
             command = commands.add_parser(name, help=summary)
-            if name == named:
+            if name == named != "doctor":
                 _module(name).add_arguments(command)
         args = parser.parse_args(given)
         return _module(args.command).main(args)

@@ -99,11 +99,6 @@ def parity() -> dict[str, float]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command, which has no options."""
-    parser.description = "What runs here and why; the exit code is 1 if its numbers are wrong."
-
-
 def main(arguments: argparse.Namespace) -> int:
     """Print the report; 1 if a level's numbers are off or cannot be computed, else 0."""
     for name, value in versions().items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -33,53 +35,48 @@ SETTINGS: Any = {
     "lines.linewidth": 2.3,
     "lines.markersize": 4,
 }
-SMOOTHING = 7  # steps on either side, in the running mean over noisy shares
+SMOOTHING = 7  # steps on either side, in the running mean over noisy counts
+
+Grouped = dict[str, list[Record]]  # the runs of each estimator
+Curve = list[tuple[int, float]]  # (step, value)
 
 
 def draw_all(log: Record, out: Path) -> list[Path]:
     """Draw every figure as PNG, if there is a step of RL to draw; returns the files written."""
     configuration = log["configuration"]
-    grouped: dict[str, list[Record]] = {}
+    grouped: Grouped = {}
     for run in log["runs"].values():
         if run["phase"] != WARM_UP and run["steps"]:
             grouped.setdefault(run["phase"], []).append(run)
     if not grouped:
         return []
-    success = {
-        estimator: [[(x["step"], x["success_sampled"]) for x in run["evals"]] for run in runs]
-        for estimator, runs in grouped.items()
-    }
-    silent = {
-        estimator: [_shares(run, configuration["prompts"]) for run in runs]
-        for estimator, runs in grouped.items()
-    }
+    groups = configuration["prompts"]
     with matplotlib.rc_context(SETTINGS):
         figures = {
-            "success": _curves(
-                success,
-                configuration,
-                marker="o",
-                title=f"Held-out success: {configuration['task']}",
-                ylabel="exactly right answers (temperature 1)",
-            ),
-            "groups_without_signal": _curves(
-                silent,
-                configuration,
-                title="Groups without signal: all rewards equal, advantage 0",
-                ylabel=f"share of {configuration['prompts']} groups",
-            ),
+            "success": _curves(grouped, configuration, _success),
+            "groups_without_signal": _curves(grouped, configuration, _silent_groups),
             "advantages": _advantages(list(grouped), configuration),
         }
+        title = f"Held-out success: {configuration['task']}"
+        label = "exactly right answers (temperature 1)"
+        figures["success"].gca().set(title=title, ylabel=label, ylim=(0, 1))
+        title = "Groups without signal: all rewards equal, advantage 0"
+        label, limits = f"groups, of {groups} in a step", (0, groups)
+        figures["groups_without_signal"].gca().set(title=title, ylabel=label, ylim=limits)
         for name, figure in figures.items():
             write_figure(figure, out / f"{name}.png", dpi=120)
     return [out / f"{name}.png" for name in figures]
 
 
-def _shares(run: Record, groups: int) -> list[tuple[int, float]]:
-    """The share of groups without signal at each step: the mean of the steps around it."""
-    shares = [x["groups_without_signal"] / groups for x in run["steps"]]
-    windows = (slice(max(i - SMOOTHING, 0), i + SMOOTHING + 1) for i in range(len(shares)))
-    return [(i, float(np.mean(shares[window]))) for i, window in enumerate(windows)]
+def _success(run: Record) -> Curve:
+    return [(x["step"], x["success_sampled"]) for x in run["evals"]]
+
+
+def _silent_groups(run: Record) -> Curve:
+    """At each step, the mean of the steps around it."""
+    counts = [x["groups_without_signal"] for x in run["steps"]]
+    windows = (slice(max(i - SMOOTHING, 0), i + SMOOTHING + 1) for i in range(len(counts)))
+    return [(i, mean(counts[window])) for i, window in enumerate(windows)]
 
 
 def _style(estimator: str, configuration: Record, seeds: int = 1) -> dict[str, Any]:
@@ -89,20 +86,18 @@ def _style(estimator: str, configuration: Record, seeds: int = 1) -> dict[str, A
     return {"color": colour, "label": label + (f", mean of {seeds} seeds" if seeds > 1 else "")}
 
 
-def _curves(
-    curves: dict[str, Any], configuration: Record, *, marker: str = "", **texts: str
-) -> Figure:
-    """A thin line of (step, value) per seed, and a thick mean over the steps that all have."""
+def _curves(grouped: Grouped, configuration: Record, curve: Callable[[Record], Curve]) -> Figure:
+    """A thin line per seed, and a thick one for the mean over the steps that all have."""
     figure = Figure(figsize=(7.5, 4.4))
     ax = figure.subplots()
-    for estimator, seeds in curves.items():
-        style = _style(estimator, configuration, len(seeds))
-        for seed in seeds if len(seeds) > 1 else ():
-            ax.plot(*np.transpose(seed), color=style["color"], alpha=0.35, linewidth=1)
-        shared = min(map(len, seeds))
-        mean = np.mean([seed[:shared] for seed in seeds], axis=0)
-        ax.plot(*mean.T, marker=marker, **style)
-    ax.set(xlabel="RL step", ylim=(0, 1), **texts)
+    for estimator, runs in grouped.items():
+        style = _style(estimator, configuration, len(runs))
+        curves = [curve(run) for run in runs]
+        for points in curves if len(curves) > 1 else ():
+            ax.plot(*np.transpose(points), color=style["color"], alpha=0.35, linewidth=1)
+        shared = min(map(len, curves))
+        ax.plot(*np.mean([x[:shared] for x in curves], axis=0).T, **style)
+    ax.set_xlabel("RL step")
     ax.legend()
     return figure
 

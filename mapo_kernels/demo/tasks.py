@@ -1,23 +1,22 @@
 """Verifiable tasks: reasoning-gym problems, written in a few characters for a tiny model.
 
-reasoning-gym generates the problems and scores wrong answers. A `Task` translates its text into a
-compact form (`5276<` instead of a paragraph of instructions), so that a model of 0.1M parameters
-with one token per character can learn the task in a minute.
+reasoning-gym generates the problems. A `Task` translates its text into a compact form (`5276<`
+instead of a paragraph of instructions), so that a model of 0.1M parameters with one token per
+character can learn the task in a minute.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 Entry = dict[str, Any]
 
 HELD_OUT_SHARE = 5  # one compact prompt in five is never trained on
 SEED_STRIDE = 10**7  # reasoning-gym draws problem i from seed + i: neighbouring seeds would overlap
 HELD_OUT_SEED = -1
-PARTIAL_CREDIT_CAP = 0.99
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,24 @@ class Task:
     answer_length: int  # of the longest compact answer
     prompt: Callable[[Entry], str]  # entry -> compact prompt
     solution: Callable[[Entry], str]  # entry -> compact solution
-    # Whether wrong answers are rewarded by their score. Off where the scorer pays for answers that
-    # merely contain the right one: RL learns to write those, and success falls.
-    partial_credit: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)  # of `reasoning_gym.create_dataset`
+    options: Mapping[str, Any]  # of `reasoning_gym.create_dataset`
+    partial_credit: bool = False  # for a wrong answer: the share of characters in their place
+
+    def reward(self, problem: Problem, answer: str | None) -> float:
+        """1 for the solution, partial credit or 0 for others and for None, which never ended."""
+        if answer == problem.solution:
+            return 1.0
+        if answer is None or not self.partial_credit:
+            return 0.0
+        in_place = sum(a == b for a, b in zip(answer, problem.solution, strict=False))
+        return in_place / max(len(answer), len(problem.solution))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A compact prompt, its compact solution, and the reasoning-gym entry behind them."""
+class Problem(NamedTuple):
+    """A compact prompt and its solution."""
 
     prompt: str
     solution: str
-    entry: Entry
 
 
 def _digits(numbers: list[str]) -> str:
@@ -99,13 +103,6 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
-def _dataset(task: Task, seed: int) -> Any:
-    from reasoning_gym import create_dataset
-
-    # Problems are generated on demand, so a dataset may be as long as its numbers allow.
-    return create_dataset(task.name, seed=seed, size=2**31, **task.options)
-
-
 class ProblemStream:
     """Endless problems of one task and one split; `position` is all its state.
 
@@ -117,10 +114,14 @@ class ProblemStream:
 
     def __init__(self, task: Task, seed: int, *, held_out: bool = False) -> None:
         """Create the reasoning-gym dataset behind the stream."""
+        from reasoning_gym import create_dataset
+
         self.task = task
         self.held_out = held_out
         self.position = 0
-        self._dataset = _dataset(task, (seed + 1) * SEED_STRIDE)
+        # Problems are generated on demand, so a dataset may be as long as its numbers allow.
+        size, seed = 2**31, (seed + 1) * SEED_STRIDE
+        self._dataset = create_dataset(task.name, seed=seed, size=size, **task.options)
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems of the split."""
@@ -130,7 +131,7 @@ class ProblemStream:
             self.position += 1
             prompt = self.task.prompt(entry)
             if is_held_out(prompt) == self.held_out:
-                problems.append(Problem(prompt, self.task.solution(entry), entry))
+                problems.append(Problem(prompt, self.task.solution(entry)))
         return problems
 
 
@@ -141,24 +142,3 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
     for problem in stream.take(4 * count):
         distinct.setdefault(problem.prompt, problem)
     return list(distinct.values())[:count]
-
-
-class Verifier:
-    """Rewards compact answers."""
-
-    def __init__(self, task: Task) -> None:
-        """Create the reasoning-gym dataset that scores."""
-        self.task = task
-        self._dataset = _dataset(task, 0)
-
-    def reward(self, problem: Problem, answer: str | None) -> float:
-        """1 for the solution, partial credit (if the task has it) or 0 otherwise.
-
-        `None`, an answer that never ended, gets 0. Partial credit is capped: reasoning-gym sums it
-        in floats, and the 0.9999999999999999 of a wrong answer rounds to a success in float32.
-        """
-        if answer == problem.solution:
-            return 1.0
-        if answer is None or not self.task.partial_credit:
-            return 0.0
-        return min(self._dataset.score_answer(answer, problem.entry), PARTIAL_CREDIT_CAP)

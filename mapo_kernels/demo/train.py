@@ -13,7 +13,7 @@ from mapo_kernels import AdvantageSpec, LossSpec, mapo_loss
 from mapo_kernels.demo.folder import FORMAT, Record
 from mapo_kernels.demo.model import PAD, Characters, Decoder, Rollouts, answer_logprobs, sample
 from mapo_kernels.demo.settings import WARM_UP, Settings
-from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 
 EVAL_SEED = 10**6
 GRADIENT_NORM = 1.0
@@ -21,7 +21,7 @@ WARM_UP_STRIDE = 10  # supervised updates between two looks at sampled success
 
 
 class Workbench:
-    """What the runs of one experiment share: the task, its verifier and the held-out problems."""
+    """What the runs of one experiment share: the task and its held-out problems."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         """Create the task's datasets."""
@@ -29,7 +29,6 @@ class Workbench:
         self.device = device
         self.task = TASKS[settings.task]
         self.characters = Characters(self.task.alphabet)
-        self.verifier = Verifier(self.task)
         self.max_tokens = self.task.answer_length + 1  # the end token
         self.held_out = held_out_problems(self.task, settings.eval_prompts)
         self.model_config = {
@@ -58,7 +57,7 @@ class Workbench:
         prompts = self.prompts(problems)
         rollouts = sample(model, prompts, self.max_tokens, copies=copies, generator=generator)
         rewards = [
-            self.verifier.reward(problems[row // copies], answer)
+            self.task.reward(problems[row // copies], answer)
             for row, answer in enumerate(self.characters.decode(rollouts.tokens))
         ]
         return rollouts, torch.tensor(rewards).view(-1, copies)

@@ -15,6 +15,8 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from reasoning_gym import create_dataset
+
 import mapo_kernels
 from mapo_kernels import files
 from mapo_kernels.__main__ import main
@@ -22,7 +24,7 @@ from mapo_kernels.demo import experiment, plots, report, train
 from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logprobs, sample
 from mapo_kernels.demo.settings import Settings
-from mapo_kernels.demo.tasks import TASKS, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 from mapo_kernels.demo.train import success_share
 from mapo_kernels.files import CommandError
 
@@ -239,7 +241,12 @@ def test_other_certainties_are_refused_in_one_line(text, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "words, shown",
-    [("demo --help", "--resume"), ("--help", "doctor"), ("--version", mapo_kernels.__version__)],
+    [
+        ("demo --help", "--resume"),
+        ("doctor --help", "usage: mapo-kernels doctor"),
+        ("--help", "doctor"),
+        ("--version", mapo_kernels.__version__),
+    ],
 )
 def test_help_does_not_wait_for_torch(words, shown):
     code = "import sys, atexit; from mapo_kernels.__main__ import main\n"
@@ -273,46 +280,41 @@ def wrong_answers(task, solution):
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_compact_form_agrees_with_the_scorer(task):
-    from reasoning_gym import create_dataset
-
-    scorer = create_dataset(task.name, seed=0, size=1, **task.options)
-    verifier = Verifier(task)
-    for problem in ProblemStream(task, 0).take(100):
+    dataset = create_dataset(task.name, seed=0, size=100, **task.options)
+    for entry in dataset:
+        problem = Problem(task.prompt(entry), task.solution(entry))
         assert set(problem.prompt + problem.solution) <= set(task.alphabet)
         assert len(problem.prompt) <= task.prompt_length
         assert len(problem.solution) <= task.answer_length
-        assert scorer.score_answer(EXPANDED[task.name](problem.solution), problem.entry) == 1
-        assert scorer.score_answer(problem.entry["answer"], problem.entry) == 1
-        assert verifier.reward(problem, problem.solution) == 1
-        assert verifier.reward(problem, None) == 0
+        assert dataset.score_answer(EXPANDED[task.name](problem.solution), entry) == 1
+        assert task.reward(problem, problem.solution) == 1
+        assert task.reward(problem, None) == 0
         for answer in wrong_answers(task, problem.solution):
-            score = scorer.score_answer(answer, problem.entry)
-            assert verifier.reward(problem, answer) == task.partial_credit * min(score, 0.99) < 1
+            score = dataset.score_answer(answer, entry) * task.partial_credit
+            # The scorer's credit for the solution with something after it depends on rounding.
+            if len(answer) <= len(problem.solution):
+                assert task.reward(problem, answer) == pytest.approx(score)
+            assert task.reward(problem, answer) < 1
 
 
 def test_sorting_is_exact_although_the_scorer_forgives_an_error_of_one():
     task = TASKS["number_sorting"]
-    verifier = Verifier(task)
+    dataset = create_dataset(task.name, seed=0, size=50, **task.options)
     forgiven = 0
-    for problem in ProblemStream(task, 0).take(50):
-        digits = problem.solution
-        off_by_one = "".join(str(max(int(digit) - 1, 0)) for digit in digits)
-        if off_by_one == digits:
-            continue
-        as_list = EXPANDED[task.name](off_by_one)
-        forgiven += verifier._dataset.score_answer(as_list, problem.entry) == 1
-        assert verifier.reward(problem, off_by_one) < 1
+    for entry in dataset:
+        problem = Problem(task.prompt(entry), task.solution(entry))
+        off_by_one = "".join(str(max(int(digit) - 1, 0)) for digit in problem.solution)
+        if off_by_one != problem.solution:
+            forgiven += dataset.score_answer(EXPANDED[task.name](off_by_one), entry) == 1
+            assert task.reward(problem, off_by_one) == 0
     assert forgiven > 0
 
 
 def test_success_is_exact_match_not_mean_reward():
     task = TASKS["spell_backward"]
-    verifier = Verifier(task)
-    problem = next(p for p in ProblemStream(task, 0).take(200) if len(p.solution) == 6)
-    nearly = verifier.reward(problem, problem.solution[:5] + "<")
-    too_long = verifier.reward(problem, problem.solution + "x")  # scored 0.9999999999999999
-    assert 0.5 < nearly < 1
-    assert torch.tensor(too_long) < 1
+    problem = Problem("stones<", "senots")
+    nearly, too_long = task.reward(problem, "senot<"), task.reward(problem, "senotsx")
+    assert (nearly, too_long) == (5 / 6, 6 / 7)
     assert success_share(torch.tensor([[1.0, nearly, too_long, 0.0]])) == 0.25
 
 
