@@ -103,7 +103,7 @@ def _train(run: Run, out: Path, log: Record, status: Status) -> None:
         status.update(line)
         if run.record["finished"] or len(run.record["steps"]) % SAVE_EVERY == 0:
             save()
-            status.console.print(line, highlight=False)
+            status.console.print(line)
 
 
 def _new_log(bench: Workbench, runs: Iterable[Run]) -> Record:

@@ -13,24 +13,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from mapo_kernels import files
 from mapo_kernels.demo.settings import ESTIMATORS, WARM_UP
-from mapo_kernels.files import (
-    PARTIAL,
-    CommandError,
-    naming,
-    one_line,
-    read_json,
-    read_whole,
-    write_whole,
-)
+from mapo_kernels.files import CommandError, naming, one_line, read_json
 
 Record = dict[str, Any]
 
 FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
 LOG_NAME = "log.json"
 LOCK_NAME = ".lock"
-
-
 RUN_NAME = rf"^({'|'.join([WARM_UP, *ESTIMATORS])})_seed[0-9]+$"  # of a run and its file
 LOG_SCHEMA = {
     "type": "object",
@@ -76,7 +67,7 @@ def opened(path: Path, *, resume: bool) -> Iterator[Record]:
 
 def _earlier_log(path: Path, needed: bool) -> Record:
     with naming(path):
-        names = {entry.name for entry in path.iterdir()} - {LOCK_NAME, LOG_NAME + PARTIAL}
+        names = {entry.name for entry in path.iterdir()} - {LOCK_NAME, LOG_NAME + files.PARTIAL}
     if needed or LOG_NAME in names:
         return read_json(path / LOG_NAME, LOG_SCHEMA, "the log of a demo (or choose another --out)")
     if names:
@@ -89,7 +80,7 @@ def _earlier_log(path: Path, needed: bool) -> Record:
 
 def write_log(path: Path, log: Record) -> None:
     """Write the log, whole or not at all."""
-    write_whole(path / LOG_NAME, (json.dumps(log) + "\n").encode())
+    files.write_whole(path / LOG_NAME, (json.dumps(log) + "\n").encode())
 
 
 def run_path(path: Path, name: str) -> Path:
@@ -108,7 +99,7 @@ def save(path: Path, state: Record) -> None:
     """`torch.save`, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_whole(path, buffer.getvalue())
+    files.write_whole(path, buffer.getvalue())
 
 
 def load(path: Path, restore: Callable[[Record], None]) -> None:
@@ -117,7 +108,7 @@ def load(path: Path, restore: Callable[[Record], None]) -> None:
     Raises:
         CommandError: the file is damaged, or `restore` fails.
     """
-    content = read_whole(path)
+    content = files.read_whole(path)
     try:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
         if damaged is not None:  # torch does not compare checksums

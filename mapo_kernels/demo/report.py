@@ -17,7 +17,7 @@ Final = dict[str, dict[int, float]]  # estimator -> seed -> held-out success at 
 
 def console() -> Console:
     """The terminal; names in brackets are no markup, and lines are not broken."""
-    return Console(markup=False, soft_wrap=True)
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def progress(run: Record, settings: Settings) -> str:

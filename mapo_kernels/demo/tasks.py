@@ -98,11 +98,6 @@ TASKS: dict[str, Task] = {
 }
 
 
-def is_held_out(prompt: str) -> bool:
-    """Whether a compact prompt belongs to the held-out split: a fixed property of its text."""
-    return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
-
-
 class ProblemStream:
     """Endless problems of one task and one split; `position` is all its state.
 
@@ -130,7 +125,9 @@ class ProblemStream:
             entry = self._dataset[self.position]
             self.position += 1
             prompt = self.task.prompt(entry)
-            if is_held_out(prompt) == self.held_out:
+            # A fixed property of its text.
+            held_out = zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+            if held_out == self.held_out:
                 problems.append(Problem(prompt, self.task.solution(entry)))
         return problems
 
