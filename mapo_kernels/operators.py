@@ -8,22 +8,14 @@ from typing import Any
 import torch
 
 from mapo_kernels import backend, config
-from mapo_kernels.batch import (
-    GROUP_METRICS,
-    RESULTS,
-    Batch,
-    GroupInputs,
-    RowInputs,
-    TokenResults,
-    empty_results,
-    replaced,
-)
+from mapo_kernels.batch import Batch, GroupInputs, RowInputs, TokenResults, empty_results, replaced
 from mapo_kernels.dispatch import dispatched
 from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.eager import logits as eager_logits
 from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.eager.logprobs import eager_token_loss
+from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import Signal, decide_rewards, group_metrics
 from mapo_kernels.launch import advantages as launch_groups
 from mapo_kernels.launch import logits as launch_logits

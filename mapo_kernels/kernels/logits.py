@@ -3,13 +3,16 @@
 The last program to arrive adds what all of them found, in a fixed order.
 """
 
-from typing import Any, NamedTuple
-
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.formula import GroupMetrics, loss_denominator, sequence_divisor
 from mapo_kernels.kernels.advantages import advantage_of_sequence
-from mapo_kernels.kernels.row import row_statistics, write_gradient, write_zeros
-from mapo_kernels.kernels.scoring import load_exponent, load_target
+from mapo_kernels.kernels.gradient import write_gradient, write_zeros
+from mapo_kernels.kernels.row import (
+    exponent_of,
+    row_of,
+    row_statistics,
+    target_of,
+)
 from mapo_kernels.kernels.token import (
     no_scores,
     publish_sums,
@@ -24,7 +27,7 @@ from mapo_kernels.kernels.token import (
 
 @jit
 def count_valid(Mask, begin, end, BLOCK_T: tl.constexpr):
-    """Live tokens of a whole batch, whose mask is contiguous."""
+    """Valid tokens of a whole batch, whose mask is contiguous."""
     count = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
@@ -42,20 +45,6 @@ def sequence_of(CuSeqlens, row, n_sequences, BLOCK_T: tl.constexpr):
         ends = tl.load(CuSeqlens + 1 + offs, mask=offs < n_sequences, other=2147483647)
         ended = ended + (ends <= row).to(tl.int32)
     return tl.minimum(tl.sum(ended, 0), n_sequences - 1)
-
-
-class Matrix(NamedTuple):
-    """Rows of V: pointer, stride of a row, and what is added to it between two sequences."""
-
-    pointer: Any
-    stride: Any
-    stride_sequence: Any
-
-
-@jit
-def row_of(matrix, row, sequence):
-    """Where a row of a matrix begins."""
-    return matrix.pointer + (row * matrix.stride + sequence * matrix.stride_sequence)
 
 
 @jit
@@ -78,21 +67,17 @@ def batch_divisor(batch, Mask, n_sequences, n_rows, BLOCK_T: tl.constexpr):
 
 @jit
 def entropy_weight(tokens, row, numbers, scale):
-    """What the entropy of a row is worth, 0 without a bonus; `scale` is that of the row's loss."""
-    weight = 0.0
-    if numbers.entropy_coef is not None:
-        weight = numbers.entropy_coef * scale
-        if tokens.loss_weight is not None:
-            weight = weight * tl.load(tokens.loss_weight + row).to(tl.float32)
+    """What the entropy of a row is worth, where `scale` is that of the row's loss."""
+    weight = numbers.entropy_coef * scale
+    if tokens.loss_weight is not None:
+        weight = weight * tl.load(tokens.loss_weight + row).to(tl.float32)
     return weight
 
 
 @jit(do_not_specialize=["n_sequences", "length", "group_size"])
 def logits_loss_kernel(
-    logits,  # Matrix [B, T, V] or [total, V]
+    rows,  # Rows of logits [B, T, V] or [total, V]; temperatures are [B] or [total]
     out,  # Matrix of the gradient, which may be that of the logits; or None
-    TokenIds,  # [B, T] or [total], as every token tensor
-    Temperature,  # [B] or [total], or None
     tokens,  # Tokens
     Advantage,  # [B], or None where advantages are the tokens' or come from rewards
     rewards,  # Rewards, or None
@@ -111,10 +96,7 @@ def logits_loss_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
@@ -148,16 +130,11 @@ def logits_loss_kernel(
     active = valid.to(tl.float32)
     sums = total_scores(no_scores(1), active, 1.0)
 
-    wide, wide_sequence = row.to(tl.int64), sequence.to(tl.int64)
     if tl.max(scored.to(tl.int32), 0) > 0:
-        Row = row_of(logits, wide, wide_sequence)
-        target = load_target(TokenIds + row, vocab)
-        if Temperature is not None:
-            index = sequence if batch.cu_seqlens is None else row
-            c = load_exponent(Temperature, index, c, True)
-        reference, total, logp, rest, entropy = row_statistics(
-            Row, target, vocab, c, True, THREADS, VECTOR, WIDE
-        )
+        Row = row_of(rows.logits, row, sequence)
+        target = target_of(rows, row, vocab)
+        c = exponent_of(rows, sequence if batch.cu_seqlens is None else row, c)
+        reference, total, logp, rest, entropy = row_statistics(Row, target, vocab, c, True, TILE)
         zero = tl.zeros([1], tl.float32)
         scores, d_log_ratio, d_logp = score_tokens(
             zero + logp, tokens, 0, offs, inside, scored, advantages, weight, zero + entropy, 0.0,
@@ -172,18 +149,20 @@ def logits_loss_kernel(
             scale = scale / batch_divisor(batch, tokens.mask, n_sequences, n_rows, BLOCK_T)
             slope = tl.sum(d_logp + d_log_ratio, 0) * scale
             has_slope = 1
-            bonus = entropy_weight(tokens, row, numbers, scale)
+            bonus = None
             if numbers.entropy_coef is None:
                 has_slope = tl.where(slope != 0, 1, 0)
-            Out = row_of(out, wide, wide_sequence)
+            else:
+                bonus = entropy_weight(tokens, row, numbers, scale)
+            Out = row_of(out, row, sequence)
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    bonus, numbers.entropy_coef is not None, THREADS, VECTOR, WIDE, CONVERTS,
+                    bonus, TILE,
                 )  # fmt: skip
             else:
-                write_zeros(Out, vocab, THREADS, VECTOR, WIDE)
+                write_zeros(Out, vocab, TILE)
     elif out is not None:
-        write_zeros(row_of(out, wide, wide_sequence), vocab, THREADS, VECTOR, WIDE)
+        write_zeros(row_of(out, row, sequence), vocab, TILE)
 
     publish_sums(sums, group, batch, row, n_rows, BLOCK_P)

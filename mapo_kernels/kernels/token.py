@@ -2,10 +2,12 @@
 
 from typing import Any, NamedTuple
 
+from mapo_kernels import formula
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.formula import (
     GROUP_MEANS,
     LARGEST,
+    RESULTS,
     GroupMetrics,
     TokenMetrics,
     loss_denominator,
@@ -44,7 +46,7 @@ class Common(NamedTuple):
 class Scores(NamedTuple):
     """Of each token what the loss and the metrics add up; of a program, the sums (and maxima).
 
-    In the order of the slots of `results`; there, the first is 1 over the denominator.
+    In the order of `formula.RESULTS`; there, the first is 1 over the denominator.
     """
 
     loss: Any
@@ -57,19 +59,17 @@ def _constant(x):
     return None if tl.constexpr is None else tl.constexpr(x)
 
 
-NAMES = (*Scores._fields[:-1], *TokenMetrics._fields, *GroupMetrics._fields)
-_N_SLOTS = 1 << (len(NAMES) - 1).bit_length()
-SLOTS = _constant(_N_SLOTS)
+SLOTS = _constant(formula.SLOTS)
 N_METRICS = _constant(len(TokenMetrics._fields))
 N_GROUP_METRICS = _constant(len(GroupMetrics._fields))
-ACTIVE = _constant(NAMES.index("active_tokens"))
-SCORED = _constant(NAMES.index("scored_tokens"))
+ACTIVE = _constant(RESULTS.index("active_tokens"))
+SCORED = _constant(RESULTS.index("scored_tokens"))
 N_MEANS = _constant(len(TokenMetrics._fields) - len(LARGEST))
 # Slots of the largest, of the first metric of groups, and of the first of those that is no mean.
-FIRST_LARGEST = _constant(NAMES.index(LARGEST[0]))
-FIRST_GROUP = _constant(NAMES.index(GroupMetrics._fields[0]))
-FIRST_COUNT = _constant(NAMES.index(GroupMetrics._fields[0]) + len(GROUP_MEANS))
-GROUPS = _constant(NAMES.index("active_groups"))
+FIRST_LARGEST = _constant(RESULTS.index(LARGEST[0]))
+FIRST_GROUP = _constant(RESULTS.index(GroupMetrics._fields[0]))
+FIRST_COUNT = _constant(RESULTS.index(GroupMetrics._fields[0]) + len(GROUP_MEANS))
+GROUPS = _constant(RESULTS.index("active_groups"))
 
 
 @jit
@@ -125,7 +125,7 @@ def valid_tokens(Mask, row, offs, begin, end, write_end):
 def sequence_statistics(
     Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """Live tokens of a sequence, the mean of logp - old over them, and whether any has A w != 0."""
+    """Of a sequence: valid tokens, their mean of logp - old, whether any of them has A w != 0."""
     count = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     signal = tl.zeros([BLOCK_T], tl.float32)

@@ -8,7 +8,8 @@ import torch
 
 from mapo_kernels import config
 from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
-from mapo_kernels.batch import SLOTS, Batch, GroupInputs, TokenResults
+from mapo_kernels.batch import Batch, GroupInputs, TokenResults
+from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.advantages import Rewards
 from mapo_kernels.kernels.logprobs import scale_kernel, token_loss_kernel
 from mapo_kernels.kernels.token import Common, Tokens
