@@ -12,8 +12,7 @@ from rich.status import Status
 
 from mapo_kernels import resolve_backend
 from mapo_kernels.demo import folder, plots, report
-from mapo_kernels.demo.folder import Record
-from mapo_kernels.demo.settings import WARM_UP, Settings
+from mapo_kernels.demo.settings import FORMAT, WARM_UP, Record, Settings
 from mapo_kernels.demo.train import Run, Workbench
 from mapo_kernels.doctor import versions
 from mapo_kernels.files import CommandError, one_line
@@ -108,7 +107,7 @@ def _train(run: Run, out: Path, log: Record, status: Status) -> None:
 
 def _new_log(bench: Workbench, runs: Iterable[Run]) -> Record:
     return {
-        "format": folder.FORMAT,
+        "format": FORMAT,
         "status": "running",
         "configuration": asdict(bench.settings),
         "versions": versions() | {"reasoning-gym": metadata.version("reasoning-gym")},

@@ -8,18 +8,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from mapo_kernels import files
-from mapo_kernels.demo.settings import ESTIMATORS, WARM_UP
+from mapo_kernels.demo.settings import ESTIMATORS, FORMAT, WARM_UP, Record
 from mapo_kernels.files import CommandError, naming, one_line, read_json
 
-Record = dict[str, Any]
-
-FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
 LOG_NAME = "log.json"
 LOCK_NAME = ".lock"
 RUN_NAME = rf"^({'|'.join([WARM_UP, *ESTIMATORS])})_seed[0-9]+$"  # of a run and its file

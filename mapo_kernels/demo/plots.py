@@ -13,8 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mapo_kernels import group_advantages
-from mapo_kernels.demo.folder import Record
-from mapo_kernels.demo.settings import WARM_UP
+from mapo_kernels.demo.settings import WARM_UP, Record
 from mapo_kernels.files import write_figure
 
 STYLES = {  # label and colour

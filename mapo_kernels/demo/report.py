@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-from mapo_kernels.demo.folder import LOG_NAME, Record, run_path
-from mapo_kernels.demo.settings import WARM_UP, Settings
+from mapo_kernels.demo.folder import LOG_NAME, run_path
+from mapo_kernels.demo.settings import WARM_UP, Record, Settings
 
 Final = dict[str, dict[int, float]]  # estimator -> seed -> held-out success at the end
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+Record = dict[str, Any]  # of a run, a step or all of them: what JSON can hold
+
+FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 WARM_UP = "warm-up"
 

@@ -10,9 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from mapo_kernels import AdvantageSpec, LossSpec, mapo_loss
-from mapo_kernels.demo.folder import FORMAT, Record
 from mapo_kernels.demo.model import PAD, Characters, Decoder, Rollouts, answer_logprobs, sample
-from mapo_kernels.demo.settings import WARM_UP, Settings
+from mapo_kernels.demo.settings import FORMAT, WARM_UP, Record, Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 
 EVAL_SEED = 10**6
