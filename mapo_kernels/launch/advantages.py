@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import on_device_of, registers, triton
+from mapo_kernels._triton import next_power_of_2, on_device_of, registers
 from mapo_kernels.batch import GroupInputs
 from mapo_kernels.groups import order_by_group
 from mapo_kernels.kernels.advantages import Rewards, advantages_kernel
+from mapo_kernels.launch.direct import Direct
 from mapo_kernels.spec import AdvantageSpec
+
+_advantages = Direct(advantages_kernel)
 
 
 def empty_advantages(
@@ -37,7 +40,7 @@ def launch_advantages(
     ids = order = starts = None
     if groups.group_ids is None:
         n_groups = n_rows // groups.group_size
-        block_g = triton.next_power_of_2(groups.group_size)
+        block_g = next_power_of_2(groups.group_size)
         tile = max(1, tuning.tile_elements // block_g)
     elif n_rows <= tuning.match_limit and not want_stats:
         n_groups, tile, block_g = n_rows, 1, tuning.match_block
@@ -47,7 +50,7 @@ def launch_advantages(
         order, starts, _ = order_by_group(groups.group_ids)
     advantages, table = out
     with on_device_of(advantages):
-        advantages_kernel[(triton.cdiv(n_groups, tile),)](
+        _advantages[(-(-n_groups // tile),)](
             Rewards(
                 groups.rewards.contiguous(),
                 None if groups.success is None else groups.success.contiguous(),

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
+from mapo_kernels._triton import (
+    converts_bfloat16,
+    next_power_of_2,
+    on_device_of,
+    registers,
+    warp_size,
+)
 from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.logits import logits_loss_kernel
 from mapo_kernels.kernels.row import Matrix, Rows
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.kernels.vocabulary import share_kernel
+from mapo_kernels.launch.direct import Direct
 from mapo_kernels.launch.logprobs import (
     common_of,
     contiguous,
@@ -24,6 +31,9 @@ from mapo_kernels.launch.logprobs import (
     tokens_of,
 )
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+_loss, _rescale = Direct(logits_loss_kernel), Direct(rescale_kernel)
+_score, _share, _gradient = Direct(score_kernel), Direct(share_kernel), Direct(gradient_kernel)
 
 
 def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
@@ -34,7 +44,7 @@ def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
     """
     vocab, access = logits.shape[-1], 16 // logits.element_size()
     tuning = config.LOGITS
-    wanted = triton.next_power_of_2(vocab // (2 * tuning.steps * access))
+    wanted = next_power_of_2(vocab // (2 * tuning.steps * access))
     threads = min(tuning.max_threads, max(tuning.min_threads, wanted))
     # What Triton specialises on: only then does it know that a row is aligned.
     strides = (logits.data_ptr(), *row_layout(logits)[1:])
@@ -118,7 +128,7 @@ def launch_scores(
     mask: torch.Tensor | None,
     columns: int,
     out: torch.Tensor,
-    kernel: Any = score_kernel,
+    kernel: Direct = _score,
 ) -> None:
     """Table [columns, rows] of log-prob, entropy, and what the gradient needs, in one launch."""
     logits = columns_together(logits)
@@ -148,7 +158,7 @@ def launch_shares(
     out: torch.Tensor,
 ) -> None:
     """Table [columns, rows] of what these columns contribute: see `eager.shares.merge_shares`."""
-    launch_scores(logits, rows, mask, columns, out, share_kernel)
+    launch_scores(logits, rows, mask, columns, out, _share)
 
 
 def launch_gradient(
@@ -172,7 +182,7 @@ def launch_gradient(
         return
     described, exponent = _rows(logits, rows, mask)
     with on_device_of(logits):
-        gradient_kernel[(n,)](
+        _gradient[(n,)](
             described,
             _matrix(out),
             table,
@@ -197,7 +207,7 @@ def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
     if n == 0:
         return
     with on_device_of(grad):
-        rescale_kernel[(min(n, config.LOGITS.rescale_programs),)](
+        _rescale[(min(n, config.LOGITS.rescale_programs),)](
             _matrix(grad),
             upstream,
             n,
@@ -228,7 +238,7 @@ def launch_logits_loss(
     tile = tile_of(logits)
     length = row_layout(logits)[0]
     with on_device_of(logits):
-        logits_loss_kernel[(n,)](
+        _loss[(n,)](
             described,
             _matrix(out.grad) if need_grad else None,
             tokens,
