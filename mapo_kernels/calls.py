@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from mapo_kernels.distributed.vocabulary import Split
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
-from mapo_kernels.metrics import as_metrics
+from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -24,6 +25,17 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 _SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
 _LAYOUT = ("mask", "cu_seqlens", "normalizer")
 _TOKENS = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights")
+
+
+def _slots_of(has_reference: bool, has_entropy: bool, has_groups: bool) -> Slots:
+    """The metrics that such a loss has, and their slots in its results."""
+    absent = {"gradient_scale"}
+    absent.update(() if has_reference else ("ref_kl",), () if has_entropy else ("entropy",))
+    absent.update(() if has_groups else GROUP_METRICS)
+    return Slots({name: slot for slot, name in enumerate(RESULTS) if name not in absent})
+
+
+_SLOTS = {which: _slots_of(*which) for which in product((False, True), repeat=3)}
 
 
 class LossOutput(NamedTuple):
@@ -83,19 +95,19 @@ class LossCall(NamedTuple):
             temperature = Layout(token_ids, batch).spread(temperature)
         return RowInputs(token_ids, temperature, share)
 
-    def output(self, loss: torch.Tensor, results: torch.Tensor, own: torch.Tensor) -> LossOutput:
+    def output(
+        self,
+        loss: torch.Tensor,
+        results: torch.Tensor,
+        own: torch.Tensor,
+        has_entropy: bool = True,
+    ) -> LossOutput:
         """What the call returns, from what its autograd node did."""
         batch = self.batch
-        values = dict(zip(RESULTS, results.detach()[: len(RESULTS)].unbind(0), strict=True))
-        del values["gradient_scale"]
-        if batch.ref_logprobs is None:
-            del values["ref_kl"]
-        if batch.groups is None:
-            for name in GROUP_METRICS:
-                del values[name]
-        values.update(self.known.values)
+        slots = _SLOTS[batch.ref_logprobs is not None, has_entropy, batch.groups is not None]
+        metrics = as_metrics(slots, results, self.known.values, self.known.ranks)
         advantages = own if batch.advantages is None else batch.advantages
-        return LossOutput(loss, as_metrics(values, self.known.ranks), advantages.detach())
+        return LossOutput(loss, metrics, advantages.detach())
 
 
 def resolve(
