@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from mapo_kernels import config
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -45,7 +47,7 @@ GPUS = (
     Gpu("B200", "sm_100", 8.0, 148, 1.97),
 )
 # What a thread handles in one turn of its loop: bfloat16 logits, tokens.
-BF16_STEP, TOKEN_STEP = 16, 4
+BF16_STEP, TOKEN_STEP = 8 * config.LOGITS.tiles, 4
 
 
 def main_loop(kernel: dict[str, Any], stores: int, step: int) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def _pass(kernel: dict[str, Any], stores: int) -> dict[str, float]:
 
 def _row_passes(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The fused loss from bfloat16 logits: two passes, of which only one reaches memory."""
-    first, second = _pass(kernel, stores=0), _pass(kernel, stores=2)
+    first, second = _pass(kernel, stores=0), _pass(kernel, stores=config.LOGITS.tiles)
     both = {name: first[name] + second[name] for name in first}
     return {"statistics pass": first, "gradient pass": second, "both passes": both}
 

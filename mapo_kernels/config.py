@@ -63,11 +63,17 @@ class Logits:
     """The kernels of the logits level.
 
     Attributes:
-        max_threads: per program; they fill a multiprocessor.
+        max_threads: per program.
         min_threads: see there.
-        steps: of two tiles that a row takes at least, where that leaves more than `min_threads`.
-        registers: per thread of a full program. With fewer than these the compiler spills to fit
-            two programs on an A100, and the cache would have to hold two rows for each.
+        tiles: of 16 bytes a thread, which a step reads before it uses or writes any of them.
+        steps: that a row takes, about, where that leaves more than `min_threads`.
+        programs: that a multiprocessor should hold at once: each has a row in the cache between
+            its first and its second reading.
+        registers: per thread at the most, if `programs` leave as many.
+        first_hint: eviction policy of the first reading of a row that is read twice.
+        second_hint: the same of the second, and of the gradient.
+        score_hint: the same of a row that is read once.
+        backwards: whether the second reading begins at the end of the row, which was read last.
         partials_per_thread: sums of other programs that a thread of the last one adds per step.
         block_tokens: tokens per step of counting a mask, or of finding a packed row's sequence.
         count_limit: tokens above which counting the mask in every program costs more than a launch.
@@ -76,10 +82,16 @@ class Logits:
         large_copy: bytes of logits from which on a copy is worth a warning.
     """
 
-    max_threads: int = 1024
+    max_threads: int = 512
     min_threads: int = 64
+    tiles: int = 4
     steps: int = 4
-    registers: int = 64
+    programs: int = 1
+    registers: int = 128
+    first_hint: str = "evict_last"
+    second_hint: str = "evict_first"
+    score_hint: str = "evict_first"
+    backwards: bool = True
     partials_per_thread: int = 8
     block_tokens: int = 1024
     count_limit: int = 1 << 14

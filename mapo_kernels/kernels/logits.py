@@ -6,13 +6,12 @@ The last program to arrive adds what all of them found, in a fixed order.
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.formula import GroupMetrics, loss_denominator, sequence_divisor
 from mapo_kernels.kernels.advantages import advantage_of_sequence
+from mapo_kernels.kernels.gradient import write_gradient, write_zeros
 from mapo_kernels.kernels.row import (
     exponent_of,
     row_of,
     row_statistics,
     target_of,
-    write_gradient,
-    write_zeros,
 )
 from mapo_kernels.kernels.token import (
     no_scores,
@@ -97,10 +96,7 @@ def logits_loss_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
@@ -138,9 +134,7 @@ def logits_loss_kernel(
         Row = row_of(rows.logits, row, sequence)
         target = target_of(rows, row, vocab)
         c = exponent_of(rows, sequence if batch.cu_seqlens is None else row, c)
-        reference, total, logp, rest, entropy = row_statistics(
-            Row, target, vocab, c, True, THREADS, VECTOR, WIDE
-        )
+        reference, total, logp, rest, entropy = row_statistics(Row, target, vocab, c, True, TILE)
         zero = tl.zeros([1], tl.float32)
         scores, d_log_ratio, d_logp = score_tokens(
             zero + logp, tokens, 0, offs, inside, scored, advantages, weight, zero + entropy, 0.0,
@@ -164,11 +158,11 @@ def logits_loss_kernel(
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    bonus, THREADS, VECTOR, WIDE, CONVERTS,
+                    bonus, TILE,
                 )  # fmt: skip
             else:
-                write_zeros(Out, vocab, THREADS, VECTOR, WIDE)
+                write_zeros(Out, vocab, TILE)
     elif out is not None:
-        write_zeros(row_of(out, row, sequence), vocab, THREADS, VECTOR, WIDE)
+        write_zeros(row_of(out, row, sequence), vocab, TILE)
 
     publish_sums(sums, group, batch, row, n_rows, BLOCK_P)

@@ -1,6 +1,7 @@
 """The kernels that need no more than a row of logits: scoring, gradient, rescaling."""
 
 from mapo_kernels._triton import jit, tl
+from mapo_kernels.kernels.gradient import write_gradient, write_zeros
 from mapo_kernels.kernels.row import (
     exponent_of,
     is_valid,
@@ -8,8 +9,6 @@ from mapo_kernels.kernels.row import (
     row_statistics,
     target_of,
     tile_columns,
-    write_gradient,
-    write_zeros,
 )
 
 
@@ -23,9 +22,7 @@ def score_kernel(
     vocab,
     c,
     COLUMNS: tl.constexpr,  # 1: log-probs; 2: entropies too; 5: all that the gradient needs
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Statistics of a row; all 0, and nothing read, where it is masked."""
     row = tl.program_id(0)
@@ -37,7 +34,7 @@ def score_kernel(
     if is_valid(rows.mask, row) > 0:
         reference, total, logp, rest, entropy = row_statistics(
             row_of(rows.logits, row, row // length), target_of(rows, row, vocab), vocab,
-            exponent_of(rows, row // per_temperature, c), COLUMNS > 1, THREADS, VECTOR, WIDE,
+            exponent_of(rows, row // per_temperature, c), COLUMNS > 1, TILE,
         )  # fmt: skip
     tl.store(Table + row, logp)
     if COLUMNS > 1:
@@ -61,10 +58,7 @@ def gradient_kernel(
     per_temperature,
     vocab,
     c,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Gradient of a row whose statistics and d loss / d logp (but for the batch's scale) exist."""
     row = tl.program_id(0)
@@ -86,10 +80,10 @@ def gradient_kernel(
             exponent_of(rows, row // per_temperature, c), tl.load(Table + 2 * n + row),
             tl.load(Table + 3 * n + row), tl.load(Table + row), tl.load(Table + 4 * n + row),
             tl.load(Table + n + row), slope * scale, bonus,
-            THREADS, VECTOR, WIDE, CONVERTS,
+            TILE,
         )  # fmt: skip
     else:
-        write_zeros(Out, vocab, THREADS, VECTOR, WIDE)
+        write_zeros(Out, vocab, TILE)
 
 
 @jit(do_not_specialize=["n", "length"])
@@ -99,17 +93,15 @@ def rescale_kernel(
     n,
     length,
     vocab,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Backward: multiply the gradient by the upstream gradient, unless that is 1."""
     factor = tl.load(Upstream).to(tl.float32)
     if factor != 1.0:
         for row in range(tl.program_id(0), n, tl.num_programs(0)):
             Row = row_of(grad, row, row // length)
-            for start in range(0, vocab, THREADS * VECTOR):
-                offs = start + tile_columns(THREADS, VECTOR, WIDE)
+            for start in range(0, vocab, TILE.columns):
+                offs = start + tile_columns(TILE)
                 x = tl.load(Row + offs, mask=offs < vocab).to(tl.float32)
                 # What is exactly 0 stays so, whatever the factor.
                 x = tl.where(x == 0, 0.0, x * factor)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import (
-    converts_bfloat16,
-    next_power_of_2,
-    on_device_of,
-    registers,
-    warp_size,
-)
+from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, warp_size
 from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.logits import logits_loss_kernel
-from mapo_kernels.kernels.row import Matrix, Rows
+from mapo_kernels.kernels.row import Matrix, Rows, Tile
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.kernels.vocabulary import share_kernel
 from mapo_kernels.launch.direct import Direct
@@ -36,33 +31,41 @@ _loss, _rescale = Direct(logits_loss_kernel), Direct(rescale_kernel)
 _score, _share, _gradient = Direct(score_kernel), Direct(share_kernel), Direct(gradient_kernel)
 
 
-def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
-    """THREADS, and VECTOR logits per 16-byte access; each thread keeps sums of its columns.
+@cache
+def _tile(
+    vocab: int, itemsize: int, wide: bool, converts: bool, tuning: config.Logits, scores: bool
+) -> dict[str, Any]:
+    """Launch options of a kernel that goes over rows."""
+    vector = 16 // itemsize
+    wanted = vocab // (tuning.steps * tuning.tiles * vector)
+    power = 1 << max(wanted - 1, 0).bit_length()
+    threads = min(tuning.max_threads, max(tuning.min_threads, power))
+    tile = Tile(
+        threads=threads,
+        vector=vector,
+        wide=wide,
+        number=tuning.tiles,
+        first_hint=tuning.score_hint if scores else tuning.first_hint,
+        second_hint=tuning.second_hint,
+        backwards=tuning.backwards,
+        converts=converts,
+    )
+    # The compiler otherwise spills to fit more programs on a multiprocessor of some GPUs than the
+    # cache can hold rows for until they are read again.
+    room = registers(min(tuning.registers, (1 << 16) // (threads * tuning.programs)))
+    return {"TILE": tile, "num_warps": threads // warp_size(), **room}
 
-    The last bits of a row's statistics depend on these, so scoring and the loss both take them from
-    here; and they depend on the shape of the matrix, never on how many rows it has.
+
+def tile_of(logits: torch.Tensor, scores: bool = False) -> dict[str, Any]:
+    """How a kernel goes over these rows; with `scores` it reads each once, and nobody after it.
+
+    The last bits of a row's statistics depend on the tile, so scoring and the loss both take it
+    from here; and it depends on the shape of the matrix, never on how many rows it has.
     """
-    vocab, access = logits.shape[-1], 16 // logits.element_size()
-    tuning = config.LOGITS
-    wanted = next_power_of_2(vocab // (2 * tuning.steps * access))
-    threads = min(tuning.max_threads, max(tuning.min_threads, wanted))
     # What Triton specialises on: only then does it know that a row is aligned.
-    strides = (logits.data_ptr(), *row_layout(logits)[1:])
-    return {
-        "THREADS": threads,
-        "VECTOR": access,
-        "WIDE": all(x % 16 == 0 for x in strides),
-        "num_warps": threads // warp_size(),
-    }
-
-
-def _one_program_at_once(tile: dict[str, int | bool]) -> dict[str, int]:
-    """Registers such that a multiprocessor holds one program of 1024 threads.
-
-    The compiler otherwise spills to fit two of them on an A100, and the cache then has to hold two
-    rows for each multiprocessor until they are read again.
-    """
-    return registers(config.LOGITS.registers) if tile["THREADS"] == 1024 else {}
+    wide = all(x % 16 == 0 for x in (logits.data_ptr(), *row_layout(logits)[1:]))
+    shape = (logits.shape[-1], logits.element_size(), wide)
+    return _tile(*shape, converts_bfloat16(), config.LOGITS, scores)
 
 
 def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
@@ -146,7 +149,7 @@ def launch_scores(
                 exponent,
                 COLUMNS=columns,
                 enable_fp_fusion=False,
-                **tile_of(logits),
+                **tile_of(logits, scores=True),
             )
 
 
@@ -194,7 +197,6 @@ def launch_gradient(
             _per_temperature(rows),
             logits.shape[-1],
             exponent,
-            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile_of(logits),
         )
@@ -258,11 +260,9 @@ def launch_logits_loss(
             GROUP=advantage_spec.kind if inputs.groups is not None else None,
             BLOCK_T=config.LOGITS.block_tokens,
             BLOCK_G=block_g,
-            BLOCK_P=config.LOGITS.partials_per_thread * tile["THREADS"] // SLOTS,
-            CONVERTS=converts_bfloat16(),
+            BLOCK_P=config.LOGITS.partials_per_thread * tile["TILE"].threads // SLOTS,
             enable_fp_fusion=False,
             **tile,
-            **_one_program_at_once(tile),
         )
 
 
