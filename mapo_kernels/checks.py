@@ -5,12 +5,12 @@ Nothing here reads device data, so nothing waits, except under MAPO_KERNELS_VALI
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
+from mapo_kernels._triton import environment
 from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, comparable, require_dtype, signed
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
@@ -28,7 +28,9 @@ def validates_device_data() -> bool:
     Raises:
         ValueError: the variable has another value than those for on and off.
     """
-    value = os.environ.get(_VALIDATE, "")
+    value = environment(_VALIDATE)
+    if not value:
+        return False
     word = value.strip().lower()
     if word not in _ON and word not in _OFF:
         raise ValueError(
