@@ -24,7 +24,7 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 # What a plan stands for.
 _SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
 _LAYOUT = ("mask", "cu_seqlens", "normalizer")
-_TOKENS = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights")
+_NOTHING = KnownMetrics({})
 
 
 def _slots_of(has_reference: bool, has_entropy: bool, has_groups: bool) -> Slots:
@@ -123,31 +123,37 @@ def resolve(
     checks.check_specs(spec, advantage_spec)
     process_group = given["process_group"]
     is_double = dtype == torch.float64
-    layout = {key: given[key] for key in _LAYOUT}
-    known = KnownMetrics({})
+    mask, cu_seqlens, normalizer = given["mask"], given["cu_seqlens"], given["normalizer"]
+    known = _NOTHING
     groups: GroupInputs | None = None
     if plan is not None:
         spec = _spec_of(plan, given)
-        layout = {key: getattr(plan, key) for key in _LAYOUT}
+        mask, cu_seqlens, normalizer = plan.mask, plan.cu_seqlens, plan.normalizer
         if is_double:
             # Not otherwise: torch.compile takes a float64 tensor of no dimension for a number.
-            layout["normalizer"] = plan.wide_normalizer
+            normalizer = plan.wide_normalizer
         signal, per_token = plan.signal(is_double), plan.per_token
         advantages = signal.advantages
         known = KnownMetrics(signal.metrics, plan.ranks)
     else:
         advantages = given["advantages"]
         groups = groups_of(given, is_double)
-        per_token = checks.is_per_token(advantages, tokens, layout["cu_seqlens"])
-    token_tensors = {key: given[key] for key in _TOKENS}
+        per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
     batch = Batch(
-        advantages=advantages, groups=groups, per_token=per_token, **layout, **token_tensors
+        given["old_logprobs"],
+        given["ref_logprobs"],
+        given["rollout_logprobs"],
+        given["token_weights"],
+        mask=mask,
+        advantages=advantages,
+        groups=groups,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        per_token=per_token,
     )
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, batch, spec, is_part)
-    checks.check_denominator(
-        batch.normalizer, batch.mask, torch.float64 if is_double else torch.float32
-    )
+    checks.check_denominator(normalizer, mask, torch.float64 if is_double else torch.float32)
     call = LossCall(batch, spec, advantage_spec, known, plan is not None)
     if process_group is not None:
         return _among_ranks(call, tokens, process_group)

@@ -174,14 +174,16 @@ def groups_of(
 
     `is_double` says whether all else of the call is float64.
     """
-    grouping = {key: given[key] for key in ("group_size", "group_ids", "success")}
-    checks.check_source(given["rewards"], given["advantages"], grouping)
-    checks.check_process_group(given["process_group"], given["normalizer"])
-    if given["rewards"] is None:
+    group_size, group_ids, success = given["group_size"], given["group_ids"], given["success"]
+    rewards, process_group = given["rewards"], given["process_group"]
+    grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
+    checks.check_source(rewards, given["advantages"], grouping)
+    checks.check_process_group(process_group, given["normalizer"])
+    if rewards is None:
         return None
-    is_part = given["process_group"] is not None
+    is_part = process_group is not None
     return checks.check_groups(
-        given["rewards"], **grouping, is_part=is_part, device=device, is_double=is_double
+        rewards, group_size, group_ids, success, is_part, device=device, is_double=is_double
     )
 
 

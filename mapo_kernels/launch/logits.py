@@ -11,7 +11,7 @@ import torch
 
 from mapo_kernels import config
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, warp_size
-from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
+from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.logits import logits_loss_kernel
 from mapo_kernels.kernels.row import Matrix, Rows, Tile
@@ -63,7 +63,8 @@ def tile_of(logits: torch.Tensor, scores: bool = False) -> dict[str, Any]:
     from here; and it depends on the shape of the matrix, never on how many rows it has.
     """
     # What Triton specialises on: only then does it know that a row is aligned.
-    wide = all(x % 16 == 0 for x in (logits.data_ptr(), *row_layout(logits)[1:]))
+    _, stride, stride_sequence = row_layout(logits)
+    wide = (logits.data_ptr() | stride | stride_sequence) % 16 == 0
     shape = (logits.shape[-1], logits.element_size(), wide)
     return _tile(*shape, converts_bfloat16(), config.LOGITS, scores)
 
@@ -73,10 +74,11 @@ def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
 
     Zero between sequences of contiguous rows, so that their number does not recompile a kernel.
     """
-    if x.dim() == 2:
-        return max(x.shape[0], 1), x.stride(0), 0
-    length = x.shape[1]
-    return max(length, 1), x.stride(1), x.stride(0) - length * x.stride(1)
+    strides = x.stride()
+    if len(strides) == 2:
+        return x.shape[0] or 1, strides[0], 0
+    length, stride = x.shape[1], strides[1]
+    return length or 1, stride, strides[0] - length * stride
 
 
 def columns_together(logits: torch.Tensor) -> torch.Tensor:
@@ -268,7 +270,7 @@ def launch_logits_loss(
 
 def empty_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
     """Uninitialised contiguous gradient of logits."""
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def empty_loss(
@@ -280,6 +282,7 @@ def empty_loss(
     need_grad: bool,
 ) -> TokenResults:
     """Uninitialised results, with the gradient by the logits."""
-    grad = empty_gradient(logits) if need_grad else logits.new_empty(0)
     found = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
-    return replaced(found, grad=grad)
+    if not need_grad:
+        return found
+    return TokenResults(found.loss, found.results, found.advantages, empty_gradient(logits))
