@@ -48,6 +48,11 @@ else:
         return SimpleNamespace(fn=fn, __name__=fn.__name__)
 
 
+def constant(x: Any) -> Any:
+    """A number that kernels may read from their module."""
+    return tl.constexpr(x) if HAS_TRITON else x
+
+
 def environment(name: str) -> str:
     """A variable of the environment as it is now; empty where it is not set.
 

@@ -180,10 +180,6 @@ def logits_loss(
         return _scored_then_differentiated(
             logits, rows, inputs, spec, advantage_spec, need_grad, out
         )
-    if inputs.denominator(spec, 1) is None and inputs.mask is not None:
-        if rows.token_ids.numel() > config.LOGITS.count_limit:
-            valid = Layout(rows.token_ids, inputs).valid
-            inputs = replaced(inputs, normalizer=valid.sum().float())
     place = None
     if out is not None and need_grad and not torch.compiler.is_compiling():
         place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
@@ -200,8 +196,9 @@ def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: Lo
         return False
     n_rows = groups.rewards.shape[0]
     in_reach = groups.group_ids is None or n_rows <= config.LOGITS.match_limit
-    # A packed sequence may have no row at all, and then nobody speaks for it.
-    return in_reach and inputs.cu_seqlens is None
+    # A packed sequence may have no row at all, which then cannot speak for it.
+    is_prepared = rows.token_ids.numel() > config.LOGITS.fused_rows
+    return in_reach and (inputs.cu_seqlens is None or is_prepared)
 
 
 def _scored_then_differentiated(

@@ -13,14 +13,17 @@ from mapo_kernels import config
 from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, warp_size
 from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results
 from mapo_kernels.formula import SLOTS
-from mapo_kernels.kernels.logits import logits_loss_kernel
+from mapo_kernels.kernels.advantages import Rewards
+from mapo_kernels.kernels.logits import finish_kernel, logits_loss_kernel, prepare_kernel
 from mapo_kernels.kernels.row import Matrix, Rows, Tile
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
+from mapo_kernels.kernels.token import Common
 from mapo_kernels.kernels.vocabulary import share_kernel
 from mapo_kernels.launch.direct import Direct
 from mapo_kernels.launch.logprobs import (
     common_of,
     contiguous,
+    counters,
     denominator_of,
     rewards_of,
     tokens_of,
@@ -28,6 +31,7 @@ from mapo_kernels.launch.logprobs import (
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 _loss, _rescale = Direct(logits_loss_kernel), Direct(rescale_kernel)
+_prepare_rows, _finish = Direct(prepare_kernel), Direct(finish_kernel)
 _score, _share, _gradient = Direct(score_kernel), Direct(share_kernel), Direct(gradient_kernel)
 
 
@@ -230,9 +234,13 @@ def launch_logits_loss(
     need_grad: bool,
     out: TokenResults,
 ) -> None:
-    """Loss, results, advantages and, if needed, the gradient: one launch, token level."""
+    """Loss, results, advantages and, if needed, the gradient, at token level.
+
+    One launch; of many rows up to three.
+    """
     logits = columns_together(logits)
     n_sequences, n = inputs.n_sequences(logits), rows.token_ids.numel()
+    is_fused = n <= config.LOGITS.fused_rows
     described, exponent = _rows(logits, rows)
     normalizer, denominator = denominator_of(inputs, spec, n_sequences)
     if normalizer is denominator is None and inputs.mask is None and inputs.cu_seqlens is None:
@@ -241,7 +249,16 @@ def launch_logits_loss(
     rewards, group_size, block_g = rewards_of(inputs.groups)
     tile = tile_of(logits)
     length = row_layout(logits)[0]
+    # The launch before that of the rows leaves the sums of groups behind theirs.
+    n_sums = n if is_fused or inputs.groups is None else n + n_sequences
+    batch = common_of(inputs, (normalizer, denominator), out, n_sums, is_fused)
     with on_device_of(logits):
+        if not is_fused:
+            counts = spec.how.divisor == "tokens" or normalizer is denominator is None
+            if counts or inputs.groups is not None or inputs.cu_seqlens is not None:
+                batch = _prepare(batch, logits, inputs, advantage_spec, out)
+            if inputs.groups is not None:
+                advantages, rewards = out.advantages, Rewards(None)
         _loss[(n,)](
             described,
             _matrix(out.grad) if need_grad else None,
@@ -249,7 +266,7 @@ def launch_logits_loss(
             advantages,
             rewards,
             out.advantages,
-            common_of(inputs, (normalizer, denominator), out, n),
+            batch,
             n_sequences,
             length,
             group_size,
@@ -259,13 +276,58 @@ def launch_logits_loss(
             spec.numbers,
             advantage_spec.numbers,
             LOSS=spec.kind,
-            GROUP=advantage_spec.kind if inputs.groups is not None else None,
+            GROUP=advantage_spec.kind if rewards.reward is not None else None,
             BLOCK_T=config.LOGITS.block_tokens,
             BLOCK_G=block_g,
             BLOCK_P=config.LOGITS.partials_per_thread * tile["TILE"].threads // SLOTS,
             enable_fp_fusion=False,
             **tile,
         )
+        if not is_fused:
+            threads = config.LOGITS.finish_threads
+            _finish[(1,)](
+                batch,
+                n_sums,
+                BLOCK_P=config.LOGITS.partials_per_thread * threads // SLOTS,
+                num_warps=threads // warp_size(),
+            )
+
+
+def _prepare(
+    batch: Common,
+    logits: torch.Tensor,
+    inputs: Batch,
+    advantage_spec: AdvantageSpec,
+    out: TokenResults,
+) -> Common:
+    """The batch with what a launch has found out for all rows; advantages are in `out`."""
+    n_sequences, length = inputs.n_sequences(logits), row_layout(logits)[0]
+    n_rows = logits[..., 0].numel()
+    rewards, group_size, block_g = rewards_of(inputs.groups)
+    counts = out.loss.new_empty(n_sequences + 1)
+    n_valid, total = counts[:-1], counts[-1]
+    sequence = None
+    if inputs.cu_seqlens is not None:
+        sequence = torch.empty(n_rows, dtype=torch.int32, device=logits.device)
+    _prepare_rows[(n_sequences,)](
+        contiguous(inputs.mask),
+        rewards,
+        out.advantages,
+        batch._replace(counter=counters.get(logits.device), n_valid=n_valid, sequence=sequence),
+        total,
+        n_sequences,
+        length,
+        n_rows,
+        group_size,
+        advantage_spec.numbers,
+        GROUP=advantage_spec.kind if inputs.groups is not None else None,
+        BLOCK_T=config.LOGITS.block_tokens,
+        BLOCK_G=block_g,
+        enable_fp_fusion=False,
+    )
+    if batch.normalizer is batch.denominator is None:
+        batch = batch._replace(normalizer=total)
+    return batch._replace(n_valid=n_valid, sequence=sequence)
 
 
 def empty_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
