@@ -10,8 +10,7 @@ from torch.compiler import is_compiling
 
 from mapo_kernels import checks, operators
 from mapo_kernels.distributed import data
-from mapo_kernels.formula import GROUP_METRICS
-from mapo_kernels.groups import GroupStats, group_metrics, never_successful, warn_of_threshold
+from mapo_kernels.groups import GroupStats, threshold_decides, warn_of_threshold
 from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import AdvantageSpec, require_bool
 
@@ -116,8 +115,7 @@ def group_advantages(
         table = table[:, : int((table[4] + table[5] > 0).sum())]
     if group_ids is not None or rewards.device.type == "cpu":
         # The device has been waited for, or there is none.
-        metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
-        never = None if is_compiling() else never_successful(spec, success, metrics)
-        if never is not None and never:
-            warn_of_threshold(spec)
+        if threshold_decides(spec, success) and not is_compiling():
+            if operators.group_summary(table)[-1]:
+                warn_of_threshold(spec)
     return advantages, GroupStats(*table[:6].unbind(0))

@@ -85,6 +85,11 @@ def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
     return length or 1, stride, strides[0] - length * stride
 
 
+def n_rows_of(x: torch.Tensor) -> int:
+    """How many rows `x` [..., V] has."""
+    return x.numel() // x.shape[-1]
+
+
 def columns_together(logits: torch.Tensor) -> torch.Tensor:
     """`logits` with the columns of a row adjacent in memory: copied only where they are not."""
     if logits.stride(-1) == 1 or logits.shape[-1] == 1:
@@ -128,7 +133,7 @@ def empty_scores(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
     """Uninitialised table [columns, rows] of `launch_scores`."""
-    return logits.new_empty((columns, logits[..., 0].numel()), dtype=torch.float32)
+    return logits.new_empty((columns, n_rows_of(logits)), dtype=torch.float32)
 
 
 def launch_scores(
@@ -211,7 +216,7 @@ def launch_gradient(
 def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
     """Multiply `out` in place by `upstream` [], unless that is 1: known on the device alone."""
     grad = out
-    n = grad[..., 0].numel()
+    n = n_rows_of(grad)
     if n == 0:
         return
     with on_device_of(grad):
@@ -302,18 +307,17 @@ def _prepare(
 ) -> Common:
     """The batch with what a launch has found out for all rows; advantages are in `out`."""
     n_sequences, length = inputs.n_sequences(logits), row_layout(logits)[0]
-    n_rows = logits[..., 0].numel()
+    n_rows = n_rows_of(logits)
     rewards, group_size, block_g = rewards_of(inputs.groups)
-    counts = out.loss.new_empty(n_sequences + 1)
-    n_valid, total = counts[:-1], counts[-1]
-    sequence = None
+    total, sequence = out.loss.new_empty(()), None
     if inputs.cu_seqlens is not None:
         sequence = torch.empty(n_rows, dtype=torch.int32, device=logits.device)
+    batch = batch._replace(n_valid=out.loss.new_empty(n_sequences), sequence=sequence)
     _prepare_rows[(n_sequences,)](
         contiguous(inputs.mask),
         rewards,
         out.advantages,
-        batch._replace(counter=counters.get(logits.device), n_valid=n_valid, sequence=sequence),
+        batch._replace(counter=counters.get(logits.device)),
         total,
         n_sequences,
         length,
@@ -327,7 +331,7 @@ def _prepare(
     )
     if batch.normalizer is batch.denominator is None:
         batch = batch._replace(normalizer=total)
-    return batch._replace(n_valid=n_valid, sequence=sequence)
+    return batch
 
 
 def empty_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
