@@ -12,14 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """What bounds a kernel, by its data sheet: TB/s, multiprocessors, boost clock in GHz."""
 
     name: str
@@ -46,56 +44,48 @@ GPUS = (
 )
 # What a thread handles in one turn of its loop: bfloat16 logits, tokens.
 BF16_STEP, TOKEN_STEP = 16, 4
+Work = dict[str, float]
 
 
-def main_loop(kernel: dict[str, Any], stores: int, step: int) -> dict[str, Any]:
+def _element(counts: dict[str, Any], elements: int, nbytes: float) -> Work:
+    """Instructions, exponentials and bytes of one element."""
+    names = ("instructions", "exponentials")
+    return {name: counts[name] / elements for name in names} | {"bytes": nbytes}
+
+
+def _pass(kernel: dict[str, Any], stores: int) -> Work:
     """The unmasked loop over a row: wide loads, that many stores, the fewest instructions."""
     found = [
         loop
         for loop in kernel["loops"]
-        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= step
+        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= BF16_STEP
     ]
-    return min(found, key=lambda loop: loop["instructions"])
+    return _element(min(found, key=lambda loop: loop["instructions"]), BF16_STEP, 2)
 
 
-def _element(loop: dict[str, Any], step: int, nbytes: float) -> dict[str, float]:
-    return {
-        "instructions": loop["instructions"] / step,
-        "exponentials": loop["exponentials"] / step,
-        "bytes": nbytes,
-    }
-
-
-def _pass(kernel: dict[str, Any], stores: int) -> dict[str, float]:
-    return _element(main_loop(kernel, stores, BF16_STEP), BF16_STEP, 2)
-
-
-def _row_passes(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _row_passes(kernel: dict[str, Any]) -> dict[str, Work]:
     """The fused loss from bfloat16 logits: two passes, of which only one reaches memory."""
     first, second = _pass(kernel, stores=0), _pass(kernel, stores=2)
     both = {name: first[name] + second[name] for name in first}
     return {"statistics pass": first, "gradient pass": second, "both passes": both}
 
 
-def _tokens(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _tokens(kernel: dict[str, Any]) -> dict[str, Work]:
     """The loss from log-probs: logp, old, mask read and the gradient written."""
     longest = max(kernel["loops"], key=lambda loop: loop["instructions"])
     return {"a token": _element(longest, TOKEN_STEP, 13)}
 
 
-def _whole(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _whole(kernel: dict[str, Any]) -> dict[str, Work]:
     """A kernel without a loop over elements: all its code, by the float32 numbers it stores."""
     width = {"64": 2, "128": 4}
-    stored = sum(
-        n * width.get(name.rpartition(".")[2], 1)
-        for name, n in kernel["accesses"].items()
-        if name.startswith("STG")
-    )
+    stores = [(name, n) for name, n in kernel["accesses"].items() if name.startswith("STG")]
+    stored = sum(n * width.get(name.rpartition(".")[2], 1) for name, n in stores)
     return {"a reward": _element(kernel, stored, 8)}
 
 
 # What is read of each kernel.
-READERS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, dict[str, float]]]]] = {
+READERS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Work]]]] = {
     "advantages_kernel": ("group advantages, groups of 16", _whole),
     "token_loss_kernel": ("loss from float32 log-probs", _tokens),
     "score_kernel": (
@@ -119,38 +109,30 @@ COLUMNS = {
 }
 
 
-def _launch_all() -> None:
-    """One call of each level on small tensors; nothing runs, everything is compiled."""
-    from .cases import BF16, LOGITS, LOGPROBS, MAPO, Case
-    from .harness import evaluate
-    from .levels import LEVELS, OURS
-    from .shapes import HEADS, Batch
-
-    for case, direction in (
-        (Case(MAPO, Batch(1 << 14, 1)), "score"),
-        (Case(LOGPROBS, Batch(16, 1024, 8)), "both"),
-        (Case(LOGITS, Batch(16, 1, 8), HEADS["Qwen2.5-7B"], BF16), "both"),
-    ):
-        level = LEVELS[case.level]
-        inputs = level.make(case, torch.Generator(), torch.device("cpu"))
-        evaluate(level.providers[OURS], inputs, direction)
-
-
 def compile_here(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture; changes Triton for the whole process."""
+    from .cases import BF16, LOGITS, LOGPROBS, MAPO, QWEN2, Case
+    from .harness import work_of
+    from .levels import LEVELS, OURS
     from .machine_code import compile_launches, report
 
     compiled = compile_launches(target)
-    _launch_all()
+    # One call of each level on small tensors; nothing runs, everything is compiled.
+    for case in (
+        Case(MAPO, 1 << 14),
+        Case(LOGPROBS, 16, 1024, 8),
+        Case(LOGITS, 16, 1, 8, head=QWEN2, dtype=BF16),
+    ):
+        level = LEVELS[case.level]
+        inputs = level.draw(case, torch.Generator(), torch.device("cpu"))
+        work_of(level.providers[OURS], [inputs], case.direction)()
     rows = []
     for name, kernel in {name: kernel for name, kernel in compiled if name in READERS}.items():
         title, read = READERS[name]
         found = report(kernel)
-        for part, work in read(found).items():
-            rows.append(
-                {"kernel": title, "part": part, "target": target, **work}
-                | {key: found[key] for key in ("registers", "stack", "spills")}
-            )
+        about = {key: found[key] for key in ("registers", "stack", "spills")}
+        about |= {"kernel": title, "target": target}
+        rows += [{"part": part, **about, **work} for part, work in read(found).items()]
     return rows
 
 
@@ -158,11 +140,10 @@ def compile_for(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture, compiled in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     code = (
-        f"import json; from {__name__} import compile_here as f; print(json.dumps(f({target!r})))"
+        f"import json; from {__name__} import compile_here as f; print(json.dumps(f('{target}')))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import mapo_kernels as mk
 
-from . import peers, shapes
-from .cases import GRPO, HIDDEN, LOGITS, LOGPROBS, MAPO, SCORING, Case
+from . import peers
+from .cases import GRPO, HIDDEN, LOGITS, LOGPROBS, MAPO, SCORING, Case, answer_lengths, draw_rewards
 
 OURS = "mapo_kernels"
 PLAIN = "plain PyTorch"
@@ -22,8 +23,7 @@ COMPILED = "torch.compile of plain PyTorch"
 SPEC = mk.LossSpec(eps_low=0.2, eps_high=0.28)
 
 
-@dataclass
-class Inputs:
+class Inputs(NamedTuple):
     """`leaves` are differentiated; `rest` is what else a provider reads.
 
     `live` is the share of positions that change something.
@@ -31,15 +31,7 @@ class Inputs:
 
     leaves: tuple[torch.Tensor, ...]
     rest: SimpleNamespace
-    live: float
-
-
-class Counts(NamedTuple):
-    """The least that a case costs: bytes moved, multiply-adds times two, kernels launched."""
-
-    nbytes: int
-    flops: int = 0
-    launches: int = 1
+    live: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +42,9 @@ class Provider:
     package: str | None = None
     needs_gpu: bool = False
     compiles: bool = False
-    # The leaves' contents are destroyed: every call needs fresh ones.
-    consumes: bool = False
-    # Why a case is beyond the provider, or None.
-    beyond: Callable[[Case], str | None] = lambda case: None
+    consumes: bool = False  # The leaves' contents are destroyed: every call needs fresh ones.
+    loops: bool = False  # Over groups, in Python.
+    softcap: bool = True  # Whether it knows one.
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -61,175 +52,134 @@ class Provider:
             return "not installed"
         if self.needs_gpu and device.type != "cuda":
             return "needs a GPU"
-        if self.compiles and not case.compile:
-            return "left out of this suite: compiling takes longer than the rest"
-        return self.beyond(case)
+        if self.loops and case.n_sequences > 1 << 14:
+            return "a Python loop over groups: minutes at this size"
+        if case.head.softcap is not None and not self.softcap:
+            return "has no cap on logits"
+        return None
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """One level; `truth` is in float64: gradients of the leaves, or [values] without a gradient."""
 
-    make: Callable[[Case, torch.Generator, torch.device], Inputs]
+    draw: Callable[[Case, torch.Generator, torch.device], Inputs]
     truth: Callable[[Inputs], list[torch.Tensor]]
-    count: Callable[[Case, float, str], Counts]
     providers: Mapping[str, Provider]
 
 
-def compiled(function: Callable[..., torch.Tensor]) -> Provider:
-    return Provider(torch.compile(function), compiles=True)
-
-
-# Group advantages.
-
-
-def reward_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
-    batch = case.batch
-    rewards = shapes.rewards(batch, generator).to(device)
-    ids = np.repeat(np.arange(batch.n_sequences // batch.group_size), batch.group_size)
-    mask = torch.ones(batch.n_sequences, 1, device=device)
-    rest = SimpleNamespace(group_size=batch.group_size, ids=ids.astype(object), mask=mask)
-    return Inputs((rewards,), rest, 1.0)
-
-
-def count_rewards(case: Case, live: float, direction: str) -> Counts:
-    """A reward read, an advantage written."""
-    return Counts(8 * case.batch.n_sequences)
-
-
-def loops_over_groups(case: Case) -> str | None:
-    if case.batch.n_sequences > 1 << 14:
-        return "a Python loop over groups: minutes at this size"
-    return None
-
-
-def advantages_level(estimator: str, name: str, peer: Provider) -> Level:
-    def ours(rewards, rest):
-        return mk.group_advantages(rewards, group_size=rest.group_size, estimator=estimator)
-
-    def plain(rewards, rest):
-        return peers.plain_advantages(rewards, rest.group_size, estimator)
-
-    return Level(
-        reward_inputs,
-        lambda inputs: [plain(inputs.leaves[0].double(), inputs.rest)],
-        count_rewards,
-        {OURS: Provider(ours), PLAIN: Provider(plain), COMPILED: compiled(plain), name: peer},
-    )
-
-
-# Losses. Their providers read the same `rest`: mask, ids and old log-probs [B, T], spec, and
-# rewards or advantages [B].
+def draw_groups(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    """Rewards of whole groups, and what verl reads beside them."""
+    ids = np.repeat(np.arange(case.n_sequences // case.group_size), case.group_size)
+    mask = torch.ones(case.n_sequences, 1, device=device)
+    rest = SimpleNamespace(group_size=case.group_size, ids=ids.astype(object), mask=mask)
+    return Inputs((draw_rewards(case, generator).to(device),), rest)
 
 
 def draw_policy(case: Case, generator: torch.Generator, device: torch.device) -> SimpleNamespace:
-    """What a loss reads beside its leaves, of sequences that come from different groups.
+    """What a loss reads beside its leaves: mask, ids, noise of old log-probs [B, T], advantages.
 
-    Trainers that shuffle have such micro-batches: of each group only one sequence is here.
+    The sequences come from different groups, as in the micro-batches of trainers that shuffle.
     """
-    batch, size = case.batch, (case.batch.n_sequences, case.batch.length)
-    mask = torch.arange(batch.length) < shapes.lengths(batch, generator)[:, None]
-    whole = shapes.Batch(
-        batch.n_sequences * batch.group_size, 1, batch.group_size, no_signal=batch.no_signal
-    )
-    advantages = peers.plain_advantages(shapes.rewards(whole, generator), batch.group_size)
+    mask = torch.arange(case.length) < answer_lengths(case, generator)[:, None]
+    whole = replace(case, n_sequences=case.n_sequences * case.group_size)
+    every = peers.plain_advantages(draw_rewards(whole, generator), case.group_size)
     tensors = {
         "mask": mask,
-        "advantages": advantages.view(-1, batch.group_size)[:, 0].contiguous(),
-        "ids": torch.randint(0, max(case.head.vocab, 1), size, generator=generator),
-        "noise": torch.randn(size, generator=generator) * 0.1,
+        "advantages": every[:: case.group_size].contiguous(),
+        "ids": torch.randint(0, max(case.head.vocab, 1), mask.shape, generator=generator),
+        "noise": torch.randn(mask.shape, generator=generator) * 0.1,
     }
-    rest = SimpleNamespace(**{name: x.to(device) for name, x in tensors.items()})
-    rest.rewards, rest.spec, rest.softcap = None, SPEC, case.head.softcap
-    return rest
+    rest = {name: x.to(device) for name, x in tensors.items()}
+    return SimpleNamespace(**rest, rewards=None, spec=SPEC, softcap=case.head.softcap)
 
 
-def live_share(mask: torch.Tensor, advantages: torch.Tensor) -> float:
-    return float((mask & (advantages[:, None] != 0)).float().mean())
+def with_old(leaves: tuple[torch.Tensor, ...], rest: SimpleNamespace, logp: Any) -> Inputs:
+    """The inputs, their old log-probs [B, T] a little off the present ones."""
+    rest.old = logp + rest.noise
+    live = rest.mask & (peers.advantages_of(rest)[:, None] != 0)
+    return Inputs(leaves, rest, float(live.float().mean()))
 
 
-def logprob_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+def draw_logprobs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
     """Log-probs of whole groups: their advantages are a part of the work."""
     rest = draw_policy(case, generator, device)
+    rest.rewards, rest.group_size = draw_rewards(case, generator).to(device), case.group_size
     logp = -torch.rand(rest.mask.shape, generator=generator).to(device) * 2
-    rest.old = logp + rest.noise
-    rest.rewards = shapes.rewards(case.batch, generator).to(device)
-    rest.group_size = case.batch.group_size
-    return Inputs((logp,), rest, live_share(rest.mask, peers.advantages_of(rest, logp.dtype)))
+    return with_old((logp,), rest, logp)
 
 
-def logprob_truth(inputs: Inputs) -> list[torch.Tensor]:
-    leaf = inputs.leaves[0].double().requires_grad_()
-    return list(torch.autograd.grad(peers.plain_from_logprobs(leaf, inputs.rest), [leaf]))
+def draw_logits(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    """Logits of T + 1 positions, as a model returns them: the last predicts nothing."""
+    rest = draw_policy(case, generator, device)
+    size = (case.n_sequences, case.length + 1, case.head.vocab)
+    logits = torch.randn(size, device=device, dtype=case.dtype).mul_(2)
+    inputs = with_old((logits,), rest, our_scores(logits, rest))
+    # All positions, the last of them masked: no view whose gradient autograd would copy.
+    rest.padded = [torch.nn.functional.pad(x, (0, 1)) for x in (rest.ids, rest.old, rest.mask)]
+    return inputs
 
 
-def count_logprobs(case: Case, live: float, direction: str) -> Counts:
-    """Mask byte of every position, two float32 log-probs of live ones, gradients written."""
-    tokens = case.batch.tokens
-    written = 0 if direction == "forward" else 4 * tokens
-    return Counts(tokens + round(8 * live * tokens) + written)
+def draw_hidden(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+    rest, (_, width, vocab, softcap) = draw_policy(case, generator, device), case.head
+    hidden = torch.randn(*rest.mask.shape, width, device=device).to(case.dtype)
+    weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
+    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, softcap=softcap)
+    return with_old((hidden, weight), rest, logp)
 
 
-def ours_from_logprobs(logp, rest):
-    given = {"rewards": rest.rewards, "group_size": rest.group_size, "mask": rest.mask}
-    return mk.mapo_loss(logp, old_logprobs=rest.old, spec=SPEC, **given).loss
+def exact_values(plain: Callable[..., torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
+    """What plain PyTorch makes of the leaves in float64."""
+    return [plain(*[x.double() for x in inputs.leaves], inputs.rest)]
 
 
-def sequences_truth(inputs: Inputs, logits_of: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+def exact_gradients(plain: Callable[..., torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
     """Float64 gradients of the token mean, a sequence at a time: all logits would not fit.
 
-    `logits_of(*leaves)` are one sequence's; the first leaf is given as that sequence's part, a
-    weight whole.
+    The first leaf is given as that sequence's part, a weight whole.
     """
-    first, *shared = inputs.leaves
-    rest, counts = inputs.rest, inputs.rest.mask.sum(1)
+    (first, *shared), rest = inputs.leaves, inputs.rest
+    counts, advantages = rest.mask.sum(1), peers.advantages_of(rest, torch.float64)
     of_first = torch.zeros_like(first, dtype=torch.float32)
     of_shared = [torch.zeros_like(x, dtype=torch.float64) for x in shared]
-    for i in range(len(counts)):
+    for i, count in enumerate(counts):
         row = slice(i, i + 1)
+        one = {name: getattr(rest, name)[row] for name in ("mask", "ids", "old")}
+        given = vars(rest) | one | {"rewards": None, "advantages": advantages[row]}
         leaves = [x.double().requires_grad_() for x in (first[row], *shared)]
-        logp = torch.log_softmax(logits_of(*leaves), -1)
-        logp = logp.gather(-1, rest.ids[row, :, None]).squeeze(-1)
-        loss = peers.plain_loss(logp, rest.advantages[row], rest.mask[row], SPEC, old=rest.old[row])
-        found = torch.autograd.grad(loss * counts[i] / counts.sum(), leaves)
+        loss = plain(*leaves, SimpleNamespace(**given))
+        found = torch.autograd.grad(loss * count / counts.sum(), leaves)
         of_first[row] = found[0]
         for total, part in zip(of_shared, found[1:], strict=True):
             total += part
     return [of_first, *of_shared]
 
 
-def logit_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
-    """Logits of T + 1 positions, as a model returns them: the last predicts nothing."""
-    rest = draw_policy(case, generator, device)
-    n_sequences, length = rest.mask.shape
-    logits = torch.randn(n_sequences, length + 1, case.head.vocab, device=device, dtype=case.dtype)
-    logits *= 2
-    rest.old = mk.token_logprobs(logits[:, :-1], rest.ids) + rest.noise
-    # All positions, the last of them masked: no view whose gradient autograd would copy.
-    rest.padded = [torch.nn.functional.pad(x, (0, 1)) for x in (rest.ids, rest.old, rest.mask)]
-    return Inputs((logits,), rest, live_share(rest.mask, rest.advantages))
+class Counts(NamedTuple):
+    """The least that a case costs: bytes moved, multiply-adds times two."""
+
+    nbytes: int
+    flops: int = 0
 
 
-def logit_truth(inputs: Inputs) -> list[torch.Tensor]:
-    return sequences_truth(inputs, lambda logits: logits[:, :-1])
+def least(case: Case, live: float) -> Counts:
+    """Live rows read and what comes of all written; logits of a head are never in memory."""
+    tokens, rows, size = case.tokens, round(live * case.tokens), case.dtype.itemsize
+    _, width, vocab, _ = case.head
+    if case.level in (MAPO, GRPO):  # a reward read, an advantage written
+        return Counts(8 * tokens)
+    if case.level == LOGPROBS:  # mask bytes; new and old log-probs of live tokens; gradients
+        return Counts(tokens + 8 * rows + 4 * tokens)
+    if case.level == SCORING:
+        return Counts(tokens * vocab * size)
+    if case.level == LOGITS:  # gradients of the position that predicts nothing, too
+        return Counts((rows + tokens + case.n_sequences) * vocab * size)
+    # Hidden states and weight, the gradients of both; three products of the live rows.
+    return Counts((rows + vocab + tokens + vocab) * width * size, 6 * rows * width * vocab)
 
 
-def score_truth(inputs: Inputs) -> list[torch.Tensor]:
-    logits, ids = inputs.leaves[0][:, :-1], inputs.rest.ids
-    rows = [
-        torch.log_softmax(row.double(), -1).gather(-1, tokens[:, None])
-        for row, tokens in zip(logits, ids, strict=True)
-    ]
-    return [torch.stack(rows).squeeze(-1)]
-
-
-def count_logits(case: Case, live: float, direction: str) -> Counts:
-    """Live rows read once; every row's gradient written, of dead ones zeros."""
-    batch, row = case.batch, case.head.vocab * case.dtype.itemsize
-    if direction == "score":
-        return Counts(batch.tokens * row)
-    written = 0 if direction == "forward" else (batch.tokens + batch.n_sequences) * row
-    return Counts(round(live * batch.tokens) * row + written)
+def ours_from_logprobs(logp, rest):
+    given = {"rewards": rest.rewards, "group_size": rest.group_size, "mask": rest.mask}
+    return mk.mapo_loss(logp, old_logprobs=rest.old, spec=SPEC, **given).loss
 
 
 def ours_from_logits(logits, rest, inplace=False):
@@ -238,38 +188,11 @@ def ours_from_logits(logits, rest, inplace=False):
     return mk.mapo_loss_from_logits(logits, ids, spec=SPEC, inplace=inplace, **given).loss
 
 
-def ours_in_place(logits, rest):
-    return ours_from_logits(logits, rest, inplace=True)
+ours_in_place = partial(ours_from_logits, inplace=True)
 
 
 def our_scores(logits, rest):
     return mk.token_logprobs(logits[:, :-1], rest.ids)
-
-
-def hidden_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
-    rest = draw_policy(case, generator, device)
-    width, vocab = case.head.width, case.head.vocab
-    hidden = torch.randn(*rest.mask.shape, width, device=device).to(case.dtype)
-    weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
-    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, softcap=rest.softcap)
-    rest.old = logp + rest.noise
-    return Inputs((hidden, weight), rest, live_share(rest.mask, rest.advantages))
-
-
-def hidden_truth(inputs: Inputs) -> list[torch.Tensor]:
-    return sequences_truth(
-        inputs, lambda hidden, weight: peers.plain_logits(hidden, weight, inputs.rest.softcap)
-    )
-
-
-def count_hidden(case: Case, live: float, direction: str) -> Counts:
-    """One product of the live rows with the head forward, two backward; no logits in memory."""
-    rows = round(live * case.batch.tokens)
-    products = {"forward": 1, "backward": 2, "both": 3}[direction]
-    width, vocab, size = case.head.width, case.head.vocab, case.dtype.itemsize
-    inputs = (rows * width + vocab * width) * size
-    outputs = 0 if direction == "forward" else (case.batch.tokens + vocab) * width * size
-    return Counts(inputs + outputs, 2 * products * rows * width * vocab)
 
 
 def ours_from_hidden(hidden, weight, rest):
@@ -279,74 +202,68 @@ def ours_from_hidden(hidden, weight, rest):
     ).loss
 
 
-def without_softcap(case: Case) -> str | None:
-    return "has no cap on logits" if case.head.softcap is not None else None
+def _compiled(call: Callable[..., torch.Tensor]) -> Provider:
+    return Provider(torch.compile(call), compiles=True)
 
 
+def _level(draw: Any, exact: Any, ours: Any, plain: Any, others: dict[str, Provider]) -> Level:
+    """A level that has ours, plain PyTorch, eager and compiled, and others."""
+    known = {OURS: Provider(ours), PLAIN: Provider(plain), COMPILED: _compiled(plain)}
+    return Level(draw, partial(exact, plain), known | others)
+
+
+def _advantages(estimator: str, others: dict[str, Provider]) -> Level:
+    def ours(rewards, rest):
+        return mk.group_advantages(rewards, group_size=rest.group_size, estimator=estimator)
+
+    def plain(rewards, rest):
+        return peers.plain_advantages(rewards, rest.group_size, estimator)
+
+    return _level(draw_groups, exact_values, ours, plain, others)
+
+
+_trl = partial(Provider, package="trl")
+_verl = partial(Provider, package="verl")
+_liger = partial(Provider, package="liger_kernel")
+_cce = partial(Provider, package="cut_cross_entropy")
 LEVELS = {
-    MAPO: advantages_level(
-        "mapo",
-        "authors' loop",
-        Provider(peers.looped_advantages, beyond=loops_over_groups),
-    ),
-    GRPO: advantages_level(
-        "grpo", "verl", Provider(peers.verl_advantages, package="verl", beyond=loops_over_groups)
-    ),
-    LOGPROBS: Level(
-        logprob_inputs,
-        logprob_truth,
-        count_logprobs,
+    MAPO: _advantages("mapo", {"authors' loop": Provider(peers.looped_advantages, loops=True)}),
+    GRPO: _advantages("grpo", {"verl": _verl(peers.verl_advantages, loops=True)}),
+    LOGPROBS: _level(
+        draw_logprobs,
+        exact_gradients,
+        ours_from_logprobs,
+        peers.plain_from_logprobs,
         {
-            OURS: Provider(ours_from_logprobs),
-            "torch.compile of mapo_kernels": compiled(ours_from_logprobs),
-            PLAIN: Provider(peers.plain_from_logprobs),
-            COMPILED: compiled(peers.plain_from_logprobs),
-            "TRL": Provider(peers.trl_from_logprobs, package="trl"),
-            "verl": Provider(peers.verl_from_logprobs, package="verl"),
+            "torch.compile of mapo_kernels": _compiled(ours_from_logprobs),
+            "TRL": _trl(peers.trl_from_logprobs),
+            "verl": _verl(peers.verl_from_logprobs),
         },
     ),
-    LOGITS: Level(
-        logit_inputs,
-        logit_truth,
-        count_logits,
+    LOGITS: _level(
+        draw_logits,
+        exact_gradients,
+        ours_from_logits,
+        peers.plain_from_logits,
         {
-            OURS: Provider(ours_from_logits),
             "mapo_kernels in place": Provider(ours_in_place, consumes=True),
-            PLAIN: Provider(peers.plain_from_logits),
-            COMPILED: compiled(peers.plain_from_logits),
-            "TRL": Provider(peers.trl_from_logits, package="trl"),
-            "Liger": Provider(peers.liger_from_logits, package="liger_kernel", needs_gpu=True),
+            "TRL": _trl(peers.trl_from_logits),
+            "Liger": _liger(peers.liger_from_logits, needs_gpu=True),
         },
     ),
-    SCORING: Level(
-        logit_inputs,
-        score_truth,
-        count_logits,
-        {
-            OURS: Provider(our_scores),
-            PLAIN: Provider(peers.plain_scores),
-            COMPILED: compiled(peers.plain_scores),
-            "TRL": Provider(peers.trl_scores, package="trl"),
-        },
+    SCORING: _level(
+        draw_logits, exact_values, our_scores, peers.plain_scores, {"TRL": _trl(peers.trl_scores)}
     ),
-    HIDDEN: Level(
-        hidden_inputs,
-        hidden_truth,
-        count_hidden,
+    HIDDEN: _level(
+        draw_hidden,
+        exact_gradients,
+        ours_from_hidden,
+        peers.plain_from_hidden,
         {
-            OURS: Provider(ours_from_hidden),
-            PLAIN: Provider(peers.plain_from_hidden),
-            COMPILED: compiled(peers.plain_from_hidden),
-            "TRL": Provider(peers.trl_from_hidden, package="trl"),
-            "Liger": Provider(
-                peers.liger_from_hidden, package="liger_kernel", beyond=without_softcap
-            ),
-            "verl": Provider(
-                peers.verl_from_hidden, package="verl", needs_gpu=True, beyond=without_softcap
-            ),
-            "cut-cross-entropy": Provider(
-                peers.cce_from_hidden, package="cut_cross_entropy", needs_gpu=True
-            ),
+            "TRL": _trl(peers.trl_from_hidden),
+            "Liger": _liger(peers.liger_from_hidden, softcap=False),
+            "verl": _verl(peers.verl_from_hidden, needs_gpu=True, softcap=False),
+            "cut-cross-entropy": _cce(peers.cce_from_hidden, needs_gpu=True),
         },
     ),
 }

@@ -1,9 +1,8 @@
 """What mapo_kernels is measured against: plain PyTorch, and the losses of other packages.
 
-`plain_*` is what a trainer writes by hand, in the input's dtype. The tests use it too: the error
-that it makes in a dtype is the yardstick for the error a kernel may make. The functions named
-`*_from_*` take the tensors that are differentiated, then `rest`: the mask [B, T], ids, old
-log-probs, spec and either advantages [B] or rewards that `levels.py` drew.
+`plain_*` is what a trainer writes by hand. The functions named `*_from_*` take the tensors that are
+differentiated, then `rest`: the mask [B, T], ids, old log-probs, spec and either advantages [B] or
+rewards that `levels.py` drew. Every loss is the token mean of the clipped objective.
 """
 
 from __future__ import annotations
@@ -27,68 +26,6 @@ def plain_advantages(rewards: torch.Tensor, group_size: int, estimator: str = "m
     return ((1 - certainty) * z + certainty * (r - mu) / (mu + 1e-6)).view(-1)
 
 
-def _policy(logp, ratio, A, s):
-    if s.objective == "clip":
-        free = ratio if s.dual_clip is None else ratio.clamp(max=s.dual_clip)
-        return -torch.min(free * A, ratio.clamp(1 - s.eps_low, 1 + s.eps_high) * A)
-    if s.objective == "cispo":
-        return -ratio.clamp(max=s.eps_high_cispo).detach() * A * logp
-    if s.objective == "sapo":
-        tau = torch.where(A > 0, s.sapo_tau_pos, s.sapo_tau_neg).to(ratio.dtype)
-        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
-    return -ratio * A
-
-
-def _kl(d, estimator):
-    if estimator == "k1":
-        return -d
-    return d * d / 2 if estimator == "k2" else torch.exp(d) - d - 1
-
-
-def plain_loss(
-    logp: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    spec: Any,
-    old: torch.Tensor | None = None,
-    ref: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-    rollout: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Loss [] of padded log-probs [B, T] under a `LossSpec`, differentiable by autograd."""
-    live = mask != 0
-    m = live.to(logp.dtype)
-
-    def clean(x):
-        return x.to(logp.dtype).masked_fill(~live, 0)
-
-    logp = clean(logp)
-    old = logp.detach() if old is None else clean(old)
-    A = clean(advantages if advantages.dim() == 2 else advantages[:, None].expand_as(logp))
-    log_ratio = logp - old
-    if spec.importance_level == "sequence":
-        log_ratio = (log_ratio * m).sum(1, keepdim=True) / m.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = log_ratio.expand_as(logp)
-    ratio = torch.exp(log_ratio.clamp(-20, 20))
-    loss = _policy(logp, ratio, A, spec)
-    if weights is not None:
-        loss = loss * clean(weights)
-    if rollout is not None:
-        loss = loss * torch.exp(old - clean(rollout)).clamp(max=spec.rollout_cap)
-    if spec.beta:
-        kl = _kl(clean(ref) - logp, spec.kl_estimator)
-        loss = loss + spec.beta * (ratio * kl if spec.kl_importance_correction else kl)
-    loss = loss * m
-    if spec.aggregation == "token-mean":
-        return loss.sum() / m.sum().clamp(min=1)
-    per_sequence = loss.sum(1)
-    if spec.aggregation == "seq-mean-token-mean":
-        per_sequence = per_sequence / m.sum(1).clamp(min=1)
-    elif spec.aggregation == "seq-mean-token-sum-norm":
-        per_sequence = per_sequence / (spec.max_tokens or logp.shape[1])
-    return per_sequence.mean()
-
-
 def looped_advantages(rewards: torch.Tensor, rest: Any) -> torch.Tensor:
     """MAPO advantages [B] the way published trainers do it: one group at a time, in Python."""
     groups = rewards.view(-1, rest.group_size)
@@ -104,7 +41,7 @@ def verl_advantages(rewards: torch.Tensor, rest: Any) -> torch.Tensor:
     return found[:, 0]
 
 
-def advantages_of(rest: Any, dtype: torch.dtype) -> torch.Tensor:
+def advantages_of(rest: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Advantages [B]: given, or computed from the rewards as a part of the measured work."""
     if rest.rewards is None:
         return rest.advantages
@@ -112,13 +49,17 @@ def advantages_of(rest: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def plain_from_logprobs(logp: torch.Tensor, rest: Any) -> torch.Tensor:
-    return plain_loss(logp, advantages_of(rest, logp.dtype), rest.mask, rest.spec, old=rest.old)
+    advantages = advantages_of(rest, logp.dtype)[:, None]
+    ratio = torch.exp(logp - rest.old)
+    clipped = ratio.clamp(1 - rest.spec.eps_low, 1 + rest.spec.eps_high)
+    loss = -torch.min(ratio * advantages, clipped * advantages)
+    return (loss * rest.mask).sum() / rest.mask.sum()
 
 
 def plain_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs [B, T] of the tokens as a trainer writes them, in float32."""
-    every = torch.log_softmax(logits.float(), -1)
-    return every.gather(-1, token_ids[..., None]).squeeze(-1)
+    """Log-probs [B, T] of the tokens as a trainer writes them, in float32 (or float64)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide, -1).gather(-1, token_ids[..., None]).squeeze(-1)
 
 
 def plain_scores(logits: torch.Tensor, rest: Any) -> torch.Tensor:
@@ -129,60 +70,49 @@ def plain_from_logits(logits: torch.Tensor, rest: Any) -> torch.Tensor:
     return plain_from_logprobs(plain_scores(logits, rest), rest)
 
 
-def plain_logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None):
-    """Logits [B, T, V] of a head, with Gemma's cap where there is one."""
-    logits = torch.nn.functional.linear(hidden, weight)
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
 def plain_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:
-    logits = plain_logits(hidden, weight, rest.softcap)
+    logits = torch.nn.functional.linear(hidden, weight)
+    if rest.softcap is not None:
+        logits = torch.tanh(logits / rest.softcap) * rest.softcap
     return plain_from_logprobs(plain_token_logprobs(logits, rest.ids), rest)
-
-
-class _TrlState:
-    """What TRL's loss reads from its trainer, for log-probs that are there already."""
-
-    def __init__(self, logp: torch.Tensor, entropy: torch.Tensor, spec: Any) -> None:
-        self._logp, self._entropy = logp, entropy
-        self.loss_type = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo"}[spec.aggregation]
-        self.epsilon_low, self.epsilon_high = spec.eps_low, spec.eps_high
-        self.importance_sampling_level = spec.importance_level
-        self.beta = spec.beta
-        self.current_gradient_accumulation_steps = 1
-        self.model = SimpleNamespace(training=True)
-        self.args = SimpleNamespace(
-            delta=spec.dual_clip, use_bias_correction_kl=spec.kl_importance_correction
-        )
-        self.accelerator = SimpleNamespace(
-            gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
-        )
-        self._metrics: Any = defaultdict(lambda: defaultdict(list))
-        self.top_entropy_quantile = 1.0
-        self.off_policy_mask_threshold = None
-        self.use_vllm = self.aux_loss_enabled = self._entropy_bonus_enabled = False
-
-    def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> tuple[Any, Any, Any]:
-        return self._logp, self._entropy, None
 
 
 def trl_from_logprobs(
     logp: torch.Tensor, rest: Any, entropy: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """TRL's own loss [] (its metrics included, as in training)."""
+    """TRL's own loss [] (its metrics included, as in training), by what it reads of its trainer."""
     from trl import GRPOTrainer
 
-    empty = rest.mask[:, :0]
+    entropy = torch.zeros_like(logp) if entropy is None else entropy
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, entropy, None),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        loss_type="bnpo",
+        epsilon_low=rest.spec.eps_low,
+        epsilon_high=rest.spec.eps_high,
+        importance_sampling_level="token",
+        beta=0.0,
+        current_gradient_accumulation_steps=1,
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        accelerator=SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
+        ),
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+    )
     inputs = {
-        "prompt_ids": empty,
-        "prompt_mask": empty,
+        "prompt_ids": rest.mask[:, :0],
+        "prompt_mask": rest.mask[:, :0],
         "completion_ids": rest.mask,
         "completion_mask": rest.mask.long(),
         "advantages": advantages_of(rest, logp.dtype),
         "old_per_token_logps": rest.old,
     }
-    entropy = torch.zeros_like(logp) if entropy is None else entropy
-    return GRPOTrainer._compute_loss(_TrlState(logp, entropy, rest.spec), None, inputs)
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
 def _trl_scores(logits: torch.Tensor, rest: Any, mask: torch.Tensor) -> Any:
@@ -213,16 +143,18 @@ def trl_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> to
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     mask, compact = rest.mask, _use_triton(hidden.device)
-    rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
-    targets = rest.ids[mask] if compact else rest.ids.reshape(-1)
-    logp, entropy, *_ = ChunkedLogProbFunction.apply(
+    rows = hidden[mask] if compact else hidden.flatten(0, 1)
+    targets = rest.ids[mask] if compact else rest.ids.flatten()
+    found = ChunkedLogProbFunction.apply(
         rows, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, rest.softcap, 1.0,
         ("log_probs", "entropy"),
     )  # fmt: skip
-    if compact:
-        logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, entropy))
-    else:
-        logp, entropy = (x.view(mask.shape).masked_fill(~mask, 0) for x in (logp, entropy))
+    logp, entropy = (
+        x.new_zeros(mask.shape).masked_scatter(mask, x)
+        if compact
+        else x.view(mask.shape).masked_fill(~mask, 0)
+        for x in found[:2]
+    )
     return trl_from_logprobs(logp, rest, entropy.detach())
 
 
@@ -241,13 +173,12 @@ def liger_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> 
     """Liger's chunked loss []."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(
+    call = LigerFusedLinearGRPOLoss(
         beta=0.0, use_ref_model=False, epsilon_low=rest.spec.eps_low,
         epsilon_high=rest.spec.eps_high, loss_type="bnpo", compiled=hidden.is_cuda,
     )  # fmt: skip
-    return loss(hidden, weight, rest.ids, rest.mask, rest.advantages, old_per_token_logps=rest.old)[
-        0
-    ]
+    given = (hidden, weight, rest.ids, rest.mask, rest.advantages)
+    return call(*given, old_per_token_logps=rest.old)[0]
 
 
 class _VerlConfig(SimpleNamespace):
@@ -266,9 +197,8 @@ def verl_from_logprobs(logp: torch.Tensor, rest: Any) -> torch.Tensor:
         clip_ratio_high=rest.spec.eps_high, clip_ratio_c=1e6, global_batch_info={},
     )  # fmt: skip
     advantages = advantages_of(rest, logp.dtype)[:, None].expand_as(logp)
-    return compute_policy_loss_vanilla(rest.old, logp, advantages, rest.mask, "token-mean", config)[
-        0
-    ]
+    given = (rest.old, logp, advantages, rest.mask, "token-mean", config)
+    return compute_policy_loss_vanilla(*given)[0]
 
 
 def verl_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, rest: Any) -> torch.Tensor:

@@ -8,6 +8,8 @@ from .levels import OURS
 
 Row = dict[str, Any]
 CASE = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
+# A provider may do backward's work in forward, which earlier files time apart.
+WHOLE_STEPS = ("both", "score")
 
 
 class Table(NamedTuple):
@@ -17,12 +19,13 @@ class Table(NamedTuple):
     lines: list[list[str]]
 
 
-def ours_of(row: Row, rows: list[Row]) -> Row | None:
-    """Our row of the same case and direction, if it was measured."""
-    for other in rows:
-        if other["provider"] == OURS and all(other[key] == row[key] for key in CASE):
-            return other if other["status"] == "ok" else None
-    return None
+def by_case(rows: list[Row]) -> list[dict[str, Row]]:
+    """The whole steps of each case in which ours was measured, by provider."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["direction"] in WHOLE_STEPS:
+            cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
+    return [found for found in cases.values() if found.get(OURS, {}).get("status") == "ok"]
 
 
 def times(row: Row, ours: Row) -> float:
@@ -30,11 +33,10 @@ def times(row: Row, ours: Row) -> float:
 
     Where one is a graph's replay and the other is not, both are as launched from Python.
     """
-    if (row.get("timer") == "graph") == (ours.get("timer") == "graph"):
-        return row["median_ms"] / ours["median_ms"]
-    return (row.get("launched_ms") or row["median_ms"]) / (
-        ours.get("launched_ms") or ours["median_ms"]
-    )
+    key = "median_ms"
+    if (row.get("timer") == "graph") != (ours.get("timer") == "graph"):
+        key = "launched_ms"
+    return (row.get(key) or row["median_ms"]) / (ours.get(key) or ours["median_ms"])
 
 
 def megabytes(nbytes: float | None) -> str:
@@ -43,9 +45,9 @@ def megabytes(nbytes: float | None) -> str:
     return f"{nbytes / 1e6:.0f}" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}"
 
 
-def _peer(row: Row, ours: Row) -> str:
+def _peer(row: Row | None, ours: Row) -> str:
     """A peer's cell: its time over ours, its peak memory."""
-    if row["status"] == "unavailable":
+    if row is None or row["status"] == "unavailable":
         return "-"
     if row["status"] != "ok":
         return row["status"]
@@ -55,26 +57,19 @@ def _peer(row: Row, ours: Row) -> str:
 
 def level_table(level: str, rows: list[Row]) -> Table:
     """One level: a row a case, ours in ms, peers as multiples of it."""
-    measured = {row["provider"] for row in rows if row["status"] != "unavailable"}
-    peers = [x for x in dict.fromkeys(row["provider"] for row in rows) if x in measured - {OURS}]
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    # A provider may do backward's work in forward: only whole steps compare.
-    for row in (row for row in rows if row["direction"] in ("both", "score")):
-        cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
+    measured = dict.fromkeys(row["provider"] for row in rows if row["status"] != "unavailable")
+    peers = [name for name in measured if name != OURS]
     lines = []
-    for found in cases.values():
-        ours = found.get(OURS)
-        if ours is not None and ours["status"] == "ok":
-            lines.append(
-                [
-                    ours["shape"],
-                    f"{ours['live']:.0%}",
-                    f"{ours['median_ms']:.3g}",
-                    f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
-                    megabytes(ours["peak_bytes"]),
-                    *[_peer(found[name], ours) if name in found else "-" for name in peers],
-                ]
-            )
+    for found in by_case(rows):
+        ours = found[OURS]
+        own = [
+            ours["shape"],
+            f"{ours['live']:.0%}",
+            f"{ours['median_ms']:.3g}",
+            f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
+            megabytes(ours["peak_bytes"]),
+        ]
+        lines.append(own + [_peer(found.get(name), ours) for name in peers])
     return Table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
 
 
@@ -129,9 +124,8 @@ def markdown(found: Row) -> str:
     """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
     blocks = [about(found)]
     for heads, lines in tables(found):
-        rule = "|---" * len(heads) + "|"
-        rows = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
-        blocks.append("\n".join([rows[0], rule, *rows[1:]]))
+        cells = [f"| {' | '.join(row)} |" for row in (heads, *lines)]
+        blocks.append("\n".join([cells[0], "|---" * len(heads) + "|", *cells[1:]]))
     return "\n\n".join([*blocks, *notes(found)])
 
 
@@ -141,5 +135,4 @@ def insert(text: str, name: str, new: str) -> str:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"expected one {begin} and one {end} in the README")
     head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n{new}\n{end}{tail}"
+    return f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
