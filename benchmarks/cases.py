@@ -12,7 +12,7 @@ import torch
 SUITES = ("quick", "gpu", "full")
 MAPO, GRPO = "advantages, MAPO", "advantages, GRPO"
 LOGPROBS, LOGITS, SCORING, HIDDEN = "log-probs", "logits", "scoring logits", "hidden states"
-NAMES = (MAPO, GRPO, LOGPROBS, LOGITS, SCORING, HIDDEN)
+LEVELS = (MAPO, GRPO, LOGPROBS, LOGITS, SCORING, HIDDEN)
 BF16 = torch.bfloat16
 # Spread of answer lengths: a heavy tail up to the limit, as reasoning models have.
 LENGTH_SIGMA = 0.6

@@ -7,13 +7,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mapo_kernels.files import CommandError, read_whole, write_whole
 
-from .cases import NAMES, SUITES
+from .cases import LEVELS, SUITES
 
 RESULTS = Path("benchmarks/results")
 # Exit statuses of pytest.
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU",
     )
-    add("--level", action="append", default=[], choices=NAMES, help="only this one; repeatable")
+    add("--level", action="append", default=[], choices=LEVELS, help="only this one; repeatable")
     add("--commit", help="where the code has no git history to ask")
     add("--notes", help="kept in the result file: what was predicted, and found")
     add("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
@@ -66,16 +65,16 @@ def measure(given: argparse.Namespace, path: Path) -> int:
     """Run a suite under pytest, which writes `path` after each row; pytest's exit status."""
     import pytest
 
-    from .harness import Run
+    from . import harness
 
-    run = Run(given.suite, given.level, given.dry_run)
+    run = harness.Run(given.suite, given.level, given.dry_run)
     run.start(path, given.commit, given.notes)
-    # The settings of this folder, whatever project it is installed in.
-    settings = ["python_files=bench_*.py", "python_functions=bench_*", "addopts="]
-    options = [f"--override-ini={setting}" for setting in settings]
-    options += ["-p", "no:cacheprovider", "--benchmark-quiet", "--tb=short"]
-    benches = Path(__file__).with_name("bench_levels.py")
-    return int(pytest.main([str(benches), *options], plugins=[run]))
+    # The settings of this folder, whatever project it is installed in. On a GPU the fixture of
+    # pytest-benchmark stays unused: it would time the launches.
+    options = ["--override-ini=python_functions=bench_*", "--override-ini=addopts="]
+    options += ["-p", "no:cacheprovider", "-W", "ignore:Benchmark fixture was not used"]
+    options += ["--benchmark-quiet", "--tb=short", harness.__file__]
+    return int(pytest.main(options, plugins=[run]))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -106,27 +105,20 @@ def _run(given: argparse.Namespace) -> int:
     return 130 if status == INTERRUPTED else status
 
 
-def _print_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    """A table for the terminal, or 150 columns wide in a file."""
-    from rich import box
+def _print(markdown: str) -> None:
+    """Markdown for the terminal, or 150 columns wide in a file."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.markdown import Markdown
 
-    table = Table(*map(escape, heads), box=box.SIMPLE_HEAD)
-    for line in lines:
-        table.add_row(*map(escape, line))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(Markdown(markdown))
 
 
 def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
     """Print a result's tables, write them as CSV, and draw its plots beside its file."""
     from . import report, results
 
-    print(report.about(found))
-    for table in report.tables(found):
-        _print_table(*table)
-    print(*report.notes(found), f"{path} and .csv", sep="\n")
+    _print(report.markdown(found))
+    print(f"{path} and .csv")
     results.write_table(found, path)
     if plots:
         from .plots import draw
@@ -160,9 +152,10 @@ def _report(given: argparse.Namespace) -> int:
 
 def _codegen(given: argparse.Namespace) -> int:
     from .codegen import COLUMNS, static_table
+    from .report import table
 
     rows = [[cell.format(**row) for cell in COLUMNS.values()] for row in static_table()]
-    _print_table(list(COLUMNS), rows)
+    _print(table(list(COLUMNS), rows))
     return 0
 
 

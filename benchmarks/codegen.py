@@ -11,10 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import torch
 
 
 class Gpu(NamedTuple):
@@ -42,58 +39,49 @@ GPUS = (
     Gpu("H200", "sm_90", 4.8, 132, 1.98),
     Gpu("B200", "sm_100", 8.0, 148, 1.97),
 )
-# What a thread handles in one turn of its loop: bfloat16 logits, tokens.
-BF16_STEP, TOKEN_STEP = 16, 4
-Work = dict[str, float]
 
 
-def _element(counts: dict[str, Any], elements: int, nbytes: float) -> Work:
-    """Instructions, exponentials and bytes of one element."""
-    names = ("instructions", "exponentials")
-    return {name: counts[name] / elements for name in names} | {"bytes": nbytes}
+class Part(NamedTuple):
+    """What is read of a kernel: code that a thread runs for `elements` of `nbytes` bytes each.
+
+    `stores` names its loops by how often they store; without it is all of the kernel.
+    """
+
+    kernel: str
+    title: str
+    element: str
+    nbytes: int
+    elements: int
+    stores: tuple[int, ...] = ()
+
+    def work(self, found: dict[str, Any]) -> dict[str, float]:
+        """Instructions, exponentials and bytes of one element, of a kernel's `report`."""
+        loops = [_main_loop(found, stores, self.elements) for stores in self.stores] or [found]
+        names = ("instructions", "exponentials")
+        counts = {name: sum(loop[name] for loop in loops) / self.elements for name in names}
+        return counts | {"bytes": self.nbytes}
 
 
-def _pass(kernel: dict[str, Any], stores: int) -> Work:
-    """The unmasked loop over a row: wide loads, that many stores, the fewest instructions."""
-    found = [
+def _main_loop(found: dict[str, Any], stores: int, elements: int) -> dict[str, Any]:
+    """The unmasked loop: wide loads, that many stores, the fewest instructions."""
+    wide = [
         loop
-        for loop in kernel["loops"]
-        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= BF16_STEP
+        for loop in found["loops"]
+        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= elements
     ]
-    return _element(min(found, key=lambda loop: loop["instructions"]), BF16_STEP, 2)
+    return min(wide, key=lambda loop: loop["instructions"])
 
 
-def _row_passes(kernel: dict[str, Any]) -> dict[str, Work]:
-    """The fused loss from bfloat16 logits: two passes, of which only one reaches memory."""
-    first, second = _pass(kernel, stores=0), _pass(kernel, stores=2)
-    both = {name: first[name] + second[name] for name in first}
-    return {"statistics pass": first, "gradient pass": second, "both passes": both}
-
-
-def _tokens(kernel: dict[str, Any]) -> dict[str, Work]:
-    """The loss from log-probs: logp, old, mask read and the gradient written."""
-    longest = max(kernel["loops"], key=lambda loop: loop["instructions"])
-    return {"a token": _element(longest, TOKEN_STEP, 13)}
-
-
-def _whole(kernel: dict[str, Any]) -> dict[str, Work]:
-    """A kernel without a loop over elements: all its code, by the float32 numbers it stores."""
-    width = {"64": 2, "128": 4}
-    stores = [(name, n) for name, n in kernel["accesses"].items() if name.startswith("STG")]
-    stored = sum(n * width.get(name.rpartition(".")[2], 1) for name, n in stores)
-    return {"a reward": _element(kernel, stored, 8)}
-
-
-# What is read of each kernel.
-READERS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Work]]]] = {
-    "advantages_kernel": ("group advantages, groups of 16", _whole),
-    "token_loss_kernel": ("loss from float32 log-probs", _tokens),
-    "score_kernel": (
-        "log-probs of bfloat16 logits",
-        lambda kernel: {"statistics pass": _pass(kernel, stores=0)},
-    ),
-    "logits_loss_kernel": ("loss from bfloat16 logits", _row_passes),
-}
+# A thread has 4 rewards or tokens, 16 bfloat16 logits a turn. Of the two passes of a loss over a
+# row, one reads memory and the other writes it. A token is 13 bytes: logp, old, mask and gradient.
+PARTS = (
+    Part("advantages_kernel", "group advantages, groups of 16", "a reward", 8, 4),
+    Part("token_loss_kernel", "loss from float32 log-probs", "a token", 13, 4, (1,)),
+    Part("score_kernel", "log-probs of bfloat16 logits", "statistics pass", 2, 16, (0,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "statistics pass", 2, 16, (0,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "gradient pass", 2, 16, (2,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "both passes", 4, 16, (0, 2)),
+)
 # What `bench codegen` shows of a row, by heading.
 COLUMNS = {
     "GPU": "{gpu}",
@@ -111,10 +99,13 @@ COLUMNS = {
 
 def compile_here(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture; changes Triton for the whole process."""
+    import torch
+
     from .cases import BF16, LOGITS, LOGPROBS, MAPO, QWEN2, Case
     from .harness import work_of
-    from .levels import LEVELS, OURS
+    from .levels import draw
     from .machine_code import compile_launches, report
+    from .providers import OURS, PROVIDERS
 
     compiled = compile_launches(target)
     # One call of each level on small tensors; nothing runs, everything is compiled.
@@ -123,25 +114,22 @@ def compile_here(target: str) -> list[dict[str, Any]]:
         Case(LOGPROBS, 16, 1024, 8),
         Case(LOGITS, 16, 1, 8, head=QWEN2, dtype=BF16),
     ):
-        level = LEVELS[case.level]
-        inputs = level.draw(case, torch.Generator(), torch.device("cpu"))
-        work_of(level.providers[OURS], [inputs], case.direction)()
-    rows = []
-    for name, kernel in {name: kernel for name, kernel in compiled if name in READERS}.items():
-        title, read = READERS[name]
-        found = report(kernel)
-        about = {key: found[key] for key in ("registers", "stack", "spills")}
-        about |= {"kernel": title, "target": target}
-        rows += [{"part": part, **about, **work} for part, work in read(found).items()]
-    return rows
+        inputs = draw(case, torch.device("cpu"))
+        work_of(PROVIDERS[case.level][OURS], [inputs], case.direction)()
+    reports = {name: report(kernel) for name, kernel in compiled}
+    same = ("registers", "stack", "spills")
+    return [
+        {"kernel": part.title, "part": part.element, "target": target}
+        | {name: reports[part.kernel][name] for name in same}
+        | part.work(reports[part.kernel])
+        for part in PARTS
+    ]
 
 
 def compile_for(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture, compiled in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = (
-        f"import json; from {__name__} import compile_here as f; print(json.dumps(f('{target}')))"
-    )
+    code = f"import json; from {__name__} import *; print(json.dumps(compile_here('{target}')))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
 
 import mapo_kernels
 from mapo_kernels.files import CommandError
 
 from . import environment, results
 from .cases import EFFORTS, Case, Effort, cases_of
-from .levels import LEVELS, OURS, Inputs, Level, Provider, least
-from .memory import MemoryOfTensors
+from .levels import Inputs, draw, least, truth
+from .memory import peak_bytes
+from .providers import OURS, PROVIDERS, Provider
 from .roofs import Roofs
 from .timers import Samples, Work, on_cpu, on_gpu
 
@@ -33,7 +32,6 @@ from .timers import Samples, Work, on_cpu, on_gpu
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 # Input sets that take turns, at most: small ones stay in the cache, and are bound by their launch.
 MAX_SETS = 64
-SEED = 20250923
 DRY = Effort(0.0, least=1, most=1)
 Timer = Callable[[Work, Effort], Samples]
 Row = dict[str, Any]
@@ -43,16 +41,7 @@ def cache_bytes(device: torch.device) -> int:
     """Bytes of the last cache before memory: what inputs that take turns must exceed."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    name = "SC_LEVEL3_CACHE_SIZE"
-    known = os.sysconf(name) if name in getattr(os, "sysconf_names", {}) else 0
-    # A server's cache is shared by cores that are not ours.
-    return min(max(known, 1 << 22), 1 << 25)
-
-
-def copy_of(inputs: Inputs) -> Inputs:
-    """The same inputs at other addresses."""
-    leaves, rest = tree_map_only(torch.Tensor, torch.clone, (inputs.leaves, vars(inputs.rest)))
-    return Inputs(leaves, SimpleNamespace(**rest), inputs.live)
+    return 1 << 25  # A server's is larger, and shared by cores that are not ours.
 
 
 def work_of(provider: Provider, inputs: list[Inputs], direction: str) -> Work:
@@ -86,56 +75,39 @@ def relative_error(actual: Any, expected: list[torch.Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-def peak_bytes(work: Work, device: torch.device) -> int:
-    """Peak bytes that a call allocates beside what exists already, its argument included."""
-    given = work.prepare()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work.region(given)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with MemoryOfTensors() as memory:
-        work.region(given)
-    return memory.peak
-
-
 class CaseRun:
     """One case, its inputs drawn and its truth computed once for all providers."""
 
-    def __init__(self, level: Level, case: Case, roofs: Roofs, effort: Effort) -> None:
-        self.level, self.case, self.roofs, self.effort = level, case, roofs, effort
-        self.device = roofs.device
-        torch.manual_seed(SEED)
-        self.inputs = [level.draw(case, torch.Generator().manual_seed(SEED), self.device)]
-        self.truth = level.truth(self.inputs[0])
+    def __init__(self, case: Case, roofs: Roofs, effort: Effort) -> None:
+        self.case, self.roofs, self.effort = case, roofs, effort
+        self.inputs = [draw(case, roofs.device)]
+        self.truth = truth(case, self.inputs[0])
 
     def fill_cache(self) -> None:
         """Copy the inputs until together they exceed the cache twice."""
         size = sum(x.nbytes for x in self.inputs[0].leaves)
-        wanted = min(MAX_SETS, -(-2 * cache_bytes(self.device) // size))
-        self.inputs += [copy_of(self.inputs[0]) for _ in range(len(self.inputs), wanted)]
+        wanted = min(MAX_SETS, -(-2 * cache_bytes(self.roofs.device) // size))
+        while len(self.inputs) < wanted:
+            self.inputs.append(copy.deepcopy(self.inputs[0]))
 
     def measure(self, name: str, timer: Timer) -> Row:
         """One row; what cannot run or is wrong is a row that says so, and has no time."""
-        provider = self.level.providers[name]
+        device, provider = self.roofs.device, PROVIDERS[self.case.level][name]
         row = results.describe(self.case, name, self.inputs[0].live)
-        reason = provider.unavailable(self.case, self.device)
-        if reason:
-            return row | {"status": "unavailable", "reason": reason}
-        try:
-            return row | self._measure(provider, timer)
-        except torch.OutOfMemoryError:
-            reason = "out of memory"
-        except Exception as exception:  # A peer's failure is a finding about the peer.
-            first_line = (str(exception).splitlines() or [""])[0]
-            reason = f"{type(exception).__name__}: {first_line}"
-        finally:
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return row | {"status": "failed", "reason": reason}
+        status, reason = "unavailable", provider.unavailable(self.case, device)
+        if reason is None:
+            try:
+                return row | self._measure(provider, timer)
+            except torch.OutOfMemoryError:
+                status, reason = "failed", "out of memory"
+            except Exception as exception:  # A peer's failure is a finding about the peer.
+                first_line = (str(exception).splitlines() or [""])[0]
+                status, reason = "failed", f"{type(exception).__name__}: {first_line}"
+            finally:
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return row | {"status": status, "reason": reason}
 
     def _measure(self, provider: Provider, timer: Timer) -> Row:
         once = work_of(provider, self.inputs[:1], self.case.direction)
@@ -144,8 +116,8 @@ class CaseRun:
             known = error if math.isfinite(error) else None
             return {"status": "wrong", "error": known, "reason": "its result is off"}
         # Counting tensors on a CPU needs every operation to be seen.
-        counted = self.device.type == "cuda" or not provider.compiles
-        memory = peak_bytes(once, self.device) if counted else None
+        counted = self.roofs.device.type == "cuda" or not provider.compiles
+        memory = peak_bytes(once, self.roofs.device) if counted else None
         self.fill_cache()
         samples = timer(work_of(provider, self.inputs, self.case.direction), self.effort)
         p20, median, p80 = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))
@@ -170,9 +142,9 @@ class Run:
     """
 
     def __init__(self, suite: str, levels: list[str], dry_run: bool) -> None:
+        self.suite, self.dry_run = suite, dry_run
         has_gpu = torch.cuda.is_available() and not dry_run
         self.device = torch.device("cuda" if has_gpu else "cpu")
-        self.suite, self.dry_run = suite, dry_run
         self.effort = DRY if dry_run else EFFORTS[suite]
         cases = [case.tiny() if dry_run else case for case in cases_of(suite, has_gpu or dry_run)]
         # What is measured, in order; compiling would take longer than all else that is quick.
@@ -180,7 +152,7 @@ class Run:
             (case, name)
             for case in dict.fromkeys(cases)
             if not levels or case.level in levels
-            for name, provider in LEVELS[case.level].providers.items()
+            for name, provider in PROVIDERS[case.level].items()
             if not (suite == "quick" and provider.compiles)
         ]
         self._current: CaseRun | None = None
@@ -220,7 +192,7 @@ class Run:
                 # What one level compiled would count against the next one's recompilations.
                 torch.compiler.reset()
             self._current = None  # Its tensors go before the next ones come.
-            self._current = CaseRun(LEVELS[case.level], case, self.roofs, self.effort)
+            self._current = CaseRun(case, self.roofs, self.effort)
         row = self._current.measure(name, timer)
         self.result["rows"].append(row)
         self.save()
@@ -234,16 +206,17 @@ class Run:
         names = [f"{case.level}, {case.shape}: {name}" for case, name in self.items]
         metafunc.parametrize(("case", "name"), self.items, ids=names)
 
-    def bench(self, case: Case, name: str, benchmark: Any) -> None:
-        """One test: an item is measured, and its row told to pytest."""
-        timer = on_gpu if self.device.type == "cuda" else partial(on_cpu, benchmark=benchmark)
-        try:
-            row = self.measure(case, name, timer)
-        except CommandError as error:  # Nothing that follows could be kept.
-            pytest.exit(str(error), returncode=1)
-        if row["status"] == "unavailable":
-            pytest.skip(f"{name}: {row['reason']}")
-        if row["status"] != "ok":
-            # Wrong numbers of ours fail the run; a peer that is wrong is a finding about the peer.
-            say = pytest.fail if name.startswith(OURS) else pytest.xfail
-            say(f"{name} is {row['status']}: {row['reason']}")
+
+def bench_level(run: Run, benchmark: Any, case: Case, name: str) -> None:
+    """What pytest collects: an item is measured, and its row told to pytest."""
+    timer = on_gpu if run.device.type == "cuda" else partial(on_cpu, benchmark=benchmark)
+    try:
+        row = run.measure(case, name, timer)
+    except CommandError as error:  # Nothing that follows could be kept.
+        pytest.exit(str(error), returncode=1)
+    if row["status"] == "unavailable":
+        pytest.skip(f"{name}: {row['reason']}")
+    if row["status"] != "ok":
+        # Wrong numbers of ours fail the run; a peer that is wrong is a finding about the peer.
+        say = pytest.fail if name.startswith(OURS) else pytest.xfail
+        say(f"{name} is {row['status']}: {row['reason']}")

@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 
 from mapo_kernels.files import write_figure
 
-from .levels import COMPILED, OURS, PLAIN
+from .providers import COMPILED, OURS, PLAIN
 from .report import WHOLE_STEPS, Row, by_case, times
 
 # Colours that people with any colour vision tell apart; ours is the dark one.
 COLOURS = {
     OURS: "#000000",
     "mapo_kernels in place": "#555555",
-    "torch.compile of mapo_kernels": "#999999",
+    COMPILED + OURS: "#999999",
     PLAIN: "#0072B2",
-    COMPILED: "#56B4E9",
+    COMPILED + PLAIN: "#56B4E9",
     "TRL": "#D55E00",
     "Liger": "#009E73",
     "verl": "#CC79A7",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from .levels import OURS
+from .providers import OURS
 
 Row = dict[str, Any]
 CASE = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
@@ -12,11 +13,10 @@ CASE = ("level", "shape", "direction", "live", "group_size", "padding", "no_sign
 WHOLE_STEPS = ("both", "score")
 
 
-class Table(NamedTuple):
-    """A heading for each column, and rows of cells."""
-
-    heads: list[str]
-    lines: list[list[str]]
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (heads, *lines))
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
 
 
 def by_case(rows: list[Row]) -> list[dict[str, Row]]:
@@ -55,7 +55,7 @@ def _peer(row: Row | None, ours: Row) -> str:
     return f"{times(row, ours):.2f}" + (f" ({memory} MB)" if memory else "")
 
 
-def level_table(level: str, rows: list[Row]) -> Table:
+def level_table(level: str, rows: list[Row]) -> str:
     """One level: a row a case, ours in ms, peers as multiples of it."""
     measured = dict.fromkeys(row["provider"] for row in rows if row["status"] != "unavailable")
     peers = [name for name in measured if name != OURS]
@@ -70,15 +70,7 @@ def level_table(level: str, rows: list[Row]) -> Table:
             megabytes(ours["peak_bytes"]),
         ]
         lines.append(own + [_peer(found.get(name), ours) for name in peers])
-    return Table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
-
-
-def tables(found: Row) -> list[Table]:
-    """A table a level."""
-    levels: dict[str, list[Row]] = {}
-    for row in found["rows"]:
-        levels.setdefault(row["level"], []).append(row)
-    return [level_table(level, rows) for level, rows in levels.items()]
+    return table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
 
 
 def about(found: Row) -> str:
@@ -106,27 +98,26 @@ def about(found: Row) -> str:
 
 def notes(found: Row) -> list[str]:
     """What was not measured, and why: a sentence each."""
-    absent: dict[str, None] = {}  # in order, each once
-    bad: dict[str, None] = {}
+    bad, absent = [], []
     for row in found["rows"]:
         if row["status"] == "unavailable":
-            absent[f"{row['level']}: {row['provider']}: {row['reason']}"] = None
+            absent.append(f"{row['level']}: {row['provider']}: {row['reason']}")
         elif row["status"] != "ok":
             error = row.get("error")
             off = "" if error is None else f" (relative error {error:.1e})"
             case = f"{row['level']}, {row['shape']}, {row['direction']}"
-            bad[f"{case}: {row['provider']}: {row['status']}, {row['reason']}{off}"] = None
-    found_notes = [("Wrong or failed", bad), ("Not measured", absent)]
-    return [f"{title}: {'; '.join(lines)}." for title, lines in found_notes if lines]
+            bad.append(f"{case}: {row['provider']}: {row['status']}, {row['reason']}{off}")
+    titles = {"Wrong or failed": bad, "Not measured": absent}
+    return [f"{x}: {'; '.join(dict.fromkeys(lines))}." for x, lines in titles.items() if lines]
 
 
 def markdown(found: Row) -> str:
     """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
-    blocks = [about(found)]
-    for heads, lines in tables(found):
-        cells = [f"| {' | '.join(row)} |" for row in (heads, *lines)]
-        blocks.append("\n".join([cells[0], "|---" * len(heads) + "|", *cells[1:]]))
-    return "\n\n".join([*blocks, *notes(found)])
+    levels: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        levels.setdefault(row["level"], []).append(row)
+    tables = [level_table(level, rows) for level, rows in levels.items()]
+    return "\n\n".join([about(found), *tables, *notes(found)])
 
 
 def insert(text: str, name: str, new: str) -> str:

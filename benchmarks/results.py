@@ -15,12 +15,10 @@ from .cases import SUITES, Case
 FORMAT = 1
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 SOME_TEXT, SOME_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
-ROOFS = ["copy", "launch", "products"]
 # What every row has.
 OF_CASE: dict[str, Any] = {
-    **dict.fromkeys(("level", "shape"), TEXT),
+    **dict.fromkeys(("level", "shape", "provider", "sweep"), TEXT),
     "direction": {"enum": ["score", "forward", "backward", "both"]},
-    **dict.fromkeys(("provider", "sweep"), TEXT),
     "status": {"enum": ["ok", "wrong", "failed", "unavailable"]},
     **dict.fromkeys(("tokens", "group_size"), WHOLE),
     **dict.fromkeys(("padding", "no_signal"), NUMBER),
@@ -29,9 +27,8 @@ OF_CASE: dict[str, Any] = {
 # What a row has that was measured.
 OF_TIME: dict[str, Any] = {
     **dict.fromkeys(("error", "median_ms", "p20_ms", "p80_ms"), NUMBER),
-    **dict.fromkeys(("gigabytes_per_second", "teraflops_per_second"), NUMBER),
-    "roof": {"enum": ROOFS},
-    "percent_of_roof": NUMBER,
+    **dict.fromkeys(("gigabytes_per_second", "teraflops_per_second", "percent_of_roof"), NUMBER),
+    "roof": {"enum": ["copy", "launch", "products"]},
     "peak_bytes": SOME_NUMBER,
 }
 # What it may have; `host_ms` is of earlier files.
@@ -40,20 +37,20 @@ OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("width", "vocab", "launched_ms", "host_ms"), SOME_NUMBER),
     **dict.fromkeys(("bytes", "flops", "floor_ms"), SOME_NUMBER),
 }
-ROW_COLUMNS = OF_CASE | OPTIONAL | OF_TIME
+COLUMNS = [*OF_CASE, *OPTIONAL, *OF_TIME]
 ROW: dict[str, Any] = {
     "type": "object",
     "required": list(OF_CASE),
     "additionalProperties": False,
     "properties": {
-        **ROW_COLUMNS,
-        **dict.fromkeys(OF_TIME, SOME_NUMBER),
-        "roof": {"enum": [*ROOFS, None]},
+        **OF_CASE,
+        **OPTIONAL,
+        **dict.fromkeys(OF_TIME, {"type": ["number", "string", "null"]}),
         "samples_ms": {"type": "array", "items": NUMBER, "minItems": 1},
     },
     "if": {"properties": {"status": {"const": "ok"}}},
     "then": {"required": [*OF_TIME, "samples_ms"], "properties": OF_TIME},
-    "else": {"required": ["reason"], "properties": {"reason": TEXT}},
+    "else": {"required": ["reason"], "properties": {"reason": TEXT, "error": SOME_NUMBER}},
 }
 
 
@@ -83,7 +80,7 @@ SCHEMA = _object(
     parity={"type": ["object", "null"], "required": ["passed", "summary"]},
     rows={"type": "array", "items": ROW},
 )
-# Whether no row is missing; absent in earlier files.
+# Whether no row is missing is not in earlier files.
 SCHEMA["properties"] |= {"notes": SOME_TEXT, "finished": {"type": "boolean"}}
 
 
@@ -133,7 +130,7 @@ def write(found: dict[str, Any], path: Path) -> None:
 def write_table(found: dict[str, Any], path: Path) -> None:
     """Write the CSV beside a result's JSON; raises CommandError."""
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(ROW_COLUMNS), extrasaction="ignore")
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(found["rows"])
     write_whole(path.with_suffix(".csv"), table.getvalue().encode())

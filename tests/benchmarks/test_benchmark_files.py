@@ -210,7 +210,7 @@ def test_markup_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     found["rows"][0]["shape"] = "[red]1024"
     monkeypatch.setattr(cli, "measure", lambda arguments, path: results.write(found, path) or 0)
     assert cli.main(["--out", "[bold]x[/]", "--name", "[red]"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "[bold]x[/]/[red].json and .csv" in out and "[red]1024" in out
     assert "[bold]x[/]/[red]_speed_up.png" in out
     assert row["reason"] in out

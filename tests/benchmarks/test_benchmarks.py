@@ -15,7 +15,8 @@ import torch
 from benchmarks import cases, harness, plots, report, results, timers
 from benchmarks.cases import HIDDEN, LOGITS, LOGPROBS, MAPO, Case, Effort, Head
 from benchmarks.harness import CaseRun, Run, cache_bytes, relative_error, work_of
-from benchmarks.levels import LEVELS, OURS, PLAIN, Inputs, Level, Provider, least
+from benchmarks.levels import Inputs, draw, least, truth
+from benchmarks.providers import OURS, PLAIN, PROVIDERS, Provider
 from benchmarks.roofs import Roofs
 from benchmarks.timers import Samples, Work
 from mapo_kernels import files
@@ -140,10 +141,10 @@ def test_batches_have_their_padding_and_silent_groups(padding, no_signal, group_
 def test_truth_is_the_gradient_of_the_whole_batch(level):
     head = cases.NO_HEAD if level == LOGPROBS else HEAD
     case = Case(level, **BATCH, head=head)
-    inputs = LEVELS[level].draw(case, torch.Generator().manual_seed(1), CPU)
+    inputs = draw(case, CPU)
     exact = inputs._replace(leaves=tuple(x.double() for x in inputs.leaves))
-    whole = work_of(LEVELS[level].providers[PLAIN], [exact], "both")()
-    assert relative_error(whole, LEVELS[level].truth(inputs)) < 1e-6
+    whole = work_of(PROVIDERS[level][PLAIN], [exact], "both")()
+    assert relative_error(whole, truth(case, inputs)) < 1e-6
 
 
 def test_relative_error_sees_what_is_off():
@@ -159,13 +160,12 @@ def test_relative_error_sees_what_is_off():
 def measured(provider, roofs, leaf=None, timer=by_the_wall):
     """The row of a provider of the loss sum(x^2), whose gradient is 2x."""
     leaf = torch.linspace(1, 2, 1000) if leaf is None else leaf
-    level = Level(
-        lambda case, generator, device: Inputs((leaf,), SimpleNamespace(), 1.0),
-        lambda inputs: [2 * inputs.leaves[0].double()],
-        {"x": provider},
-    )
-    run = CaseRun(level, Case(LOGITS, 10, 100, head=HEAD), roofs, ONCE)
-    return run.measure("x", timer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROVIDERS[LOGITS], "x", provider)
+        patch.setattr(harness, "draw", lambda case, device: Inputs((leaf,), SimpleNamespace()))
+        patch.setattr(harness, "truth", lambda case, inputs: [2 * inputs.leaves[0].double()])
+        run = CaseRun(Case(LOGITS, 10, 100, head=HEAD), roofs, ONCE)
+        return run.measure("x", timer)
 
 
 def test_a_right_provider_is_timed(roofs):
@@ -299,14 +299,14 @@ def test_a_provider_that_destroys_its_input_gets_a_fresh_one_each_time(roofs):
 
 
 def test_inputs_take_turns_beyond_the_cache(roofs):
-    small = CaseRun(LEVELS[MAPO], Case(MAPO, 64), roofs, ONCE)
+    small = CaseRun(Case(MAPO, 64), roofs, ONCE)
     small.fill_cache()
     assert len(small.inputs) == harness.MAX_SETS
-    large = CaseRun(LEVELS[MAPO], Case(MAPO, cache_bytes(CPU) // 4), roofs, ONCE)
+    large = CaseRun(Case(MAPO, cache_bytes(CPU) // 4), roofs, ONCE)
     large.fill_cache()
     one, two = large.inputs
     assert one.leaves[0].data_ptr() != two.leaves[0].data_ptr()
-    prepare = work_of(LEVELS[MAPO].providers[OURS], large.inputs, "score").prepare
+    prepare = work_of(PROVIDERS[MAPO][OURS], large.inputs, "score").prepare
     assert [prepare() is x for x in (one, two, one)] == [True] * 3
 
 
@@ -322,11 +322,11 @@ def test_a_run_that_is_killed_keeps_every_finished_row(run):
 
 def test_a_run_has_every_level_and_every_provider(found):
     jsonschema.validate(found, results.SCHEMA)
-    assert {row["level"] for row in found["rows"]} == set(LEVELS)
-    for name, level in LEVELS.items():
+    assert {row["level"] for row in found["rows"]} == set(PROVIDERS)
+    for name, providers in PROVIDERS.items():
         rows = [row for row in found["rows"] if row["level"] == name]
         # Compiling would take longer than the quick suite.
-        quick = {name for name, provider in level.providers.items() if not provider.compiles}
+        quick = {name for name, provider in providers.items() if not provider.compiles}
         assert {row["provider"] for row in rows} == quick
         ours = [row for row in rows if row["provider"].startswith(OURS)]
         assert {row["status"] for row in ours} == {"ok"}
@@ -357,7 +357,7 @@ def test_result_files_and_what_is_drawn_from_them(found, tmp_path):
 
 
 def test_every_provider_has_a_colour_in_the_plots():
-    assert {name for level in LEVELS.values() for name in level.providers} <= set(plots.COLOURS)
+    assert {name for providers in PROVIDERS.values() for name in providers} <= set(plots.COLOURS)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -383,10 +383,11 @@ def test_the_readme_table_is_the_file(tmp_path):
         row_of("plain PyTorch", 0.0, status="unavailable", reason="not installed"),
         row_of(OURS, 0.1, direction="backward"),
     ]
-    heads, lines = report.level_table("logits", rows)
-    assert heads == ["logits", "live", f"{OURS}, ms", "of the roof", "peak MB", "TRL", "Liger"]
+    heads = ["logits", "live", f"{OURS}, ms", "of the roof", "peak MB", "TRL", "Liger"]
     cells = ["8 x 8, x, float32", "50%", "2", "12.3% of copy", "4", "2.50 (8 MB)", "wrong"]
-    assert lines == [cells]
+    expected = report.table(heads, [cells])
+    assert report.level_table("logits", rows) == expected
+    assert expected.splitlines()[1] == "|---|---|---|---|---|---|---|"
     bad, absent = report.notes({"rows": rows})
     assert "Liger: wrong, its result is off" in bad and "plain PyTorch: not installed" in absent
     text = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb"
@@ -407,7 +408,7 @@ def test_a_replayed_row_is_compared_with_one_that_is_not_as_both_are_launched():
 def test_suites_name_levels_and_heads_that_exist(suite, on_gpu):
     every = cases.cases_of(suite, on_gpu)
     assert len(set(every)) == len(every) and cases.EFFORTS[suite].least >= 3
-    assert {case.level for case in every} == set(LEVELS) == set(cases.NAMES)
+    assert {case.level for case in every} == set(PROVIDERS)
     for case in every:
         if case.head is cases.NO_HEAD:  # The others draw one sequence of each group.
             assert case.n_sequences % case.group_size == 0
