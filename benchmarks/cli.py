@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="run",
         choices=list(ACTIONS),
         help="run a suite (default); report: plots and tables of result files again; "
-        "codegen: what the compiler makes of the kernels for A100, H100, H200 and B200",
+        "codegen: what the compiler makes of the kernels for A100, H100, H200 and B200; "
+        "host: what each call costs its caller, over a driver that does nothing",
     )
     add("files", nargs="*", type=Path, help="report: result files (JSON)")
     add(
@@ -57,7 +58,7 @@ def _name(given: argparse.Namespace) -> str:
     from .environment import device_name
 
     device = re.sub(r"\W+", "_", device_name()).strip("_").lower()
-    kind = "dry" if given.dry_run else given.suite
+    kind = "host" if given.action == "host" else "dry" if given.dry_run else given.suite
     return given.name or f"{kind}_{device}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
@@ -120,7 +121,7 @@ def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
     _print(report.markdown(found))
     print(f"{path} and .csv")
     results.write_table(found, path)
-    if plots:
+    if plots and found["suite"] in SUITES:
         from .plots import draw
 
         print(*draw(found, path.parent, path.stem), sep="\n")
@@ -159,7 +160,19 @@ def _codegen(given: argparse.Namespace) -> int:
     return 0
 
 
-ACTIONS = {"run": _run, "report": _report, "codegen": _codegen}
+def _host(given: argparse.Namespace) -> int:
+    from . import host, results
+
+    path = results.reserve(given.out, _name(given))
+    host.measure(path, given.dry_run, given.commit, given.notes)
+    found = results.read(path)
+    _show(found, path, plots=False)
+    return int(
+        any(row["status"] == "failed" and row["provider"] == host.OURS for row in found["rows"])
+    )
+
+
+ACTIONS = {"run": _run, "report": _report, "codegen": _codegen, "host": _host}
 
 
 def main(arguments: list[str] | argparse.Namespace | None = None) -> int:

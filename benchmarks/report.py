@@ -73,26 +73,42 @@ def level_table(level: str, rows: list[Row]) -> str:
     return table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
 
 
+def host_table(rows: list[Row]) -> str:
+    """What each call costs its caller: a row a call, a column a provider, in microseconds."""
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["status"] == "ok"))
+    calls: dict[str, Row] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            cell = f"{row['median_us']:.3g} ({row['launches']})"
+            calls.setdefault(row["level"], {})[row["provider"]] = cell
+    lines = [[call, *[cells.get(name, "-") for name in names]] for call, cells in calls.items()]
+    return table(["call, us (launches)", *names], lines)
+
+
 def about(found: Row) -> str:
     """Where a result was measured, and what bounds it."""
-    where, roofs = found["environment"], found["roofs"]
-    products = roofs["products_teraflops_per_second"].items()
+    where = found["environment"]
     parts = [
         where["device"],
         f"{where['threads']} threads",
         f"torch {where['versions']['torch']}",
         f"triton {where['versions']['triton']}",
-        f"commit {(where['commit'] or 'unknown')[:9]}{' with changes' if where['dirty'] else ''}"
-        f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s",
-        f"launch {roofs['launch_microseconds']:.2g} us",
-        *[f"products {name} {rate:.3g} TFLOP/s" for name, rate in products],
+        f"commit {(where['commit'] or 'unknown')[:9]}{' with changes' if where['dirty'] else ''}",
     ]
     text = ", ".join(parts)
-    text += ". Medians; peers as multiples of our time, their peak memory in brackets."
+    if found["suite"] == "host":
+        text += ". Medians of what a call takes its caller."
+    else:
+        roofs = found["roofs"]
+        text += f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s"
+        text += f", launch {roofs['launch_microseconds']:.2g} us"
+        for name, rate in roofs["products_teraflops_per_second"].items():
+            text += f", products {name} {rate:.3g} TFLOP/s"
+        text += ". Medians; peers as multiples of our time, their peak memory in brackets."
     if not found.get("finished", True):
         text += " The run was cut short: rows are missing."
     if found["dry_run"]:
-        text += " Dry run: tiny shapes, interpreted kernels; the times mean nothing."
+        text += " Dry run: the times mean nothing."
     return text
 
 
@@ -105,7 +121,7 @@ def notes(found: Row) -> list[str]:
         elif row["status"] != "ok":
             error = row.get("error")
             off = "" if error is None else f" (relative error {error:.1e})"
-            case = f"{row['level']}, {row['shape']}, {row['direction']}"
+            case = ", ".join(row[key] for key in ("level", "shape", "direction") if key in row)
             bad.append(f"{case}: {row['provider']}: {row['status']}, {row['reason']}{off}")
     titles = {"Wrong or failed": bad, "Not measured": absent}
     return [f"{x}: {'; '.join(dict.fromkeys(lines))}." for x, lines in titles.items() if lines]
@@ -116,7 +132,10 @@ def markdown(found: Row) -> str:
     levels: dict[str, list[Row]] = {}
     for row in found["rows"]:
         levels.setdefault(row["level"], []).append(row)
-    tables = [level_table(level, rows) for level, rows in levels.items()]
+    if found["suite"] == "host":
+        tables = [host_table(found["rows"])]
+    else:
+        tables = [level_table(level, rows) for level, rows in levels.items()]
     return "\n\n".join([about(found), *tables, *notes(found)])
 
 

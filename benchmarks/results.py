@@ -15,6 +15,7 @@ from .cases import SUITES, Case
 FORMAT = 1
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 SOME_TEXT, SOME_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
+SAMPLES = {"type": "array", "items": NUMBER, "minItems": 1}
 # What every row has.
 OF_CASE: dict[str, Any] = {
     **dict.fromkeys(("level", "shape", "provider", "sweep"), TEXT),
@@ -46,7 +47,7 @@ ROW: dict[str, Any] = {
         **OF_CASE,
         **OPTIONAL,
         **dict.fromkeys(OF_TIME, {"type": ["number", "string", "null"]}),
-        "samples_ms": {"type": "array", "items": NUMBER, "minItems": 1},
+        "samples_ms": SAMPLES,
     },
     "if": {"properties": {"status": {"const": "ok"}}},
     "then": {"required": [*OF_TIME, "samples_ms"], "properties": OF_TIME},
@@ -59,12 +60,11 @@ def _object(**required: Any) -> dict[str, Any]:
     return {"type": "object", "required": list(required), "properties": required}
 
 
-SCHEMA = _object(
-    format={"const": FORMAT},
-    suite={"enum": list(SUITES)},
-    dry_run={"type": "boolean"},
-    seconds=NUMBER,
-    environment=_object(
+ABOUT: dict[str, Any] = {
+    "format": {"const": FORMAT},
+    "dry_run": {"type": "boolean"},
+    "seconds": NUMBER,
+    "environment": _object(
         device=TEXT,
         threads=WHOLE,
         commit=SOME_TEXT,
@@ -72,6 +72,10 @@ SCHEMA = _object(
         backend=TEXT,
         versions=_object(torch=TEXT, triton=TEXT),
     ),
+}
+SCHEMA = _object(
+    **ABOUT,
+    suite={"enum": list(SUITES)},
     roofs=_object(
         copy_gigabytes_per_second=NUMBER,
         launch_microseconds=NUMBER,
@@ -80,8 +84,18 @@ SCHEMA = _object(
     parity={"type": ["object", "null"], "required": ["passed", "summary"]},
     rows={"type": "array", "items": ROW},
 )
-# Whether no row is missing is not in earlier files.
-SCHEMA["properties"] |= {"notes": SOME_TEXT, "finished": {"type": "boolean"}}
+HOST_ROW = _object(level=TEXT, provider=TEXT, status={"enum": ["ok", "failed", "unavailable"]}) | {
+    "if": {"properties": {"status": {"const": "ok"}}},
+    "then": _object(launches=WHOLE, median_us=NUMBER, samples_us=SAMPLES),
+    "else": _object(reason=TEXT),
+}
+HOST_COLUMNS = ["level", "provider", "status", "reason", "launches", "median_us"]
+# Of `bench host`.
+HOST = _object(**ABOUT, suite={"const": "host"}, rows={"type": "array", "items": HOST_ROW})
+for schema in (SCHEMA, HOST):
+    # Whether no row is missing is not in earlier files.
+    schema["properties"] |= {"notes": SOME_TEXT, "finished": {"type": "boolean"}}
+EITHER = {"if": _object(suite={"const": "host"}), "then": HOST, "else": SCHEMA}
 
 
 def describe(case: Case, provider: str, live: float) -> dict[str, Any]:
@@ -130,7 +144,8 @@ def write(found: dict[str, Any], path: Path) -> None:
 def write_table(found: dict[str, Any], path: Path) -> None:
     """Write the CSV beside a result's JSON; raises CommandError."""
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    columns = COLUMNS if found["suite"] in SUITES else HOST_COLUMNS
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(found["rows"])
     write_whole(path.with_suffix(".csv"), table.getvalue().encode())
@@ -138,4 +153,4 @@ def write_table(found: dict[str, Any], path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A result file's contents; CommandError where it is none of ours."""
-    return read_json(path, SCHEMA, f"a result file of `mapo-kernels bench` in format {FORMAT}")
+    return read_json(path, EITHER, f"a result file of `mapo-kernels bench` in format {FORMAT}")
