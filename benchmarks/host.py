@@ -117,7 +117,7 @@ def peer_calls() -> dict[tuple[str, str], tuple[str | None, Call]]:
     for level, name in SHARED.items():
         case = Case(level, *SIZE, head=Head("", 0, VOCAB), dtype=BF16)
         leaves, rest, _ = draw(case, CPU)
-        for peer in PEERS & PROVIDERS[level].keys():
+        for peer in sorted(PEERS & PROVIDERS[level].keys()):
             provider = PROVIDERS[level][peer]
             call = step(lambda *x, f=provider.call, rest=rest: f(*x, rest), *leaves)
             if case.direction == "score":
