@@ -13,6 +13,8 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from mapo_kernels.config import LOGITS
+
 
 class Gpu(NamedTuple):
     """What bounds a kernel, by its data sheet: TB/s, multiprocessors, boost clock in GHz."""
@@ -72,15 +74,17 @@ def _main_loop(found: dict[str, Any], stores: int, elements: int) -> dict[str, A
     return min(wide, key=lambda loop: loop["instructions"])
 
 
-# A thread has 4 rewards or tokens, 16 bfloat16 logits a turn. Of the two passes of a loss over a
-# row, one reads memory and the other writes it. A token is 13 bytes: logp, old, mask and gradient.
+# A thread has 4 rewards or tokens, or the tiles of a step, each of 8 bfloat16 logits and one store.
+# Of the two passes of a loss over a row, one reads memory and the other writes it. A token is 13
+# bytes: logp, old, mask and gradient.
+ROW, STORES = 8 * LOGITS.tiles, LOGITS.tiles
 PARTS = (
     Part("advantages_kernel", "group advantages, groups of 16", "a reward", 8, 4),
     Part("token_loss_kernel", "loss from float32 log-probs", "a token", 13, 4, (1,)),
-    Part("score_kernel", "log-probs of bfloat16 logits", "statistics pass", 2, 16, (0,)),
-    Part("logits_loss_kernel", "loss from bfloat16 logits", "statistics pass", 2, 16, (0,)),
-    Part("logits_loss_kernel", "loss from bfloat16 logits", "gradient pass", 2, 16, (2,)),
-    Part("logits_loss_kernel", "loss from bfloat16 logits", "both passes", 4, 16, (0, 2)),
+    Part("score_kernel", "log-probs of bfloat16 logits", "statistics pass", 2, ROW, (0,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "statistics pass", 2, ROW, (0,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "gradient pass", 2, ROW, (STORES,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "both passes", 4, ROW, (0, STORES)),
 )
 # What `bench codegen` shows of a row, by heading.
 COLUMNS = {
@@ -101,7 +105,8 @@ def compile_here(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture; changes Triton for the whole process."""
     import torch
 
-    from .cases import BF16, LOGITS, LOGPROBS, MAPO, QWEN2, Case
+    from . import cases
+    from .cases import Case
     from .harness import work_of
     from .levels import draw
     from .machine_code import compile_launches, report
@@ -110,9 +115,9 @@ def compile_here(target: str) -> list[dict[str, Any]]:
     compiled = compile_launches(target)
     # One call of each level on small tensors; nothing runs, everything is compiled.
     for case in (
-        Case(MAPO, 1 << 14),
-        Case(LOGPROBS, 16, 1024, 8),
-        Case(LOGITS, 16, 1, 8, head=QWEN2, dtype=BF16),
+        Case(cases.MAPO, 1 << 14),
+        Case(cases.LOGPROBS, 16, 1024, 8),
+        Case(cases.LOGITS, 16, 1, 8, head=cases.QWEN2, dtype=cases.BF16),
     ):
         inputs = draw(case, torch.device("cpu"))
         work_of(PROVIDERS[case.level][OURS], [inputs], case.direction)()

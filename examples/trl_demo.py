@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from mapo_kernels.demo.model import END, PAD, Characters
-from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, Verifier, held_out_problems
+from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 from mapo_kernels.integrations.trl import MAPOConfig, MAPOTrainer
 
 TASK = TASKS["number_sorting"]
@@ -67,7 +67,6 @@ class Success:
     def __init__(self, problems: Sequence[Problem]) -> None:
         """The dataset's column `problem` counts these."""
         self.problems = problems
-        self.verifier = Verifier(TASK)
 
     def __call__(
         self, completion_ids: list[list[int]], problem: list[int], **_: Any
@@ -75,7 +74,7 @@ class Success:
         """1 for the right answer, 0 for another and for one that never ended."""
         answers = [CHARACTERS.decode(torch.tensor([ids]))[0] for ids in completion_ids]
         return [
-            self.verifier.reward(self.problems[index], answer)
+            TASK.reward(self.problems[index], answer)
             for index, answer in zip(problem, answers, strict=True)
         ]
 

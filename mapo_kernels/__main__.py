@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from mapo_kernels._version import __version__
+from mapo_kernels.files import CommandError
+
 COMMANDS = {
     "demo": "train a small model with MAPO and GRPO",
     "doctor": "versions, backend, and a check of its numbers",
@@ -25,31 +28,24 @@ def _module(command: str) -> Any:
         return import_module("benchmarks.cli")
 
 
-class _PrintVersion(argparse.Action):
-    """Prints the version and the backend, which is looked up when asked for and not before."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from mapo_kernels import __version__, describe_backend
-
-        print(f"mapo-kernels {__version__}, backend {describe_backend()}")
-        parser.exit()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
-    # Importing torch takes a second, in which Ctrl-C should work too.
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    # Only the command that was named is imported, torch taking a second; doctor has no options.
+    named = next((word for word in given if not word.startswith("-")), None)
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
-        shown = "show the version and the backend, and exit"
-        parser.add_argument("--version", action=_PrintVersion, nargs=0, help=shown)
-        commands = parser.add_subparsers(dest="command", required=True)
         for name, summary in COMMANDS.items():
             command = commands.add_parser(name, help=summary)
-            if name in arguments and name != "doctor":  # others need not be imported
+            if name == named != "doctor":
                 _module(name).add_arguments(command)
-        given = parser.parse_args(arguments)
-        return _module(given.command).main(given)
+        args = parser.parse_args(given)
+        return _module(args.command).main(args)
+    except CommandError as error:
+        print(f"mapo-kernels {named}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

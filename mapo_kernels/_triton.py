@@ -48,6 +48,11 @@ else:
         return SimpleNamespace(fn=fn, __name__=fn.__name__)
 
 
+def constant(x: int) -> Any:
+    """A number that kernels may read from their module."""
+    return tl.constexpr(x) if HAS_TRITON else x
+
+
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -8,8 +8,8 @@ import torch
 from torch.compiler import is_compiling
 
 from mapo_kernels import checks, operators
-from mapo_kernels.batch import GROUP_METRICS
 from mapo_kernels.distributed import data
+from mapo_kernels.formula import GROUP_METRICS
 from mapo_kernels.groups import GroupStats, group_metrics, never_successful, warn_of_threshold
 from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import AdvantageSpec, require_bool

@@ -16,7 +16,7 @@ class MapoLossFunction(torch.autograd.Function):
     """The token loss as an autograd node, for trainers that apply it themselves.
 
     `MapoLossFunction.apply(logprobs, inputs, spec, advantage_spec)` returns (loss [], results [16]
-    in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or empty). Only the loss is
+    in the order of `mapo_kernels.formula.RESULTS`, advantages [B] or empty). Only the loss is
     differentiable, by `logprobs` [B, T] or [total]. `inputs` is a `Batch`; nothing is
     validated: `mapo_loss` does that.
     """
@@ -51,7 +51,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     """The loss from logits as an autograd node, for trainers that apply it themselves.
 
     `MapoLogitsLossFunction.apply(logits, rows, inputs, spec, advantage_spec, inplace)` returns
-    (loss [], results [16] in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or empty).
+    (loss [], results [16] in the order of `mapo_kernels.formula.RESULTS`, advantages [B] or empty).
     Only the loss is differentiable, by `logits` [B, T, V] or [total, V]. `rows` is a `RowInputs`,
     `inputs` a `Batch`; nothing is validated: `mapo_loss_from_logits` does that.
 
@@ -122,7 +122,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
     """The loss from hidden states as an autograd node, for trainers that apply it themselves.
 
     `MapoLinearLossFunction.apply(hidden, weight, bias, head, rows, inputs, spec, advantage_spec)`
-    returns (loss [], results [16] in the order of `mapo_kernels.batch.RESULTS`, advantages [B] or
+    returns (loss [], results [16] in the order of `mapo_kernels.formula.RESULTS`, advantages [B] or
     empty). Only the loss is differentiable, by `hidden` [B, T, H] or [total, H], `weight` [V, H]
     and `bias` [V] (or None), each only if it requires grad. `head` is a `HeadInputs` whose weight
     and bias are ignored; nothing is validated: `mapo_loss_from_hidden` does that.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels.formula import GroupMetrics, TokenMetrics
+from mapo_kernels.formula import SLOTS
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -107,7 +107,7 @@ class TokenResults(NamedTuple):
 
     Attributes:
         loss: [] float32 (float64 on the eager path for float64 log-probs).
-        results: [16], the first of them as `RESULTS` names them.
+        results: [16], the first of them as `formula.RESULTS` names them.
         advantages: [B] if they were computed from rewards, else empty.
         grad: like the log-probs, d loss / d logp before `gradient_scale`; empty if not needed.
     """
@@ -118,26 +118,11 @@ class TokenResults(NamedTuple):
     grad: torch.Tensor
 
 
-# Slots of the result vector, in the order in which the kernel keeps its sums (there, slot 0 sums
-# the loss). `gradient_scale` is 1 over the batch's denominator; a group is active if one of its
-# rewards is finite.
-GROUP_METRICS = GroupMetrics._fields
-RESULTS = (
-    "gradient_scale",
-    "active_tokens",
-    "scored_tokens",
-    *TokenMetrics._fields,
-    *GROUP_METRICS,
-)
-# Kernels keep them in a block, whose size is a power of 2.
-SLOTS = 1 << (len(RESULTS) - 1).bit_length()
-
-
 class KnownMetrics(NamedTuple):
     """Metrics about groups that were known before the loss.
 
     Attributes:
-        values: some of `GROUP_METRICS`, 0-d each.
+        values: some of `formula.GroupMetrics`, 0-d each.
         ranks: the ranks of the process group of whose groups they speak; None for this rank's own.
     """
 

@@ -9,18 +9,11 @@ import torch
 
 from mapo_kernels import checks, checks_rows, operators
 from mapo_kernels.arguments import DEFAULTS
-from mapo_kernels.batch import (
-    GROUP_METRICS,
-    RESULTS,
-    Batch,
-    GroupInputs,
-    KnownMetrics,
-    RowInputs,
-    replaced,
-)
+from mapo_kernels.batch import Batch, GroupInputs, KnownMetrics, RowInputs, replaced
 from mapo_kernels.distributed import data
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.distributed.vocabulary import Split
+from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
 from mapo_kernels.metrics import as_metrics

@@ -38,23 +38,26 @@ class Logprobs:
     """The kernels of the log-prob level.
 
     Attributes:
-        block: tokens per step of a program.
-        short_block: the same where sequences have at most `short_length` tokens on average.
+        threads: per program.
+        short_threads: the same where sequences have at most `short_length` tokens on average.
         short_length: see there.
-        tokens_per_thread: 16 bytes of float32; sums of twice as many do not fit the registers.
-        max_programs: that share the sequences.
-        partials: sums of other programs that the last one adds per step.
-        registers: per thread; left to itself the compiler spills some variants.
+        tokens_per_thread: 16 bytes of float32.
+        programs: of `threads` each, at the most, that share the sequences: three for each
+            multiprocessor of an H200, which is as many as it can hold.
+        partials_per_thread: sums of other programs that a thread of the last one adds per step.
+        registers: per thread; left to itself the compiler takes a third more.
+        packed_registers: the same of packed sequences, whose tokens are read one by one.
         scale_block: tokens per program of the backward launch.
     """
 
-    block: int = 1024
-    short_block: int = 256
+    threads: int = 256
+    short_threads: int = 64
     short_length: int = 256
     tokens_per_thread: int = 4
-    max_programs: int = 2048
-    partials: int = 128
-    registers: int = 128
+    programs: int = 396
+    partials_per_thread: int = 16
+    registers: int = 72
+    packed_registers: int = 96
     scale_block: int = 1024
 
 
@@ -63,26 +66,41 @@ class Logits:
     """The kernels of the logits level.
 
     Attributes:
-        max_threads: per program; they fill a multiprocessor.
+        max_threads: per program.
         min_threads: see there.
-        steps: of two tiles that a row takes at least, where that leaves more than `min_threads`.
-        registers: per thread of a full program. With fewer than these the compiler spills to fit
-            two programs on an A100, and the cache would have to hold two rows for each.
+        tiles: of 16 bytes a thread, which a step reads before it uses or writes any of them.
+        steps: that a row takes, about, where that leaves more than `min_threads`.
+        programs: that a multiprocessor should hold at once: each has a row in the cache between
+            its first and its second reading.
+        registers: per thread at the most, if `programs` leave as many.
+        first_hint: eviction policy of the first reading of a row that is read twice.
+        second_hint: the same of the second, and of the gradient.
+        score_hint: the same of a row that is read once.
+        backwards: whether the second reading begins at the end of the row, which was read last.
         partials_per_thread: sums of other programs that a thread of the last one adds per step.
         block_tokens: tokens per step of counting a mask, or of finding a packed row's sequence.
-        count_limit: tokens above which counting the mask in every program costs more than a launch.
+        fused_rows: rows up to which every program finds out by itself what is the same for all of
+            them, and the last one adds their sums. Beyond, a launch before and one after do that.
+        finish_threads: of the latter.
         match_limit: rows above which finding a row's group among all ids takes more than one step.
         rescale_programs: programs of the launch that multiplies a gradient.
         large_copy: bytes of logits from which on a copy is worth a warning.
     """
 
-    max_threads: int = 1024
+    max_threads: int = 512
     min_threads: int = 64
+    tiles: int = 4
     steps: int = 4
-    registers: int = 64
+    programs: int = 1
+    registers: int = 128
+    first_hint: str = "evict_last"
+    second_hint: str = "evict_first"
+    score_hint: str = "evict_first"
+    backwards: bool = True
     partials_per_thread: int = 8
     block_tokens: int = 1024
-    count_limit: int = 1 << 14
+    fused_rows: int = 600
+    finish_threads: int = 1024
     match_limit: int = 1024
     rescale_programs: int = 1024
     large_copy: int = 1 << 26

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,15 @@ def one_line(error: object) -> str:
     """What an error says, short enough for a terminal."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise a `CommandError` that says what to install, if one of these is not there."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        checkout = Path(__file__).parents[1]
+        source = f"-e {checkout}" if (checkout / "pyproject.toml").exists() else "mapo-kernels"
+        raise CommandError(f"{', '.join(missing)} not installed: pip install {source}[{extra}]")
 
 
 @contextmanager

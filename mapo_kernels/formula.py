@@ -84,6 +84,20 @@ class GroupMetrics(NamedTuple):
 
 GROUP_MEANS = ("success_ratio_mean", "lambda_mean")
 
+# What a loss leaves on the device, by name; kernels keep their sums in the same order, where slot 0
+# sums the loss. `gradient_scale` is 1 over the batch's denominator; a group is active if one of its
+# rewards is finite.
+RESULTS = (
+    "gradient_scale",
+    "active_tokens",
+    "scored_tokens",
+    *TokenMetrics._fields,
+    *GroupMetrics._fields,
+)
+GROUP_METRICS = GroupMetrics._fields
+# Kernels keep them in a block, whose size is a power of 2.
+SLOTS = 1 << (len(RESULTS) - 1).bit_length()
+
 
 @jit
 def certain_elsewhere(others, gap):

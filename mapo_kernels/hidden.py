@@ -14,18 +14,10 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import config, operators
-from mapo_kernels.batch import (
-    RESULTS,
-    SLOTS,
-    Batch,
-    HeadInputs,
-    HeadResults,
-    RowInputs,
-    VocabShare,
-)
+from mapo_kernels.batch import Batch, HeadInputs, HeadResults, RowInputs, VocabShare
 from mapo_kernels.distributed import vocabulary
 from mapo_kernels.dtypes import result_dtype
-from mapo_kernels.formula import LARGEST
+from mapo_kernels.formula import LARGEST, RESULTS, SLOTS
 from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -297,7 +289,7 @@ def _token_level(
 
 
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Results of a batch [16] from those of its chunks [chunks, 16]: see `batch.RESULTS`."""
+    """Results of a batch [16] from those of its chunks [chunks, 16]: see `formula.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
     maxima = [names[name] for name in LARGEST]
     scored = table[:, names["scored_tokens"]]

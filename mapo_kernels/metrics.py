@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mapo_kernels.batch import GROUP_METRICS, RESULTS
 from mapo_kernels.distributed.agreement import all_gather, digest, group_ranks, meeting_place
-from mapo_kernels.formula import GROUP_MEANS, LARGEST
+from mapo_kernels.formula import GROUP_MEANS, GROUP_METRICS, LARGEST, RESULTS
 
 _NAMES = RESULTS[1:]
 _COUNTS = ("active_tokens", "scored_tokens", *GROUP_METRICS[len(GROUP_MEANS) :])

@@ -8,22 +8,14 @@ from typing import Any
 import torch
 
 from mapo_kernels import backend, config
-from mapo_kernels.batch import (
-    GROUP_METRICS,
-    RESULTS,
-    Batch,
-    GroupInputs,
-    RowInputs,
-    TokenResults,
-    empty_results,
-    replaced,
-)
+from mapo_kernels.batch import Batch, GroupInputs, RowInputs, TokenResults, empty_results, replaced
 from mapo_kernels.dispatch import dispatched
 from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.eager import logits as eager_logits
 from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.eager.logprobs import eager_token_loss
+from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import Signal, decide_rewards, group_metrics
 from mapo_kernels.launch import advantages as launch_groups
 from mapo_kernels.launch import logits as launch_logits
@@ -188,10 +180,6 @@ def logits_loss(
         return _scored_then_differentiated(
             logits, rows, inputs, spec, advantage_spec, need_grad, out
         )
-    if inputs.denominator(spec, 1) is None and inputs.mask is not None:
-        if rows.token_ids.numel() > config.LOGITS.count_limit:
-            valid = Layout(rows.token_ids, inputs).valid
-            inputs = replaced(inputs, normalizer=valid.sum().float())
     place = None
     if out is not None and need_grad and not torch.compiler.is_compiling():
         place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
@@ -208,8 +196,9 @@ def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: Lo
         return False
     n_rows = groups.rewards.shape[0]
     in_reach = groups.group_ids is None or n_rows <= config.LOGITS.match_limit
-    # A packed sequence may have no row at all, and then nobody speaks for it.
-    return in_reach and inputs.cu_seqlens is None
+    # A packed sequence may have no row at all, which then cannot speak for it.
+    is_prepared = rows.token_ids.numel() > config.LOGITS.fused_rows
+    return in_reach and (inputs.cu_seqlens is None or is_prepared)
 
 
 def _scored_then_differentiated(

@@ -120,14 +120,14 @@ MUTANTS = (
         TOKENS,
     ),
     Mutant(
-        "tl.fma(total, fade, tl.sum(e0 + e1, 1))",
-        "tl.fma(total, 1.0, tl.sum(e0 + e1, 1))",
+        "tl.fma(total, fade, tl.sum(powers, 1))",
+        "tl.fma(total, 1.0, tl.sum(powers, 1))",
         LOGITS,
     ),
     Mutant("at_target = slope * rest", "at_target = slope", LOGITS),
     Mutant(
-        "start = (i + tl.where(i >= own, 1, 0)) * BLOCK",
-        "start = (i + tl.where(i > own, 1, 0)) * BLOCK",
+        "start = (i + tl.where(i >= own, 1, 0)) * TILE.step",
+        "start = (i + tl.where(i > own, 1, 0)) * TILE.step",
         LOGITS,
     ),
     Mutant(

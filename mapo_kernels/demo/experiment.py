@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import platform
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.status import Status
 
-import mapo_kernels
+from mapo_kernels import resolve_backend
 from mapo_kernels.demo import folder, plots, report
-from mapo_kernels.demo.folder import Record
-from mapo_kernels.demo.settings import WARM_UP, Settings
+from mapo_kernels.demo.settings import FORMAT, WARM_UP, Record, Settings
 from mapo_kernels.demo.train import Run, Workbench
-from mapo_kernels.files import CommandError, write_whole
+from mapo_kernels.doctor import versions
+from mapo_kernels.files import CommandError, one_line
 
-CHECKPOINT_STRIDE = 25  # steps
+SAVE_EVERY = 25  # steps
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
 
@@ -43,7 +38,7 @@ def run_experiment(
         seeds: seeds 0 .. seeds - 1.
         device: where to train.
         out: the folder that gets everything.
-        resume: continue from the checkpoints in `out`.
+        resume: continue the runs in `out`, which are otherwise replaced.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
@@ -53,86 +48,73 @@ def run_experiment(
             that cannot be used, or is not the demo's own.
     """
     with folder.opened(out, resume=resume) as earlier:
-        if resume and earlier is not None:
+        if resume:
             _require_same_settings(earlier["configuration"], settings)
         bench = Workbench(settings, device)
-        log = _new_log(bench)
-        phases = (WARM_UP, *estimators)
-        if resume and earlier is not None:
-            log["runs"] = earlier["runs"]
-            # A damaged checkpoint must not be found after hours of training.
-            for phase, seed in itertools.product(phases, range(seeds)):
-                if folder.checkpoint_path(out, phase, seed).exists():
-                    Run(bench, phase, seed, out)
-        _write(log, out)
+        # All at once: a damaged file must not be found after hours of training.
+        begun = _load(bench, out, earlier["runs"]) if resume else {}
+        log = _new_log(bench, begun.values())
+        folder.write_log(out, log)
         if not resume:
-            folder.discard_checkpoints(out)
-        status = "finished"
+            folder.discard_runs(out, earlier["runs"])
         try:
-            with report.Progress(settings) as progress:
+            with report.console().status("") as status:
                 for seed in range(seeds):
                     start = None
-                    for phase in phases:
-                        run = Run(bench, phase, seed, out, start)
-                        _train(run, log, progress, out)
+                    for phase in (WARM_UP, *estimators):
+                        run = Run(bench, phase, seed, start)
+                        run = begun.get(run.name, run)
+                        _train(run, out, log, status)
                         start = start or run
+            log["status"] = "finished"
         except KeyboardInterrupt:
-            status = "interrupted"
-        _write(log, out, status)
+            log["status"] = "interrupted"
+        folder.write_log(out, log)
         report.print_summary(log, out, plots.draw_all(log, out))
-    return INTERRUPTED if status == "interrupted" else 0
+    return INTERRUPTED if log["status"] == "interrupted" else 0
 
 
-def _train(run: Run, log: Record, progress: report.Progress, out: Path) -> None:
-    """Steps until the run is finished, each noted in its record, with checkpoints in between."""
-    _include(run.record, log["runs"])
+def _load(bench: Workbench, out: Path, names: Iterable[str]) -> dict[str, Run]:
+    """Those of the runs that were saved."""
+    found = {}
+    for name in names:
+        path = folder.run_path(out, name)
+        if path.exists():
+            phase, seed = name.split("_seed")
+            found[name] = Run(bench, phase, int(seed))
+            folder.load(path, found[name].load_state_dict)
+    return found
+
+
+def _train(run: Run, out: Path, log: Record, status: Status) -> None:
+    """Step until the run is finished, saving it now and then."""
+
+    def save() -> None:
+        folder.write_log(out, log)  # first: it lists the files that may be discarded
+        folder.save(folder.run_path(out, run.name), run.state_dict())
+
+    log["runs"][run.name] = run.record
     run.begin()
+    save()
     while not run.record["finished"]:
-        began = time.perf_counter()
-        record = run.step()
-        record["seconds"] = time.perf_counter() - began
-        run.record["seconds"] += record["seconds"]
-        run.record["steps"].append(record)
-        progress.step(run.record)
-        if run.record["finished"] or len(run.record["steps"]) % CHECKPOINT_STRIDE == 0:
-            run.save()
-            _write(log, out)
-    if run.record["phase"] != WARM_UP:
-        run.save_model()
+        run.step()
+        line = report.progress(run.record, run.settings)
+        status.update(line)
+        if run.record["finished"] or len(run.record["steps"]) % SAVE_EVERY == 0:
+            save()
+            status.console.print(line)
 
 
-def _include(record: Record, runs: list[Record]) -> None:
-    """Add a run's record, in place of the one that an earlier log has of the same run."""
-    names = [(run["phase"], run["seed"]) for run in runs]
-    name = record["phase"], record["seed"]
-    at = names.index(name) if name in names else len(runs)
-    runs[at : at + 1] = [record]
-
-
-def _new_log(bench: Workbench) -> dict[str, Any]:
-    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if bench.device.type == "cuda":
-        device = torch.cuda.get_device_name(bench.device)
-    versions = {"python": platform.python_version(), "mapo-kernels": mapo_kernels.__version__}
-    for package in ("torch", "triton", "reasoning-gym"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+def _new_log(bench: Workbench, runs: Iterable[Run]) -> Record:
     return {
-        "format": folder.FORMAT,
+        "format": FORMAT,
         "status": "running",
         "configuration": asdict(bench.settings),
-        "device": device,
-        "backend": mapo_kernels.resolve_backend(bench.device.type),
-        "versions": versions,
+        "versions": versions() | {"reasoning-gym": metadata.version("reasoning-gym")},
+        "backend": resolve_backend(bench.device.type),
         "held_out_problems": len(bench.held_out),
-        "runs": [],
+        "runs": {run.name: run.record for run in runs},
     }
-
-
-def _write(log: Record, out: Path, status: str = "running") -> None:
-    """Flush the log to disk as a whole; a crash in the middle leaves the previous file."""
-    log["status"] = status
-    write_whole(out / folder.LOG_NAME, (json.dumps(log) + "\n").encode())
 
 
 def _require_same_settings(before: Record, settings: Settings) -> None:
@@ -143,3 +125,17 @@ def _require_same_settings(before: Record, settings: Settings) -> None:
     ]
     if changed:
         raise CommandError(f"--resume: expected the earlier settings, but {'; '.join(changed)}")
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by name, or what `auto` finds; ValueError if nothing can be computed on it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+        torch.ones(1, device=device).item()  # the device `meta` has no numbers
+        torch.Generator(device)
+    except Exception as error:  # Backends that are not there fail in many ways.
+        reason = one_line(str(error).split("\n")[0] or error)
+        raise ValueError(f"--device: expected a usable device, got {name!r}: {reason}") from error
+    return device

@@ -1,86 +1,58 @@
-"""The demo's output folder: whose it is, what its files hold, one run at a time."""
+"""The demo's output folder: whose it is, what its files hold, one experiment at a time."""
 
 from __future__ import annotations
 
 import io
-import re
+import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from mapo_kernels import files
-from mapo_kernels.demo.settings import ESTIMATORS, WARM_UP
-from mapo_kernels.files import CommandError, naming
+from mapo_kernels.demo.settings import ESTIMATORS, FORMAT, WARM_UP, Record
+from mapo_kernels.files import CommandError, naming, one_line, read_json
 
-Record = dict[str, Any]
-
-FORMAT = "mapo-kernels demo 1"  # in the log and in checkpoints: what tells them from others' files
 LOG_NAME = "log.json"
 LOCK_NAME = ".lock"
-CHECKPOINTS = "checkpoints"
-PHASES = [WARM_UP, *ESTIMATORS]
-OWN_CHECKPOINT = re.compile(rf"({'|'.join(PHASES)})_seed\d+\.pt({files.PARTIAL})?")
-
-
-def _object(**properties: Any) -> Record:
-    """The JSON schema of an object that must have these."""
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
-def _list(items: Record) -> Record:
-    return {"type": "array", "items": items}
-
-
-_COUNT: Record = {"type": "integer", "minimum": 0}
-_NUMBER: Record = {"type": "number"}
-_STEP = {"step": _COUNT, "success": _NUMBER, "groups_without_signal": _COUNT}
-# What figures and tables are drawn from.
-RECORD_SCHEMA = _object(
-    phase={"enum": PHASES},
-    seed=_COUNT,
-    finished={"type": "boolean"},
-    seconds=_NUMBER,
-    steps=_list(_object(successes_per_group=_list(_COUNT), **_STEP)),
-    evals=_list(_object(step=_COUNT, success_sampled=_NUMBER, success_greedy=_NUMBER)),
-)
-LOG_SCHEMA = _object(
-    format={"const": FORMAT},
-    status={"enum": ["running", "interrupted", "finished"]},
-    configuration={"type": "object"},
-    runs=_list(RECORD_SCHEMA),
-)
+RUN_NAME = rf"^({'|'.join([WARM_UP, *ESTIMATORS])})_seed[0-9]+$"  # of a run and its file
+LOG_SCHEMA = {
+    "type": "object",
+    "required": ["format", "configuration", "runs"],
+    "properties": {
+        "format": {"const": FORMAT},
+        "configuration": {"type": "object"},
+        "runs": {"type": "object", "propertyNames": {"pattern": RUN_NAME}},
+    },
+}
 
 
 @contextmanager
-def opened(path: Path, *, resume: bool) -> Iterator[Record | None]:
-    """Take an output folder for one run; nothing in a folder that is refused is changed.
+def opened(path: Path, *, resume: bool) -> Iterator[Record]:
+    """Take an output folder for one experiment; nothing in a folder that is refused is changed.
 
     Args:
-        path: of the folder; made if it does not exist, unless a run is to be resumed.
-        resume: whether it must have the log of an earlier run.
+        path: of the folder; made if it does not exist, unless there is one to be resumed.
+        resume: whether it must have the log of an earlier experiment.
 
     Yields:
-        The log of the earlier run, or None if there was none.
+        The log of the earlier experiment, without runs if there was none.
 
     Raises:
-        CommandError: it is no folder, cannot be written to, is used by another run, or has files
-            but no log of the demo.
+        CommandError: it is no folder, cannot be written to, is used by another process, or has
+            files but no log of the demo.
     """
     with naming(path):
-        if path.exists() and not path.is_dir():
-            raise CommandError(f"{path}: expected a folder, got something else")
-        if not resume:
-            path.mkdir(parents=True, exist_ok=True)
+        if not (resume or path.exists()):
+            path.mkdir(parents=True)
     _earlier_log(path, resume)
-    lock = FileLock(path / LOCK_NAME, blocking=False)
+    lock = FileLock(path / LOCK_NAME)
     with naming(path / LOCK_NAME):
         try:
-            lock.acquire()
+            lock.acquire(blocking=False)
         except Timeout as error:
             raise CommandError(f"{path}: another run is using it") from error
     try:
@@ -89,49 +61,38 @@ def opened(path: Path, *, resume: bool) -> Iterator[Record | None]:
         lock.release()
 
 
-def _earlier_log(path: Path, needed: bool) -> Record | None:
-    """The log of the run that a folder is of; None where the folder is empty."""
-    log, checkpoints = path / LOG_NAME, path / CHECKPOINTS
+def _earlier_log(path: Path, needed: bool) -> Record:
     with naming(path):
-        names = {entry.name for entry in path.iterdir()}
-    if LOG_NAME in names:
-        found = files.read_json(log, LOG_SCHEMA, "the log of a demo (or choose another --out)")
-        if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
-            raise CommandError(f"{checkpoints}: expected a folder, got something else")
-        return found
-    foreign = sorted(names - {LOCK_NAME, LOG_NAME + files.PARTIAL})
-    if foreign:
+        names = {entry.name for entry in path.iterdir()} - {LOCK_NAME, LOG_NAME + files.PARTIAL}
+    if needed or LOG_NAME in names:
+        return read_json(path / LOG_NAME, LOG_SCHEMA, "the log of a demo (or choose another --out)")
+    if names:
         raise CommandError(
             f"{path}: expected an empty folder or one of the demo's own, got one with "
-            f"{foreign[0]!r} and no {LOG_NAME}"
+            f"{min(names)!r} and no {LOG_NAME}"
         )
-    if needed:
-        raise CommandError(f"{log}: expected the log of an earlier run to resume, found none")
-    return None
+    return {"runs": {}}
 
 
-def discard_checkpoints(path: Path) -> None:
-    """Delete what earlier runs left to be resumed from, and nothing that is not the demo's own."""
-    for entry in path.glob(f"{CHECKPOINTS}/*"):
-        if OWN_CHECKPOINT.fullmatch(entry.name):
-            with naming(entry):
-                entry.unlink()
+def write_log(path: Path, log: Record) -> None:
+    """Write the log, whole or not at all."""
+    files.write_whole(path / LOG_NAME, (json.dumps(log) + "\n").encode())
 
 
-def model_path(out: Path, phase: str, seed: int) -> Path:
-    """Where the weights of a run go."""
-    return out / f"{phase}_seed{seed}.pt"
+def run_path(path: Path, name: str) -> Path:
+    """Where a run's model, its record and all that it continues from go."""
+    return path / f"{name}.pt"
 
 
-def checkpoint_path(out: Path, phase: str, seed: int) -> Path:
-    """Where what a run continues from goes."""
-    return model_path(out / CHECKPOINTS, phase, seed)
+def discard_runs(path: Path, names: Iterable[str]) -> None:
+    """Delete the files of these runs, and nothing else."""
+    for file in (run_path(path, name) for name in names):
+        with naming(file):
+            file.unlink(missing_ok=True)
 
 
 def save(path: Path, state: Record) -> None:
-    """`torch.save`, whole or not at all; the folder is made."""
-    with naming(path.parent):
-        path.parent.mkdir(exist_ok=True)
+    """`torch.save`, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     files.write_whole(path, buffer.getvalue())
@@ -150,6 +111,4 @@ def load(path: Path, restore: Callable[[Record], None]) -> None:
             raise ValueError(f"one with a damaged {damaged}")
         restore(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # A file may hold anything, and fail in any way.
-        raise CommandError(
-            f"{path}: expected a checkpoint of this demo, got {files.one_line(error)}"
-        ) from error
+        raise CommandError(f"{path}: expected a run of this demo, got {one_line(error)}") from error

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PAD = 0
-END = 1
-
-Cache = list[tuple[Tensor, Tensor]]
+PAD, END = 0, 1  # ids of the special tokens
+SPECIAL = "\0\n"  # their characters
 
 
 class Characters:
@@ -24,28 +22,25 @@ class Characters:
 
     def __init__(self, alphabet: str) -> None:
         """Number the characters after the two special tokens."""
-        self.alphabet = alphabet
-        self.size = len(alphabet) + 2
+        self._characters = SPECIAL + alphabet
+        self.size = len(self._characters)
 
-    def prompts(self, texts: Sequence[str], length: int) -> Tensor:
+    def prompts(self, texts: Iterable[str], length: int) -> Tensor:
         """[B, length] token ids of prompts."""
-        return torch.tensor([[PAD] * (length - len(text)) + self._encode(text) for text in texts])
+        return self._encode(text.rjust(length, SPECIAL[PAD]) for text in texts)
 
-    def answers(self, texts: Sequence[str], length: int) -> Tensor:
+    def answers(self, texts: Iterable[str], length: int) -> Tensor:
         """[B, length] token ids of answers, each closed by the end token."""
-        rows = [[*self._encode(text), END] for text in texts]
-        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+        return self._encode((text + SPECIAL[END]).ljust(length, SPECIAL[PAD]) for text in texts)
 
-    def _encode(self, text: str) -> list[int]:
-        return [self.alphabet.index(character) + 2 for character in text]
+    def _encode(self, texts: Iterable[str]) -> Tensor:
+        return torch.tensor([[self._characters.index(x) for x in text] for text in texts])
 
     def decode(self, tokens: Tensor) -> list[str | None]:
         """The text before the end token; None where no end token came or padding came before it."""
-        return [self._decode(row) for row in tokens.tolist()]
-
-    def _decode(self, row: list[int]) -> str | None:
-        answer = row[: row.index(END)] if END in row else [PAD]
-        return None if PAD in answer else "".join(self.alphabet[token - 2] for token in answer)
+        texts = ("".join(self._characters[token] for token in row) for row in tokens.tolist())
+        parts = (text.partition(SPECIAL[END]) for text in texts)
+        return [answer if end and SPECIAL[PAD] not in answer else None for answer, end, _ in parts]
 
 
 class _Block(nn.Module):
@@ -61,19 +56,17 @@ class _Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """[B, S, width] -> the same shape, and the keys and values so far."""
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, S, width] -> the same shape; and keys and values so far, [2, B, heads, T, head]."""
         rows, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(rows, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, S, width / heads]
         if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            k, v = torch.cat((past, torch.stack((k, v))), dim=3)
         # With a cache there is one query, the newest token, and it sees every key.
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(rows, length, width))
-        return x + self.mlp(x), (k, v)
+        return x + self.mlp(x), torch.stack((k, v))
 
 
 class Decoder(nn.Module):
@@ -90,15 +83,17 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """[B, S] token ids -> logits [B, S, V] and the new cache.
+    def forward(
+        self, tokens: Tensor, cache: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """[B, S] token ids -> logits [B, S, V] and the keys and values of every layer.
 
-        With `cache`, `tokens` is [B, 1]: the token after those in the cache.
+        With `cache`, `tokens` is [B, 1]: the token after those whose keys and values it has.
         """
-        start = cache[0][0].shape[2] if cache else 0
+        start = cache[0].shape[3] if cache else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.token(tokens) + self.position(positions)
-        new_cache: Cache = []
+        new_cache = []
         for index, block in enumerate(self.blocks):
             x, keys_values = block(x, cache[index] if cache else None)
             new_cache.append(keys_values)
@@ -130,9 +125,7 @@ def sample(
     """
     logits, cache = model(prompts)
     next_logits = logits[:, -1].repeat_interleave(copies, dim=0)
-    cache = [
-        (k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)) for k, v in cache
-    ]
+    cache = [layer.repeat_interleave(copies, dim=1) for layer in cache]
     ended = torch.zeros(len(next_logits), dtype=torch.bool, device=prompts.device)
     tokens, logprobs, mask = [], [], []
     for step in range(max_tokens):

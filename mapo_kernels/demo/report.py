@@ -2,121 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from mapo_kernels.demo.folder import LOG_NAME, Record, model_path
-from mapo_kernels.demo.settings import WARM_UP, Settings
+from mapo_kernels.demo.folder import LOG_NAME, run_path
+from mapo_kernels.demo.settings import WARM_UP, Record, Settings
 
-PLAIN_STRIDE = 25  # steps between two lines where stdout is no terminal
+Final = dict[str, dict[int, float]]  # estimator -> seed -> held-out success at the end
 
 
-class Progress(progress.Progress):
-    """A bar per run in a terminal, a line now and then in a log file."""
+def console() -> Console:
+    """The terminal; names in brackets are no markup, and lines are not broken."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
-    def __init__(self, settings: Settings) -> None:
-        """Prepare; the bars appear on entering."""
-        super().__init__(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[status]}"),
-            progress.TimeElapsedColumn(),
-            disable=not Console().is_terminal,
-        )
-        self._settings = settings
 
-    def step(self, run: Record) -> None:
-        """Show the last step of a run."""
-        record, title = run["steps"][-1], f"{run['phase']}, seed {run['seed']}"
-        step = record["step"]
-        # A warm-up has no total in advance.
-        total = None if run["phase"] == WARM_UP else self._settings.steps
-        silent = f"{record['groups_without_signal']:2d}/{self._settings.prompts}"
-        status = f"reward {record['reward']:.2f}  success {record['success']:.2f}"
-        status += f"  no signal {silent}"
-        if self.disable:
-            if step % PLAIN_STRIDE == 0 or step + 1 == total:
-                counter = f"{step}" if total is None else f"{step + 1}/{total}"
-                print(f"{title}  step {counter}  {status}", flush=True)
-            return
-        if title not in [bar.description for bar in self.tasks]:
-            for bar in self.tasks:  # a warm-up's is full when the next phase begins
-                self.update(bar.id, total=bar.completed)
-            self.add_task(title, total=total, status="")
-        self.update(self.task_ids[-1], completed=step + 1, status=status)
+def progress(run: Record, settings: Settings) -> str:
+    """What the last step of a run did, in a line."""
+    last = run["steps"][-1]
+    # A warm-up has no total in advance.
+    step = last["step"] if run["phase"] == WARM_UP else f"{last['step'] + 1}/{settings.steps}"
+    return (
+        f"{run['phase']}, seed {run['seed']}  step {step}  reward {last['reward']:.2f}  "
+        f"success {last['success']:.2f}  "
+        f"no signal {last['groups_without_signal']:2d}/{settings.prompts}"
+    )
 
 
 def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
     """Print the table of results, what they allow to conclude, and where the files are."""
-    console = Console()
+    show, runs = console().print, log["runs"].values()
     if log["status"] == "interrupted":
-        console.print("Interrupted. Continue with --resume; what follows is partial.")
-    evaluated = [run for run in log["runs"] if run["evals"]]
+        show("Interrupted. Continue with --resume; what follows is partial.")
+    evaluated = [run for run in runs if run["evals"]]
     if evaluated:
-        console.print(_results_table(log, evaluated))
-    verdict = conclusion(final_success(log))
-    if verdict:
-        console.print(verdict, soft_wrap=True)
-    seconds = sum(run["seconds"] for run in log["runs"])
-    where = f"{log['device']}, {log['backend']} backend"
-    console.print(f"{seconds:.0f} s of training in all, on {where}", soft_wrap=True)
-    models = [model_path(out, run["phase"], run["seed"]) for run in log["runs"]]
-    written = sorted(path.name for path in [*models, *drawn] if path.exists())
-    # A name is no markup, whatever brackets it has.
-    console.print(f"In {out}: {', '.join([LOG_NAME, *written])}", soft_wrap=True, markup=False)
+        show(_results_table(log, evaluated))
+    final: Final = {}
+    for run in evaluated:
+        if run["finished"]:
+            by_seed = final.setdefault(run["phase"], {})
+            by_seed[run["seed"]] = run["evals"][-1]["success_sampled"]
+    for line in conclusion(final):
+        show(line)
+    seconds = sum(map(_seconds, runs))
+    show(f"{seconds:.0f} s of training in all, on the {log['backend']} backend")
+    written = [run_path(out, name).name for name in log["runs"]] + [path.name for path in drawn]
+    show(f"In {out}: {', '.join([LOG_NAME, *sorted(written)])}")
+
+
+def _seconds(run: Record) -> float:
+    return sum(step["seconds"] for step in run["steps"])
 
 
 def _results_table(log: Record, runs: Sequence[Record]) -> Table:
     count = log["held_out_problems"]
     table = Table(title=f"{log['configuration']['task']}: success on {count} held-out problems")
-    for name in ("estimator", "seed", "step", "sampled", "greedy", "seconds"):
-        table.add_column(name, justify="left" if name == "estimator" else "right")
+    table.add_column("estimator")
+    for name in ("seed", "step", "sampled", "greedy", "seconds"):
+        table.add_column(name, justify="right")
     for run in runs:
         first, last = run["evals"][0], run["evals"][-1]
         changes = [
             f"{first[kind]:.3f} -> {last[kind]:.3f}"
             for kind in ("success_sampled", "success_greedy")
         ]
-        numbers = [str(run["seed"]), str(last["step"]), *changes, f"{run['seconds']:.0f}"]
+        numbers = [str(run["seed"]), str(last["step"]), *changes, f"{_seconds(run):.0f}"]
         table.add_row(run["phase"], *numbers)
     return table
 
 
-def final_success(log: Record) -> dict[str, dict[int, float]]:
-    """Sampled held-out success at the end of every finished run: estimator -> seed -> success."""
-    final: dict[str, dict[int, float]] = {}
-    for run in log["runs"]:
-        if run["finished"] and run["evals"]:
-            success = run["evals"][-1]["success_sampled"]
-            final.setdefault(run["phase"], {})[run["seed"]] = success
-    return final
-
-
-def conclusion(final: dict[str, dict[int, float]]) -> str:
+def conclusion(final: Final) -> list[str]:
     """What the final successes allow to say about the estimators, and no more.
 
     Every estimator is compared with grpo (or with the first one) seed by seed: both start from the
     same warm-up there. A difference counts only if its mean exceeds the standard deviation over
     seeds and every seed agrees on its sign.
     """
-    lines = [
-        f"{estimator}: mean {mean(by_seed.values()):.3f}, standard deviation "
-        f"{stdev(by_seed.values()):.3f} over {len(by_seed)} seeds"
-        for estimator, by_seed in final.items()
-        if len(by_seed) > 1
-    ]
     baseline = "grpo" if "grpo" in final else next(iter(final), "")
-    lines += [_compare(name, baseline, final) for name in final if name != baseline]
-    return "\n".join(lines)
+    several = {name: by_seed.values() for name, by_seed in final.items() if len(by_seed) > 1}
+    return [
+        *(f"{name}: {_mean_and_spread(values)}" for name, values in several.items()),
+        *(_compare(name, baseline, final) for name in final if name != baseline),
+    ]
 
 
-def _compare(estimator: str, baseline: str, final: dict[str, dict[int, float]]) -> str:
+def _mean_and_spread(values: Collection[float], sign: str = "") -> str:
+    return (
+        f"mean {mean(values):{sign}.3f}, standard deviation {stdev(values):.3f} "
+        f"over {len(values)} seeds"
+    )
+
+
+def _compare(estimator: str, baseline: str, final: Final) -> str:
     ours, theirs = final[estimator], final[baseline]
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if len(differences) < 2:
@@ -124,11 +104,8 @@ def _compare(estimator: str, baseline: str, final: dict[str, dict[int, float]]) 
             f"{estimator} against {baseline}: one seed cannot rank the estimators; "
             "--seeds 5 shows how far seeds differ."
         )
-    center, spread = mean(differences), stdev(differences)
     verdict = "within the spread of the seeds: no ranking"
-    if abs(center) > spread and len({difference > 0 for difference in differences}) == 1:
+    of_one_sign = len({difference > 0 for difference in differences}) == 1
+    if of_one_sign and abs(mean(differences)) > stdev(differences):
         verdict = "larger than the spread and of one sign in every seed, on this task and settings"
-    return (
-        f"{estimator} - {baseline}: mean difference {center:+.3f}, standard deviation {spread:.3f} "
-        f"over {len(differences)} seeds; {verdict}."
-    )
+    return f"{estimator} - {baseline}: {_mean_and_spread(differences, '+')}; {verdict}."

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+Record = dict[str, Any]  # of a run, a step or all of them: what JSON can hold
+
+FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 WARM_UP = "warm-up"
 
@@ -33,16 +37,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what could not run."""
-        least = dict.fromkeys(("minibatches", "warmup_batch", "eval_prompts", "eval_every"), 1)
-        for name, low in {"steps": 0, "prompts": 1, "group_size": 2, **least}.items():
+        least = {"steps": 0, "prompts": 1, "group_size": 2, "minibatches": 1, "eval_every": 1}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if not 0 <= self.warmup_success <= 1:  # and no NaN
-            raise ValueError(
-                f"warmup_success: expected a number in [0, 1], got {self.warmup_success}"
-            )
+        share = self.warmup_success
+        if not 0 <= share <= 1:  # and no NaN
+            raise ValueError(f"warmup_success: expected a number in [0, 1], got {share}")
         if self.prompts % self.minibatches:
-            raise ValueError(
-                f"prompts: expected a multiple of minibatches = {self.minibatches}, "
-                f"got {self.prompts}"
-            )
+            expected = f"a multiple of minibatches = {self.minibatches}"
+            raise ValueError(f"prompts: expected {expected}, got {self.prompts}")

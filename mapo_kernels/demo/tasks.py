@@ -1,28 +1,27 @@
 """Verifiable tasks: reasoning-gym problems, written in a few characters for a tiny model.
 
-reasoning-gym generates the problems and scores the answers. A `Task` translates between its text
-and a compact form (`5276<` instead of a paragraph of instructions), so that a model of 0.1M
-parameters with one token per character can learn the task in a minute.
+reasoning-gym generates the problems. A `Task` translates its text into a compact form (`5276<`
+instead of a paragraph of instructions), so that a model of 0.1M parameters with one token per
+character can learn the task in a minute.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 Entry = dict[str, Any]
 
 HELD_OUT_SHARE = 5  # one compact prompt in five is never trained on
 SEED_STRIDE = 10**7  # reasoning-gym draws problem i from seed + i: neighbouring seeds would overlap
 HELD_OUT_SEED = -1
-PARTIAL_CREDIT_CAP = 0.99
 
 
 @dataclass(frozen=True)
 class Task:
-    """One reasoning-gym dataset and its compact form."""
+    """One reasoning-gym dataset and its compact form, in which every problem has one solution."""
 
     name: str  # of the dataset
     description: str  # one line for the help text
@@ -30,22 +29,25 @@ class Task:
     prompt_length: int  # of the longest compact prompt, in characters
     answer_length: int  # of the longest compact answer
     prompt: Callable[[Entry], str]  # entry -> compact prompt
-    solution: Callable[[Entry], str]  # entry -> a compact right answer, for the warm-up
-    expand: Callable[[str], str] = str  # compact answer -> the text that the scorer expects
-    scored_entry: Callable[[Entry], Entry] = dict  # entry -> the entry that the scorer sees
-    # Whether to reward scores between 0 and 1 too. Off where the scorer pays for answers that
-    # merely contain the right one: RL learns to write those, and success falls.
-    partial_credit: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)  # of `reasoning_gym.create_dataset`
+    solution: Callable[[Entry], str]  # entry -> compact solution
+    options: Mapping[str, Any]  # of `reasoning_gym.create_dataset`
+    partial_credit: bool = False  # for a wrong answer: the share of characters in their place
+
+    def reward(self, problem: Problem, answer: str | None) -> float:
+        """1 for the solution, partial credit or 0 for others and for None, which never ended."""
+        if answer == problem.solution:
+            return 1.0
+        if answer is None or not self.partial_credit:
+            return 0.0
+        in_place = sum(a == b for a, b in zip(answer, problem.solution, strict=False))
+        return in_place / max(len(answer), len(problem.solution))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A compact prompt, its compact solution, and the reasoning-gym entry that scores answers."""
+class Problem(NamedTuple):
+    """A compact prompt and its solution."""
 
     prompt: str
     solution: str
-    entry: Entry
 
 
 def _digits(numbers: list[str]) -> str:
@@ -55,16 +57,6 @@ def _digits(numbers: list[str]) -> str:
 def _sorting_prompt(entry: Entry) -> str:
     direction = "<" if entry["metadata"]["direction"] == "ascending" else ">"
     return _digits(entry["metadata"]["original_numbers"]) + direction
-
-
-def _as_tens(digits: str) -> str:
-    return str([f"{digit}0" for digit in digits])
-
-
-def _sorting_scored_entry(entry: Entry) -> Entry:
-    # The scorer forgives an error of 1 in every number: on single digits that accepts wrong answers
-    # (and a policy finds them). Ten times the numbers is the same problem without the loophole.
-    return {**entry, "answer": _as_tens(_digits(entry["metadata"]["sorted_numbers"]))}
 
 
 TASKS: dict[str, Task] = {
@@ -78,8 +70,6 @@ TASKS: dict[str, Task] = {
             answer_length=6,
             prompt=_sorting_prompt,
             solution=lambda entry: _digits(entry["metadata"]["sorted_numbers"]),
-            expand=_as_tens,
-            scored_entry=_sorting_scored_entry,
             options={"min_numbers": 3, "max_numbers": 6, "min_value": 0.0, "max_value": 9.0}
             | {"min_decimals": 0, "max_decimals": 0},
         ),
@@ -104,30 +94,8 @@ TASKS: dict[str, Task] = {
             solution=lambda entry: entry["answer"],
             options={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
         ),
-        Task(
-            name="palindrome_generation",
-            description="3 to 6 letters in any order, to a palindrome: aabcb< -> abcba or bacab",
-            alphabet="abcdefghijklmnopqrstuvwxyz<",
-            prompt_length=7,
-            answer_length=6,
-            prompt=lambda entry: "".join(entry["metadata"]["letters"]) + "<",
-            solution=lambda entry: entry["answer"],
-            options={"min_length": 3, "max_length": 6},
-        ),
     )
 }
-
-
-def is_held_out(prompt: str) -> bool:
-    """Whether a compact prompt belongs to the held-out split: a fixed property of its text."""
-    return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
-
-
-def _dataset(task: Task, seed: int) -> Any:
-    from reasoning_gym import create_dataset
-
-    # Problems are generated on demand, so a dataset may be as long as its numbers allow.
-    return create_dataset(task.name, seed=seed, size=2**31, **task.options)
 
 
 class ProblemStream:
@@ -141,10 +109,14 @@ class ProblemStream:
 
     def __init__(self, task: Task, seed: int, *, held_out: bool = False) -> None:
         """Create the reasoning-gym dataset behind the stream."""
+        from reasoning_gym import create_dataset
+
         self.task = task
         self.held_out = held_out
         self.position = 0
-        self._dataset = _dataset(task, (seed + 1) * SEED_STRIDE)
+        # Problems are generated on demand, so a dataset may be as long as its numbers allow.
+        size, seed = 2**31, (seed + 1) * SEED_STRIDE
+        self._dataset = create_dataset(task.name, seed=seed, size=size, **task.options)
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems of the split."""
@@ -153,8 +125,10 @@ class ProblemStream:
             entry = self._dataset[self.position]
             self.position += 1
             prompt = self.task.prompt(entry)
-            if is_held_out(prompt) == self.held_out:
-                problems.append(Problem(prompt, self.task.solution(entry), entry))
+            # A fixed property of its text.
+            held_out = zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+            if held_out == self.held_out:
+                problems.append(Problem(prompt, self.task.solution(entry)))
         return problems
 
 
@@ -165,29 +139,3 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
     for problem in stream.take(4 * count):
         distinct.setdefault(problem.prompt, problem)
     return list(distinct.values())[:count]
-
-
-class Verifier:
-    """Rewards compact answers by reasoning-gym's score, cached by problem and answer."""
-
-    def __init__(self, task: Task) -> None:
-        """Create the reasoning-gym dataset that scores."""
-        self.task = task
-        self._dataset = _dataset(task, 0)
-        self._cache: dict[tuple[str, str], float] = {}
-
-    def reward(self, problem: Problem, answer: str | None) -> float:
-        """1 for the right answer, partial credit (if the task has it) or 0 otherwise.
-
-        `None`, an answer that never ended, gets 0. Partial credit is capped: reasoning-gym sums it
-        in floats, and the 0.9999999999999999 of a wrong answer rounds to a success in float32.
-        """
-        if answer is None:
-            return 0.0
-        key = (problem.prompt, answer)
-        if key not in self._cache:
-            entry = self.task.scored_entry(problem.entry)
-            score = float(self._dataset.score_answer(self.task.expand(answer), entry))
-            partial = min(score, PARTIAL_CREDIT_CAP) if self.task.partial_credit else 0.0
-            self._cache[key] = 1.0 if score >= 1.0 else partial
-        return self._cache[key]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import config
-from mapo_kernels.batch import GROUP_METRICS, SLOTS, Batch, TokenResults
+from mapo_kernels.batch import Batch, TokenResults
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.eager import formula
 from mapo_kernels.eager.advantages import eager_advantages
-from mapo_kernels.formula import LARGEST
+from mapo_kernels.formula import GROUP_METRICS, LARGEST, SLOTS
 from mapo_kernels.groups import group_metrics
 from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec

@@ -7,8 +7,10 @@ permutation and the groups' starts say where each group's rows lie). None of the
 
 from typing import Any, NamedTuple
 
-from mapo_kernels._triton import jit, tl
+from mapo_kernels._triton import constant, jit, tl
 from mapo_kernels.formula import GroupMetrics, group_advantage, reward_unit, row_advantage
+
+N_GROUP_METRICS = constant(len(GroupMetrics._fields))
 
 
 class Rewards(NamedTuple):
@@ -159,6 +161,21 @@ def advantage_of_sequence(
         tl.sum(speaks * (m.members - m.count), 0),
         tl.sum(counted, 0),
     )
+
+
+@jit
+def no_groups():
+    """The metrics of no group, in the order of `GroupMetrics`."""
+    return (tl.full([], 0.0, tl.float32),) * N_GROUP_METRICS
+
+
+@jit
+def add_groups(a, b):
+    """The metrics of the groups of both."""
+    sums = ()
+    for i in tl.static_range(N_GROUP_METRICS):
+        sums = sums + (a[i] + b[i],)
+    return sums
 
 
 @jit(do_not_specialize=["n_groups"])

@@ -1,30 +1,43 @@
-"""The kernel of the logits level: one program per row, from its logits to its gradient.
+"""The kernels of the logits level: one program per row, from its logits to its gradient.
 
-The last program to arrive adds what all of them found, in a fixed order.
+What is the same for all rows of a small batch each of them finds out by itself, and the last to
+arrive adds what all of them found: one launch. In a large batch it is done once: one launch before
+that of the rows has advantages and counts, one after it adds. Sums are in a fixed order.
 """
 
-from typing import Any, NamedTuple
-
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.formula import GroupMetrics, loss_denominator, sequence_divisor
-from mapo_kernels.kernels.advantages import advantage_of_sequence
-from mapo_kernels.kernels.row import row_statistics, write_gradient, write_zeros
-from mapo_kernels.kernels.scoring import load_exponent, load_target
+from mapo_kernels.formula import loss_denominator, sequence_divisor
+from mapo_kernels.kernels.advantages import (
+    N_GROUP_METRICS,
+    add_groups,
+    advantage_of_sequence,
+    no_groups,
+)
+from mapo_kernels.kernels.gradient import write_gradient, write_zeros
+from mapo_kernels.kernels.row import (
+    exponent_of,
+    row_of,
+    row_statistics,
+    target_of,
+)
 from mapo_kernels.kernels.token import (
-    no_scores,
+    ACTIVE,
+    FIRST_GROUP,
+    SLOTS,
+    finish,
     publish_sums,
     score_tokens,
     sequence_bounds,
     sequence_statistics,
-    token_signal,
-    total_scores,
+    token_sums,
+    token_values,
     valid_tokens,
 )
 
 
 @jit
 def count_valid(Mask, begin, end, BLOCK_T: tl.constexpr):
-    """Live tokens of a whole batch, whose mask is contiguous."""
+    """Valid tokens of a whole batch, whose mask is contiguous."""
     count = tl.zeros([BLOCK_T], tl.float32)
     for start in range(begin, end, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
@@ -42,20 +55,6 @@ def sequence_of(CuSeqlens, row, n_sequences, BLOCK_T: tl.constexpr):
         ends = tl.load(CuSeqlens + 1 + offs, mask=offs < n_sequences, other=2147483647)
         ended = ended + (ends <= row).to(tl.int32)
     return tl.minimum(tl.sum(ended, 0), n_sequences - 1)
-
-
-class Matrix(NamedTuple):
-    """Rows of V: pointer, stride of a row, and what is added to it between two sequences."""
-
-    pointer: Any
-    stride: Any
-    stride_sequence: Any
-
-
-@jit
-def row_of(matrix, row, sequence):
-    """Where a row of a matrix begins."""
-    return matrix.pointer + (row * matrix.stride + sequence * matrix.stride_sequence)
 
 
 @jit
@@ -76,23 +75,71 @@ def batch_divisor(batch, Mask, n_sequences, n_rows, BLOCK_T: tl.constexpr):
     return loss_denominator(divisor, 1.0)
 
 
-@jit
-def entropy_weight(tokens, row, numbers, scale):
-    """What the entropy of a row is worth, 0 without a bonus; `scale` is that of the row's loss."""
-    weight = 0.0
-    if numbers.entropy_coef is not None:
-        weight = numbers.entropy_coef * scale
-        if tokens.loss_weight is not None:
-            weight = weight * tl.load(tokens.loss_weight + row).to(tl.float32)
-    return weight
+@jit(do_not_specialize=["n_sequences", "length", "n_rows", "group_size"])
+def prepare_kernel(
+    Mask,  # [B, T] or [total], or None
+    rewards,  # Rewards, or None
+    AdvantageOut,  # [B]
+    batch,  # Common, whose counter, n_valid and sequence are to be used
+    Total,  # [] float32, the valid tokens of the batch
+    n_sequences,
+    length,  # T, or total if packed
+    n_rows,
+    group_size,
+    group_numbers,  # AdvantageNumbers
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Of one sequence: advantage, valid tokens, which rows are its own; their total comes last."""
+    sequence = tl.program_id(0)
+    begin = sequence * length
+    end = begin + length
+    write_begin = begin
+    write_end = end
+    if batch.cu_seqlens is not None:
+        begin, end, write_begin, write_end = sequence_bounds(
+            batch.cu_seqlens, sequence, n_sequences, n_rows
+        )
+    if rewards.reward is not None:
+        advantage, group = advantage_of_sequence(
+            rewards, AdvantageOut, sequence, 0, n_sequences, group_size, group_numbers,
+            GROUP, BLOCK_G,
+        )  # fmt: skip
+        slots = tl.arange(0, SLOTS)
+        sums = tl.zeros([SLOTS], tl.float32)
+        for i in tl.static_range(N_GROUP_METRICS):
+            sums = tl.where(slots == FIRST_GROUP + i, group[i], sums)
+        tl.store(batch.partials + (n_rows + sequence) * SLOTS + slots, sums)
+    count = count_valid(Mask, begin, end, BLOCK_T)
+    tl.store(batch.n_valid + sequence, count)
+    if batch.sequence is not None:
+        for start in range(write_begin, write_end, BLOCK_T):
+            offs = start + tl.arange(0, BLOCK_T)
+            tl.store(batch.sequence + offs, sequence, mask=offs < write_end)
+    tl.debug_barrier()
+    if tl.atomic_add(batch.counter, 1, sem="acq_rel") == n_sequences - 1:
+        total = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, n_sequences, BLOCK_T):
+            offs = start + tl.arange(0, BLOCK_T)
+            mask = offs < n_sequences
+            total = total + tl.load(
+                batch.n_valid + offs, mask=mask, other=0.0, cache_modifier=".cg"
+            )
+        tl.store(Total, tl.sum(total, 0))
+        tl.store(batch.counter, 0)
+
+
+@jit(do_not_specialize=["n_programs"])
+def finish_kernel(batch, n_programs, BLOCK_P: tl.constexpr):
+    """Loss and metrics of a batch whose rows have left their sums."""
+    finish(batch, n_programs, BLOCK_P)
 
 
 @jit(do_not_specialize=["n_sequences", "length", "group_size"])
 def logits_loss_kernel(
-    logits,  # Matrix [B, T, V] or [total, V]
+    rows,  # Rows of logits [B, T, V] or [total, V]; temperatures are [B] or [total]
     out,  # Matrix of the gradient, which may be that of the logits; or None
-    TokenIds,  # [B, T] or [total], as every token tensor
-    Temperature,  # [B] or [total], or None
     tokens,  # Tokens
     Advantage,  # [B], or None where advantages are the tokens' or come from rewards
     rewards,  # Rewards, or None
@@ -111,10 +158,7 @@ def logits_loss_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    CONVERTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
@@ -123,7 +167,10 @@ def logits_loss_kernel(
     begin = sequence * length
     end = begin + length
     if batch.cu_seqlens is not None:
-        sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
+        if batch.sequence is not None:
+            sequence = tl.load(batch.sequence + row)
+        else:
+            sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
         begin, end, _, _ = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, n_rows)
     offs = row + tl.arange(0, 1)  # [1], as everything about the token
     inside, valid = valid_tokens(tokens.mask, 0, offs, begin, end, n_rows)
@@ -131,59 +178,62 @@ def logits_loss_kernel(
     group = None
     advantage = tl.full([], 1.0, tl.float32)
     if rewards.reward is not None:
-        nothing = tl.full([], 0.0, tl.float32)
-        group = GroupMetrics(nothing, nothing, nothing, nothing, nothing)
+        group = no_groups()
         # Every sequence's first row speaks for it, be it masked or not.
         if tl.max((valid | (offs == begin)).to(tl.int32), 0) > 0:
-            advantage, group = advantage_of_sequence(
+            advantage, found = advantage_of_sequence(
                 rewards, AdvantageOut, sequence, row - begin, n_sequences, group_size,
                 group_numbers, GROUP, BLOCK_G,
             )  # fmt: skip
+            group = add_groups(group, found)
     elif Advantage is not None:
         advantage = tl.load(Advantage + sequence).to(tl.float32)
     candidates = valid
     if not LOSS.score_all:
         candidates = valid & (tl.where(valid, advantage, 0.0) != 0)
-    advantages, weight, scored = token_signal(tokens, 0, offs, inside, candidates, advantage, LOSS)
+    values, scored = token_values(tokens, 0, offs, inside, candidates, advantage, LOSS)
     active = valid.to(tl.float32)
-    sums = total_scores(no_scores(1), active, 1.0)
+    sums = tl.where(tl.arange(0, SLOTS) == ACTIVE, tl.sum(active, 0), 0.0)
 
-    wide, wide_sequence = row.to(tl.int64), sequence.to(tl.int64)
     if tl.max(scored.to(tl.int32), 0) > 0:
-        Row = row_of(logits, wide, wide_sequence)
-        target = load_target(TokenIds + row, vocab)
-        if Temperature is not None:
-            index = sequence if batch.cu_seqlens is None else row
-            c = load_exponent(Temperature, index, c, True)
-        reference, total, logp, rest, entropy = row_statistics(
-            Row, target, vocab, c, True, THREADS, VECTOR, WIDE
-        )
-        zero = tl.zeros([1], tl.float32)
-        scores, d_log_ratio, d_logp = score_tokens(
-            zero + logp, tokens, 0, offs, inside, scored, advantages, weight, zero + entropy, 0.0,
-            numbers, LOSS,
-        )  # fmt: skip
+        Row = row_of(rows.logits, row, sequence)
+        target = target_of(rows, row, vocab)
+        c = exponent_of(rows, sequence if batch.cu_seqlens is None else row, c)
         n_valid = 1.0
         if LOSS.divisor == "tokens":
-            n_valid, mean, signal = sequence_statistics(zero, tokens, 0, begin, end, False, BLOCK_T)
+            if batch.n_valid is not None:
+                n_valid = tl.maximum(tl.load(batch.n_valid + sequence), 1.0)
+            else:
+                n_valid, mean, signal = sequence_statistics(
+                    Row, tokens, 0, begin, end, False, BLOCK_T, 1
+                )
+        reference, total, logp, rest, entropy = row_statistics(Row, target, vocab, c, True, TILE)
+        zero = tl.zeros([1], tl.float32)
+        scores, d_log_ratio, d_logp = score_tokens(
+            zero + logp, tokens, values, scored, zero + entropy, 0.0, numbers, LOSS
+        )
         scale = 1.0 / sequence_divisor(n_valid, max_tokens, LOSS)
-        sums = total_scores(scores, active, scale)
+        sums = token_sums(scores, active, scale)
         if out is not None:
             scale = scale / batch_divisor(batch, tokens.mask, n_sequences, n_rows, BLOCK_T)
             slope = tl.sum(d_logp + d_log_ratio, 0) * scale
             has_slope = 1
-            bonus = entropy_weight(tokens, row, numbers, scale)
+            bonus = None
             if numbers.entropy_coef is None:
                 has_slope = tl.where(slope != 0, 1, 0)
-            Out = row_of(out, wide, wide_sequence)
+            else:
+                bonus = numbers.entropy_coef * scale
+                if tokens.loss_weight is not None:
+                    bonus = bonus * tl.sum(values.factor, 0)
+            Out = row_of(out, row, sequence)
             if has_slope > 0:
                 write_gradient(
                     Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
-                    bonus, numbers.entropy_coef is not None, THREADS, VECTOR, WIDE, CONVERTS,
+                    bonus, TILE,
                 )  # fmt: skip
             else:
-                write_zeros(Out, vocab, THREADS, VECTOR, WIDE)
+                write_zeros(Out, vocab, TILE)
     elif out is not None:
-        write_zeros(row_of(out, wide, wide_sequence), vocab, THREADS, VECTOR, WIDE)
+        write_zeros(row_of(out, row, sequence), vocab, TILE)
 
     publish_sums(sums, group, batch, row, n_rows, BLOCK_P)

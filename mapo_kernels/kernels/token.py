@@ -2,10 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from mapo_kernels._triton import jit, tl
+from mapo_kernels import formula
+from mapo_kernels._triton import constant, jit, tl
 from mapo_kernels.formula import (
     GROUP_MEANS,
     LARGEST,
+    RESULTS,
     GroupMetrics,
     TokenMetrics,
     loss_denominator,
@@ -14,6 +16,7 @@ from mapo_kernels.formula import (
     token_loss,
     token_metrics,
 )
+from mapo_kernels.kernels.advantages import N_GROUP_METRICS
 
 
 class Tokens(NamedTuple):
@@ -29,6 +32,17 @@ class Tokens(NamedTuple):
     advantage: Any = None
 
 
+class TokenValues(NamedTuple):
+    """What a block of tokens brings to the formula beside its log-probs; 0 where not scored."""
+
+    advantage: Any
+    weight: Any
+    old: Any
+    ref: Any
+    rollout: Any
+    factor: Any
+
+
 class Common(NamedTuple):
     """What programs share; the denominator is a tensor, a number, or (both None) counted."""
 
@@ -37,14 +51,17 @@ class Common(NamedTuple):
     denominator: Any
     loss: Any  # []
     results: Any  # [SLOTS]
-    partials: Any  # [SLOTS, programs]
-    counter: Any  # [1]
+    partials: Any  # [programs, SLOTS]
+    counter: Any  # [1], or None where a launch of its own adds the sums
+    # What a launch of its own found out for all rows of logits; None where each finds it out.
+    n_valid: Any = None  # [B]
+    sequence: Any = None  # [total], in which each packed token lies
 
 
 class Scores(NamedTuple):
     """Of each token what the loss and the metrics add up; of a program, the sums (and maxima).
 
-    In the order of the slots of `results`; there, the first is 1 over the denominator.
+    In the order of `formula.RESULTS`; there, the first is 1 over the denominator.
     """
 
     loss: Any
@@ -53,54 +70,70 @@ class Scores(NamedTuple):
     metrics: Any  # of `TokenMetrics`
 
 
-def _constant(x):
-    return None if tl.constexpr is None else tl.constexpr(x)
-
-
-NAMES = (*Scores._fields[:-1], *TokenMetrics._fields, *GroupMetrics._fields)
-_N_SLOTS = 1 << (len(NAMES) - 1).bit_length()
-SLOTS = _constant(_N_SLOTS)
-N_METRICS = _constant(len(TokenMetrics._fields))
-N_GROUP_METRICS = _constant(len(GroupMetrics._fields))
-ACTIVE = _constant(NAMES.index("active_tokens"))
-SCORED = _constant(NAMES.index("scored_tokens"))
-N_MEANS = _constant(len(TokenMetrics._fields) - len(LARGEST))
+SLOTS = constant(formula.SLOTS)
+LEVELS = constant(formula.SLOTS.bit_length() - 1)
+N_METRICS = constant(len(TokenMetrics._fields))
+ACTIVE = constant(RESULTS.index("active_tokens"))
+SCORED = constant(RESULTS.index("scored_tokens"))
+N_MEANS = constant(len(TokenMetrics._fields) - len(LARGEST))
 # Slots of the largest, of the first metric of groups, and of the first of those that is no mean.
-FIRST_LARGEST = _constant(NAMES.index(LARGEST[0]))
-FIRST_GROUP = _constant(NAMES.index(GroupMetrics._fields[0]))
-FIRST_COUNT = _constant(NAMES.index(GroupMetrics._fields[0]) + len(GROUP_MEANS))
-GROUPS = _constant(NAMES.index("active_groups"))
+FIRST_LARGEST = constant(RESULTS.index(LARGEST[0]))
+N_TOKEN_SLOTS = FIRST_GROUP = constant(RESULTS.index(GroupMetrics._fields[0]))
+FIRST_COUNT = constant(RESULTS.index(GroupMetrics._fields[0]) + len(GROUP_MEANS))
+GROUPS = constant(RESULTS.index("active_groups"))
 
 
 @jit
-def no_scores(BLOCK_T: tl.constexpr):
-    """The sums over no token."""
-    zero = tl.zeros([BLOCK_T], tl.float32)
+def no_scores(THREADS: tl.constexpr):
+    """The sums over no token, of each thread."""
+    zero = tl.zeros([THREADS], tl.float32)
     return Scores(zero, zero, zero, (zero,) * N_METRICS)
 
 
 @jit
-def add_scores(s, x):
-    """Sums `s` and what a block of tokens adds, but for the active ones."""
+def add_scores(s, x, scale):
+    """Sums `s` [THREADS] and what a block of tokens [THREADS, PER_THREAD] adds, but active ones."""
     metrics = ()
     for i in tl.static_range(N_METRICS):
         if i < N_MEANS:
-            metrics = metrics + (s.metrics[i] + x.metrics[i],)
+            metrics = metrics + (s.metrics[i] + tl.sum(x.metrics[i], 1),)
         else:
-            metrics = metrics + (tl.maximum(s.metrics[i], x.metrics[i]),)
-    return Scores(s.loss + x.loss, s.active_tokens, s.scored_tokens + x.scored_tokens, metrics)
+            metrics = metrics + (tl.maximum(s.metrics[i], tl.max(x.metrics[i], 1)),)
+    loss = s.loss + tl.sum(x.loss, 1) * scale
+    return Scores(loss, s.active_tokens, s.scored_tokens + tl.sum(x.scored_tokens, 1), metrics)
 
 
 @jit
-def total_scores(s, active, scale):
-    """The sums of a program over its lanes."""
-    metrics = ()
+def program_sums(s, active):
+    """The sums [SLOTS] of a program, from those of its threads, in one reduction."""
+    values = (s.loss, active, s.scored_tokens)
     for i in tl.static_range(N_METRICS):
-        if i < N_MEANS:
-            metrics = metrics + (tl.sum(s.metrics[i], 0),)
-        else:
-            metrics = metrics + (tl.max(s.metrics[i], 0),)
-    return Scores(tl.sum(s.loss, 0) * scale, tl.sum(active, 0), tl.sum(s.scored_tokens, 0), metrics)
+        values = values + (s.metrics[i],)
+    for _ in tl.static_range(N_TOKEN_SLOTS, SLOTS):
+        values = values + (tl.zeros_like(active),)
+    # Every turn joins the first half with the second along a new last axis; slots stay in order.
+    for level in tl.static_range(LEVELS):
+        half = ()
+        for i in tl.static_range(SLOTS >> (level + 1)):
+            half = half + (tl.join(values[i], values[i + (SLOTS >> (level + 1))]),)
+        values = half
+    sums = tl.sum(tl.reshape(values[0], [active.shape[0], SLOTS]), 0)
+    slots = tl.arange(0, SLOTS)
+    for i in tl.static_range(N_MEANS, N_METRICS):
+        sums = tl.where(slots == SCORED + 1 + i, tl.max(s.metrics[i], 0), sums)
+    return sums
+
+
+@jit
+def token_sums(s, active, scale):
+    """The same of a program that has one token [1]."""
+    slots = tl.arange(0, SLOTS)
+    sums = tl.where(slots == 0, tl.sum(s.loss, 0) * scale, 0.0)
+    sums = tl.where(slots == ACTIVE, tl.sum(active, 0), sums)
+    sums = tl.where(slots == SCORED, tl.sum(s.scored_tokens, 0), sums)
+    for i in tl.static_range(N_METRICS):
+        sums = tl.where(slots == SCORED + 1 + i, tl.sum(s.metrics[i], 0), sums)
+    return sums
 
 
 @jit
@@ -122,23 +155,31 @@ def valid_tokens(Mask, row, offs, begin, end, write_end):
 
 
 @jit
+def block_tokens(start, THREADS: tl.constexpr, PER_THREAD: tl.constexpr):
+    """Positions [THREADS, PER_THREAD] of a block of tokens, adjacent in a thread."""
+    thread = tl.arange(0, THREADS)[:, None] * PER_THREAD
+    return start + thread + tl.arange(0, PER_THREAD)[None, :]
+
+
+@jit
 def sequence_statistics(
-    Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """Live tokens of a sequence, the mean of logp - old over them, and whether any has A w != 0."""
-    count = tl.zeros([BLOCK_T], tl.float32)
-    total = tl.zeros([BLOCK_T], tl.float32)
-    signal = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        offs = start + tl.arange(0, BLOCK_T)
+    Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr,
+    THREADS: tl.constexpr, PER_THREAD: tl.constexpr,
+):  # fmt: skip
+    """Of a sequence: valid tokens, their mean of logp - old, whether any of them has A w != 0."""
+    count = tl.zeros([THREADS], tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    signal = tl.zeros([THREADS], tl.float32)
+    for start in range(begin, end, THREADS * PER_THREAD):
+        offs = block_tokens(start, THREADS, PER_THREAD)
         inside, valid = valid_tokens(tokens.mask, row, offs, begin, end, end)
-        count = count + valid.to(tl.float32)
+        count = count + tl.sum(valid.to(tl.float32), 1)
         if SEQUENCE_LEVEL:
             logp = load_row(Logp, row, offs, inside, valid)
             old = logp
             if tokens.old is not None:
                 old = load_row(tokens.old, row, offs, inside, valid)
-            total = total + (logp - old)
+            total = total + tl.sum(logp - old, 1)
             strength = valid.to(tl.float32)
             # Whether both differ from 0; their product may underflow, or be NaN.
             if tokens.advantage is not None:
@@ -147,7 +188,7 @@ def sequence_statistics(
             if tokens.weight is not None:
                 weight = load_row(tokens.weight, row, offs, inside, valid)
                 strength = tl.where(weight != 0, strength, 0.0)
-            signal = tl.maximum(signal, strength)
+            signal = tl.maximum(signal, tl.max(strength, 1))
     n_valid = tl.maximum(tl.sum(count, 0), 1.0)
     return n_valid, tl.sum(total, 0) / n_valid, tl.max(signal, 0)
 
@@ -162,20 +203,19 @@ def slot(values, slots, NAME: tl.constexpr):
 def finish(batch, n_programs, BLOCK_P: tl.constexpr):
     """Add every program's sums in a fixed order and turn them into the loss and the metrics."""
     slots = tl.arange(0, SLOTS)
-    sums = tl.zeros([SLOTS, BLOCK_P], tl.float32)
-    maxima = tl.zeros([SLOTS, BLOCK_P], tl.float32)
+    is_largest = (slots >= FIRST_LARGEST) & (slots < FIRST_GROUP)
+    found = tl.zeros([BLOCK_P, SLOTS], tl.float32)
     for start in range(0, n_programs, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)[None, :]
+        program = start + tl.arange(0, BLOCK_P)[:, None]
         # Other programs wrote these: read them where they are coherent, in L2.
         x = tl.load(
-            batch.partials + slots[:, None] * n_programs + offs_p,
-            mask=offs_p < n_programs,
+            batch.partials + program * SLOTS + slots[None, :],
+            mask=program < n_programs,
             other=0.0,
             cache_modifier=".cg",
         )
-        sums = sums + x
-        maxima = tl.maximum(maxima, x)
-    totals = tl.sum(sums, 1)  # [SLOTS]
+        found = tl.where(is_largest[None, :], tl.maximum(found, x), found + x)
+    totals = tl.sum(found, 0)  # [SLOTS]
     active = slot(totals, slots, ACTIVE)
     denominator = active
     if batch.normalizer is not None:
@@ -184,13 +224,12 @@ def finish(batch, n_programs, BLOCK_P: tl.constexpr):
         denominator = batch.denominator
     denominator = loss_denominator(denominator, active)
     is_token_mean = (slots > SCORED) & (slots < FIRST_LARGEST)
-    is_largest = (slots >= FIRST_LARGEST) & (slots < FIRST_GROUP)
     is_group_mean = (slots >= FIRST_GROUP) & (slots < FIRST_COUNT)
     scored, n_groups = slot(totals, slots, SCORED), slot(totals, slots, GROUPS)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
     # What is said of no scored token, or of no group, is NaN.
     results = tl.where(divisor > 0, totals / tl.maximum(divisor, 1.0), float("nan"))
-    highest = tl.where(scored > 0, tl.max(maxima, 1), float("nan"))
+    highest = tl.where(scored > 0, tl.max(found, 0), float("nan"))
     results = tl.where(is_largest, highest, results)
     results = tl.where(slots == 0, 1.0 / denominator, results)
     tl.store(batch.results + slots, results)
@@ -198,24 +237,19 @@ def finish(batch, n_programs, BLOCK_P: tl.constexpr):
 
 
 @jit
-def publish_sums(scores, group, batch, pid, n_programs, BLOCK_P: tl.constexpr):
-    """Leave a program's sums; the last program to do so finishes the batch."""
+def publish_sums(sums, group, batch, pid, n_programs, BLOCK_P: tl.constexpr):
+    """Leave a program's sums [SLOTS]; the last program to do so finishes the batch."""
     slots = tl.arange(0, SLOTS)
-    values = tl.zeros([SLOTS], tl.float32)
-    values = tl.where(slots == 0, scores.loss, values)
-    values = tl.where(slots == ACTIVE, scores.active_tokens, values)
-    values = tl.where(slots == SCORED, scores.scored_tokens, values)
-    for i in tl.static_range(N_METRICS):
-        values = tl.where(slots == SCORED + 1 + i, scores.metrics[i], values)
     if group is not None:
         for i in tl.static_range(N_GROUP_METRICS):
-            values = tl.where(slots == FIRST_GROUP + i, group[i], values)
-    tl.store(batch.partials + slots * n_programs + pid, values)
-    # The barrier and the release make this program's sums visible before its arrival is.
-    tl.debug_barrier()
-    if tl.atomic_add(batch.counter, 1, sem="acq_rel") == n_programs - 1:
-        finish(batch, n_programs, BLOCK_P)
-        tl.store(batch.counter, 0)
+            sums = tl.where(slots == FIRST_GROUP + i, group[i], sums)
+    tl.store(batch.partials + pid * SLOTS + slots, sums)
+    if batch.counter is not None:
+        # The barrier and the release make this program's sums visible before its arrival is.
+        tl.debug_barrier()
+        if tl.atomic_add(batch.counter, 1, sem="acq_rel") == n_programs - 1:
+            finish(batch, n_programs, BLOCK_P)
+            tl.store(batch.counter, 0)
 
 
 @jit
@@ -236,8 +270,8 @@ def sequence_bounds(CuSeqlens, sequence, n_sequences, length):
 
 
 @jit
-def token_signal(tokens, row, offs, inside, candidates, sequence_advantage, LOSS: tl.constexpr):
-    """Advantage and weight of a block of tokens, 0 where not valid, and which of them to score."""
+def token_values(tokens, row, offs, inside, candidates, sequence_advantage, LOSS: tl.constexpr):
+    """What a block of tokens brings, and which of the candidates are scored."""
     advantage = tl.where(candidates, sequence_advantage, 0.0)
     if tokens.advantage is not None:
         advantage = load_row(tokens.advantage, row, offs, inside, candidates)
@@ -249,14 +283,26 @@ def token_signal(tokens, row, offs, inside, candidates, sequence_advantage, LOSS
     if not LOSS.score_all and not LOSS.sequence_level:
         scored = candidates & (advantage != 0) & (weight != 0)
         advantage = tl.where(scored, advantage, 0.0)
-    return advantage, weight, scored
+    # None of these is read where the call has none.
+    old = tl.zeros_like(weight)
+    ref = old
+    rollout = old
+    factor = old
+    if tokens.old is not None:
+        old = load_row(tokens.old, row, offs, inside, scored)
+    if tokens.ref is not None:
+        ref = load_row(tokens.ref, row, offs, inside, scored)
+    if tokens.rollout is not None:
+        rollout = load_row(tokens.rollout, row, offs, inside, scored)
+    if tokens.loss_weight is not None:
+        factor = load_row(tokens.loss_weight, row, offs, inside, scored)
+    return TokenValues(advantage, weight, old, ref, rollout, factor), scored
 
 
 @jit
 def score_tokens(
-    logp, tokens, row, offs, inside, scored, advantage, weight, entropy, mean_log_ratio, numbers,
-    LOSS: tl.constexpr,
-):  # fmt: skip
+    logp, tokens, values, scored, entropy, mean_log_ratio, numbers, LOSS: tl.constexpr
+):
     """Apply the formula to one block of tokens; everything returned is 0 where not scored.
 
     It is 0 there because whatever comes in is: with advantage, weight and all log-probs 0 every
@@ -264,13 +310,13 @@ def score_tokens(
     """
     old = logp
     if tokens.old is not None:
-        old = load_row(tokens.old, row, offs, inside, scored)
+        old = values.old
     ref = None
     if tokens.ref is not None:
-        ref = load_row(tokens.ref, row, offs, inside, scored)
+        ref = values.ref
+    weight = values.weight
     if tokens.rollout is not None:
-        rollout = load_row(tokens.rollout, row, offs, inside, scored)
-        weight = weight * rollout_weight(old, rollout, numbers.rollout_cap)
+        weight = weight * rollout_weight(old, values.rollout, numbers.rollout_cap)
     bonus = None
     if numbers.entropy_coef is not None:
         bonus = entropy
@@ -278,10 +324,10 @@ def score_tokens(
     level_ratio = log_ratio
     if LOSS.sequence_level:
         level_ratio = tl.where(scored, mean_log_ratio, 0.0)
-    t = token_loss(logp, level_ratio, ref, advantage, weight, bonus, numbers, LOSS)
+    t = token_loss(logp, level_ratio, ref, values.advantage, weight, bonus, numbers, LOSS)
     loss, d_log_ratio, d_logp = t.loss, t.d_log_ratio, tl.where(scored, t.d_logp, 0.0)
     if tokens.loss_weight is not None:
-        factor = load_row(tokens.loss_weight, row, offs, inside, scored)
+        factor = values.factor
         loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
     metrics = ()
     found = token_metrics(t, log_ratio, entropy, scored)

@@ -4,54 +4,67 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, triton, warp_size
-from mapo_kernels.batch import (
-    SLOTS,
-    Batch,
-    RowInputs,
-    TokenResults,
-    empty_results,
-    replaced,
-)
-from mapo_kernels.kernels.logits import Matrix, logits_loss_kernel
+from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, warp_size
+from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
+from mapo_kernels.formula import SLOTS
+from mapo_kernels.kernels.advantages import Rewards
+from mapo_kernels.kernels.logits import finish_kernel, logits_loss_kernel, prepare_kernel
+from mapo_kernels.kernels.row import Matrix, Rows, Tile
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
+from mapo_kernels.kernels.token import Common
 from mapo_kernels.kernels.vocabulary import share_kernel
-from mapo_kernels.launch.logprobs import common_of, denominator_of, rewards_of, tokens_of
+from mapo_kernels.launch.logprobs import (
+    common_of,
+    contiguous,
+    counters,
+    denominator_of,
+    rewards_of,
+    tokens_of,
+)
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
-def tile_of(logits: torch.Tensor) -> dict[str, int | bool]:
-    """THREADS, and VECTOR logits per 16-byte access; each thread keeps sums of its columns.
+@cache
+def _tile(
+    vocab: int, itemsize: int, wide: bool, converts: bool, tuning: config.Logits, scores: bool
+) -> dict[str, Any]:
+    """Launch options of a kernel that goes over rows."""
+    vector = 16 // itemsize
+    wanted = vocab // (tuning.steps * tuning.tiles * vector)
+    power = 1 << max(wanted - 1, 0).bit_length()
+    threads = min(tuning.max_threads, max(tuning.min_threads, power))
+    tile = Tile(
+        threads=threads,
+        vector=vector,
+        wide=wide,
+        number=tuning.tiles,
+        first_hint=tuning.score_hint if scores else tuning.first_hint,
+        second_hint=tuning.second_hint,
+        backwards=tuning.backwards,
+        converts=converts,
+    )
+    # The compiler otherwise spills to fit more programs on a multiprocessor of some GPUs than the
+    # cache can hold rows for until they are read again.
+    room = registers(min(tuning.registers, (1 << 16) // (threads * tuning.programs)))
+    return {"TILE": tile, "num_warps": threads // warp_size(), **room}
 
-    The last bits of a row's statistics depend on these, so scoring and the loss both take them from
-    here; and they depend on the shape of the matrix, never on how many rows it has.
+
+def tile_of(logits: torch.Tensor, scores: bool = False) -> dict[str, Any]:
+    """How a kernel goes over these rows; with `scores` it reads each once, and nobody after it.
+
+    The last bits of a row's statistics depend on the tile, so scoring and the loss both take it
+    from here; and it depends on the shape of the matrix, never on how many rows it has.
     """
-    vocab, access = logits.shape[-1], 16 // logits.element_size()
-    tuning = config.LOGITS
-    wanted = triton.next_power_of_2(vocab // (2 * tuning.steps * access))
-    threads = min(tuning.max_threads, max(tuning.min_threads, wanted))
     # What Triton specialises on: only then does it know that a row is aligned.
-    strides = (logits.data_ptr(), *row_layout(logits)[1:])
-    return {
-        "THREADS": threads,
-        "VECTOR": access,
-        "WIDE": all(x % 16 == 0 for x in strides),
-        "num_warps": threads // warp_size(),
-    }
-
-
-def _one_program_at_once(tile: dict[str, int | bool]) -> dict[str, int]:
-    """Registers such that a multiprocessor holds one program of 1024 threads.
-
-    The compiler otherwise spills to fit two of them on an A100, and the cache then has to hold two
-    rows for each multiprocessor until they are read again.
-    """
-    return registers(config.LOGITS.registers) if tile["THREADS"] == 1024 else {}
+    wide = all(x % 16 == 0 for x in (logits.data_ptr(), *row_layout(logits)[1:]))
+    shape = (logits.shape[-1], logits.element_size(), wide)
+    return _tile(*shape, converts_bfloat16(), config.LOGITS, scores)
 
 
 def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
@@ -79,11 +92,22 @@ def columns_together(logits: torch.Tensor) -> torch.Tensor:
     return logits.contiguous()
 
 
-def _temperature(rows: RowInputs) -> tuple[torch.Tensor | None, float]:
-    """Temperatures on the device, or the exponent's factor log2(e) / temperature."""
+def _matrix(x: torch.Tensor) -> Matrix:
+    """`x` [..., V] as kernels index it."""
+    return Matrix(x, *row_layout(x)[1:])
+
+
+def _rows(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None = None
+) -> tuple[Rows, float]:
+    """Rows for a kernel, and the exponent's factor log2(e) / temperature where that is a number."""
+    temperature, exponent = None, 0.0
     if isinstance(rows.temperature, torch.Tensor):
-        return rows.temperature.contiguous(), 0.0
-    return None, 1.0 / (math.log(2.0) * float(rows.temperature))
+        temperature = rows.temperature.contiguous()
+    else:
+        exponent = 1.0 / (math.log(2.0) * float(rows.temperature))
+    ids = rows.token_ids.contiguous()
+    return Rows(_matrix(logits), ids, temperature, contiguous(mask)), exponent
 
 
 def _per_temperature(rows: RowInputs) -> int:
@@ -112,27 +136,19 @@ def launch_scores(
     logits = columns_together(logits)
     n = out.shape[1]
     if n:
-        length, stride_row, stride_sequence = row_layout(logits)
-        temperature, exponent = _temperature(rows)
+        described, exponent = _rows(logits, rows, mask)
         with on_device_of(logits):
             kernel[(n,)](
-                logits,
-                rows.token_ids.contiguous(),
-                temperature,
-                None if mask is None else mask.contiguous(),
+                described,
                 out,
                 n,
-                length,
+                row_layout(logits)[0],
                 _per_temperature(rows),
                 logits.shape[-1],
-                stride_row,
-                stride_sequence,
                 exponent,
-                HAS_MASK=mask is not None,
-                HAS_TEMPERATURE=temperature is not None,
                 COLUMNS=columns,
                 enable_fp_fusion=False,
-                **tile_of(logits),
+                **tile_of(logits, scores=True),
             )
 
 
@@ -166,33 +182,20 @@ def launch_gradient(
     n = table.shape[1]
     if n == 0:
         return
-    length, stride_row, stride_sequence = row_layout(logits)
-    _, stride_out, stride_sequence_out = row_layout(out)
-    temperature, exponent = _temperature(rows)
+    described, exponent = _rows(logits, rows, mask)
     with on_device_of(logits):
         gradient_kernel[(n,)](
-            logits,
-            out,
-            rows.token_ids.contiguous(),
-            temperature,
-            None if mask is None else mask.contiguous(),
+            described,
+            _matrix(out),
             table,
             slope,
             bonus,
             results,
             n,
-            length,
+            row_layout(logits)[0],
             _per_temperature(rows),
             logits.shape[-1],
-            stride_row,
-            stride_sequence,
-            stride_out,
-            stride_sequence_out,
             exponent,
-            HAS_MASK=mask is not None,
-            HAS_TEMPERATURE=temperature is not None,
-            HAS_BONUS=bonus is not None,
-            CONVERTS=converts_bfloat16(),
             enable_fp_fusion=False,
             **tile_of(logits),
         )
@@ -204,16 +207,13 @@ def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
     n = grad[..., 0].numel()
     if n == 0:
         return
-    length, stride_row, stride_sequence = row_layout(grad)
     with on_device_of(grad):
         rescale_kernel[(min(n, config.LOGITS.rescale_programs),)](
-            grad,
+            _matrix(grad),
             upstream,
             n,
-            length,
+            row_layout(grad)[0],
             grad.shape[-1],
-            stride_row,
-            stride_sequence,
             **tile_of(grad),
         )
 
@@ -227,10 +227,14 @@ def launch_logits_loss(
     need_grad: bool,
     out: TokenResults,
 ) -> None:
-    """Loss, results, advantages and, if needed, the gradient: one launch, token level."""
+    """Loss, results, advantages and, if needed, the gradient, at token level.
+
+    One launch; of many rows up to three.
+    """
     logits = columns_together(logits)
     n_sequences, n = inputs.n_sequences(logits), rows.token_ids.numel()
-    temperature, exponent = _temperature(rows)
+    is_fused = n <= config.LOGITS.fused_rows
+    described, exponent = _rows(logits, rows)
     normalizer, denominator = denominator_of(inputs, spec, n_sequences)
     if normalizer is denominator is None and inputs.mask is None and inputs.cu_seqlens is None:
         denominator = float(n)
@@ -238,17 +242,24 @@ def launch_logits_loss(
     rewards, group_size, block_g = rewards_of(inputs.groups)
     tile = tile_of(logits)
     length = row_layout(logits)[0]
+    # The launch before that of the rows leaves the sums of groups behind theirs.
+    n_sums = n if is_fused or inputs.groups is None else n + n_sequences
+    batch = common_of(inputs, (normalizer, denominator), out, n_sums, is_fused)
     with on_device_of(logits):
+        if not is_fused:
+            counts = spec.how.divisor == "tokens" or normalizer is denominator is None
+            if counts or inputs.groups is not None or inputs.cu_seqlens is not None:
+                batch = _prepare(batch, logits, inputs, advantage_spec, out)
+            if inputs.groups is not None:
+                advantages, rewards = out.advantages, Rewards(None)
         logits_loss_kernel[(n,)](
-            Matrix(logits, *row_layout(logits)[1:]),
-            Matrix(out.grad, *row_layout(out.grad)[1:]) if need_grad else None,
-            rows.token_ids.contiguous(),
-            temperature,
+            described,
+            _matrix(out.grad) if need_grad else None,
             tokens,
             advantages,
             rewards,
             out.advantages,
-            common_of(inputs, (normalizer, denominator), out, n),
+            batch,
             n_sequences,
             length,
             group_size,
@@ -258,15 +269,58 @@ def launch_logits_loss(
             spec.numbers,
             advantage_spec.numbers,
             LOSS=spec.kind,
-            GROUP=advantage_spec.kind if inputs.groups is not None else None,
+            GROUP=advantage_spec.kind if rewards.reward is not None else None,
             BLOCK_T=config.LOGITS.block_tokens,
             BLOCK_G=block_g,
-            BLOCK_P=config.LOGITS.partials_per_thread * tile["THREADS"] // SLOTS,
-            CONVERTS=converts_bfloat16(),
+            BLOCK_P=config.LOGITS.partials_per_thread * tile["TILE"].threads // SLOTS,
             enable_fp_fusion=False,
             **tile,
-            **_one_program_at_once(tile),
         )
+        if not is_fused:
+            threads = config.LOGITS.finish_threads
+            finish_kernel[(1,)](
+                batch,
+                n_sums,
+                BLOCK_P=config.LOGITS.partials_per_thread * threads // SLOTS,
+                num_warps=threads // warp_size(),
+            )
+
+
+def _prepare(
+    batch: Common,
+    logits: torch.Tensor,
+    inputs: Batch,
+    advantage_spec: AdvantageSpec,
+    out: TokenResults,
+) -> Common:
+    """The batch with what a launch has found out for all rows; advantages are in `out`."""
+    n_sequences, length = inputs.n_sequences(logits), row_layout(logits)[0]
+    n_rows = logits[..., 0].numel()
+    rewards, group_size, block_g = rewards_of(inputs.groups)
+    counts = out.loss.new_empty(n_sequences + 1)
+    n_valid, total = counts[:-1], counts[-1]
+    sequence = None
+    if inputs.cu_seqlens is not None:
+        sequence = torch.empty(n_rows, dtype=torch.int32, device=logits.device)
+    prepare_kernel[(n_sequences,)](
+        contiguous(inputs.mask),
+        rewards,
+        out.advantages,
+        batch._replace(counter=counters.get(logits.device), n_valid=n_valid, sequence=sequence),
+        total,
+        n_sequences,
+        length,
+        n_rows,
+        group_size,
+        advantage_spec.numbers,
+        GROUP=advantage_spec.kind if inputs.groups is not None else None,
+        BLOCK_T=config.LOGITS.block_tokens,
+        BLOCK_G=block_g,
+        enable_fp_fusion=False,
+    )
+    if batch.normalizer is batch.denominator is None:
+        batch = batch._replace(normalizer=total)
+    return batch._replace(n_valid=n_valid, sequence=sequence)
 
 
 def empty_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from mapo_kernels import config
 from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
-from mapo_kernels.batch import SLOTS, Batch, GroupInputs, TokenResults
+from mapo_kernels.batch import Batch, GroupInputs, TokenResults
+from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.advantages import Rewards
 from mapo_kernels.kernels.logprobs import scale_kernel, token_loss_kernel
 from mapo_kernels.kernels.token import Common, Tokens
@@ -40,12 +41,17 @@ class _Counters:
 counters = _Counters()
 
 
-def _splits(n_sequences: int, n_tokens: int, block: int, sequence_level: bool) -> int:
-    """Programs per sequence: enough to fill a GPU; 1 where a sequence needs its mean first."""
-    if sequence_level:
-        return 1
-    blocks = -(-n_tokens // (n_sequences * block))
-    return max(1, min(blocks, config.LOGPROBS.max_programs // n_sequences))
+def _programs(n_sequences: int, n_tokens: int, block: int, spec: LossSpec) -> tuple[int, int]:
+    """Programs, and how many of them share a sequence: 1 where that needs its mean first."""
+    tuning = config.LOGPROBS
+    # As many threads in all, whatever the size of a program.
+    most = tuning.programs * (tuning.threads * tuning.tokens_per_thread // block)
+    splits = 1
+    if spec.importance_level != "sequence":
+        splits = max(1, min(-(-n_tokens // (n_sequences * block)), most // n_sequences))
+    # As many turns for each program, or one less for some.
+    turns = -(-n_sequences * splits // most)
+    return -(-n_sequences // turns) * splits, splits
 
 
 def denominator_of(
@@ -88,15 +94,19 @@ def common_of(
     denominator: tuple[torch.Tensor | None, float | None],
     out: TokenResults,
     n_programs: int,
+    in_last: bool = True,
 ) -> Common:
-    """What the programs of a loss share, with room for what each of them leaves."""
+    """What the programs of a loss share, with room for what each of them leaves.
+
+    The last one adds it if `in_last`, else a launch of its own.
+    """
     return Common(
         contiguous(inputs.cu_seqlens),
         *denominator,
         out.loss,
         out.results,
         out.loss.new_empty(SLOTS * n_programs),
-        counters.get(out.loss.device),
+        counters.get(out.loss.device) if in_last else None,
     )
 
 
@@ -112,9 +122,9 @@ def launch_token_loss(
     n_sequences, length = inputs.n_sequences(logprobs), logprobs.shape[-1]
     tuning = config.LOGPROBS
     is_short = logprobs.numel() <= tuning.short_length * n_sequences
-    block_t = tuning.short_block if is_short else tuning.block
-    n_splits = _splits(n_sequences, logprobs.numel(), block_t, spec.importance_level == "sequence")
-    n_programs = n_sequences * n_splits
+    threads = tuning.short_threads if is_short else tuning.threads
+    block = threads * tuning.tokens_per_thread
+    n_programs, n_splits = _programs(n_sequences, logprobs.numel(), block, spec)
     tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     with on_device_of(logprobs):
@@ -135,13 +145,14 @@ def launch_token_loss(
             advantage_spec.numbers,
             LOSS=spec.kind,
             GROUP=advantage_spec.kind if inputs.groups is not None else None,
-            BLOCK_T=block_t,
+            THREADS=threads,
+            PER_THREAD=tuning.tokens_per_thread,
             BLOCK_G=block_g,
-            BLOCK_P=tuning.partials,
+            BLOCK_P=tuning.partials_per_thread * threads // SLOTS,
             # The default is about to change, and the kernel's instruction budget counts on it.
             enable_fp_fusion=True,
-            num_warps=block_t // (tuning.tokens_per_thread * warp_size()),
-            **registers(tuning.registers),
+            num_warps=threads // warp_size(),
+            **registers(tuning.registers if inputs.cu_seqlens is None else tuning.packed_registers),
         )
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -70,10 +71,7 @@ def finished(tmp_path_factory):
 def earlier(finished, tmp_path):
     """A folder with a finished run, to change at will."""
     out = tmp_path / "earlier"
-    (out / "checkpoints").mkdir(parents=True)
-    for path in finished.rglob("*"):
-        if path.is_file():
-            (out / path.relative_to(finished)).write_bytes(path.read_bytes())
+    shutil.copytree(finished, out)
     return out
 
 
@@ -134,40 +132,23 @@ def test_a_log_of_others_is_refused_and_stays_as_it_is(tmp_path, capsys, text, r
 def test_files_of_others_beside_ones_own_are_left_alone(earlier, tmp_path):
     linked = tmp_path / "mine.pt"
     linked.write_bytes(b"mine")
-    others = [earlier / x for x in ("notes.txt", "best.pt", "checkpoints/my_llama.pt")]
-    others += [earlier / f"checkpoints/{x}" for x in ("mapo_seed0.pt.bak", "mapo_seedx.pt")]
+    names = ("notes.txt", "best.pt", "mapo_seed0.pt.bak", "mapo_seedx.pt", "mapo_seed7.pt")
+    others = [earlier / x for x in (*names, "checkpoints/my_llama.pt", "checkpoints/mapo_seed0.pt")]
+    (earlier / "checkpoints").mkdir()
     for path in others:
         path.write_bytes(b"mine")
-    own = earlier / "checkpoints/mapo_seed7.pt"
-    own.symlink_to(linked)
-    run_quick(earlier)
-    assert [path.read_bytes() for path in [*others, linked]] == [b"mine"] * 6
+    for own in (earlier / "mapo_seed0.pt", earlier / "grpo_seed0.pt"):
+        own.unlink(missing_ok=True)
+        own.symlink_to(linked)
+    run_quick(earlier, estimators=("mapo", "grpo"))
+    assert [path.read_bytes() for path in [*others, linked]] == [b"mine"] * 8
     assert not own.is_symlink()
 
 
 def test_what_the_summary_lists_is_what_the_run_wrote(earlier, capsys):
     (earlier / "best.pt").write_bytes(b"mine")
     run_quick(earlier)
-    assert f"In {earlier}: log.json, mapo_seed0.pt\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("target", ["folder", "nothing", "file"])
-def test_linked_checkpoints_are_refused(earlier, tmp_path, capsys, target):
-    elsewhere = tmp_path / "elsewhere"
-    for path in (earlier / "checkpoints").iterdir():
-        path.unlink()
-    (earlier / "checkpoints").rmdir()
-    if target == "folder":
-        elsewhere.mkdir()
-        (elsewhere / "mapo_seed0.pt").write_bytes(b"mine")
-    if target == "file":
-        (earlier / "checkpoints").write_bytes(b"mine")
-    else:
-        (earlier / "checkpoints").symlink_to(elsewhere)
-    before = contents(tmp_path)
-    error = refused(capsys, *SMALL, "--out", earlier)
-    assert f"{earlier / 'checkpoints'}: expected a folder" in error
-    assert contents(tmp_path) == before
+    assert f"In {earlier}: log.json, mapo_seed0.pt, warm-up_seed0.pt\n" in capsys.readouterr().out
 
 
 def test_a_log_that_is_no_file_is_not_waited_for(tmp_path, capsys):
@@ -191,16 +172,16 @@ def test_resume_makes_no_folder(tmp_path, capsys):
 def test_resume_keeps_the_record_of_other_estimators_and_seeds(tmp_path, capsys):
     before = run_quick(tmp_path, estimators=("mapo", "rloo"), seeds=2)["runs"]
     after = run_quick(tmp_path, estimators=("grpo",), resume=True)["runs"]
-    assert after[: len(before)] == before
-    assert [(run["phase"], run["seed"]) for run in after[len(before) :]] == [("grpo", 0)]
+    assert after.pop("grpo_seed0") and after == before
     shown = capsys.readouterr().out
     assert shown.rindex("grpo") > shown.rindex("rloo_seed1.pt") - 200
     # A run that starts anew starts with an empty log.
-    assert [run["phase"] for run in run_quick(tmp_path)["runs"]] == ["warm-up", "mapo"]
+    assert list(run_quick(tmp_path)["runs"]) == ["warm-up_seed0", "mapo_seed0"]
+    assert not (tmp_path / "rloo_seed1.pt").exists()
 
 
 def damaged(content, kind):
-    """The bytes of a checkpoint, damaged."""
+    """The bytes of a run, damaged."""
     if kind == "truncated":
         return content[: len(content) // 2]
     if kind == "flipped":  # one bit of the weights
@@ -219,9 +200,7 @@ def damaged(content, kind):
     elif kind == "other settings":
         state["configuration"]["learning_rate"] = 0.5
     elif kind == "another run":
-        state["record"]["phase"] = "grpo"
-    elif kind == "a record without steps":
-        del state["record"]["steps"]
+        state["name"] = "grpo_seed0"
     elif kind == "code":
         state["model"] = subprocess.Popen
     torch.save(state, buffer)
@@ -229,33 +208,32 @@ def damaged(content, kind):
 
 
 KINDS = ("truncated", "flipped", "empty", "text", "a model", "a list", "other settings")
-KINDS += ("another run", "a record without steps", "code")
+KINDS += ("another run", "code")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(earlier, kind, capsys):
-    checkpoint = earlier / "checkpoints/mapo_seed0.pt"
-    checkpoint.write_bytes(damaged(checkpoint.read_bytes(), kind))
+def test_a_damaged_run_is_refused_before_anything_is_trained(earlier, kind, capsys):
+    saved = earlier / "mapo_seed0.pt"
+    saved.write_bytes(damaged(saved.read_bytes(), kind))
     before = contents(earlier)
-    # The runs before it (rloo has no checkpoint yet) are not trained first.
+    # The runs before it (rloo is none yet) are not trained first.
     error = refused_resume(earlier, estimators=("rloo", "mapo"))
-    assert error.startswith(f"{checkpoint}: expected a checkpoint of this demo, got")
+    assert error.startswith(f"{saved}: expected a run of this demo, got")
     assert contents(earlier) == before and not capsys.readouterr().out
 
 
-def test_a_checkpoint_that_is_no_file_is_refused(earlier):
-    checkpoint = earlier / "checkpoints/warm-up_seed0.pt"
-    checkpoint.unlink()
-    os.mkfifo(checkpoint)
-    assert f"{checkpoint}: expected a file" in refused_resume(earlier)
+def test_a_run_that_is_no_file_is_refused(earlier):
+    saved = earlier / "warm-up_seed0.pt"
+    saved.unlink()
+    os.mkfifo(saved)
+    assert f"{saved}: expected a file" in refused_resume(earlier)
 
 
 LOG_DAMAGE = {
     "truncated": lambda text: text[: len(text) // 2],
     "nested": lambda text: "[" * 100_000,
     "no runs": lambda text: json.dumps(json.loads(text) | {"runs": None}),
-    "no step": lambda text: text.replace('"groups_without_signal": ', '"groups": '),
-    "no phase of ours": lambda text: text.replace('"phase": "mapo"', '"phase": "dpo"'),
+    "no run of ours": lambda text: text.replace('"mapo_seed0"', '"../mapo_seed0"'),
     "another format": lambda text: text.replace(folder.FORMAT, "another"),
 }
 
@@ -336,38 +314,33 @@ def full_disk(patch, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(
-    "name", ["log.json", "checkpoints/mapo_seed0.pt", "/mapo_seed0.pt", "success.png"]
-)
+@pytest.mark.parametrize("name", ["log.json", "warm-up_seed0.pt", "mapo_seed0.pt", "success.png"])
 def test_a_full_disk_is_one_line_and_leaves_no_partial_file(earlier, monkeypatch, capsys, name):
     if name == "success.png":
         monkeypatch.undo()
     before = contents(earlier)
-    full_disk(monkeypatch, name if name[0] != "/" else f"{earlier.name}{name}")
+    full_disk(monkeypatch, name)
     given = ["--prompts", "4", "--group-size", "2", "--warmup-success", "0", "--steps", "1"]
     assert main(["demo", *given, "--estimator", "mapo", "--out", str(earlier)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and name.strip("/") in err and FULL.strerror in err
+    assert err.count("\n") == 1 and name in err and FULL.strerror in err
     after = contents(earlier)
     assert not [path for path in after if "partial" in path]
     # What was there before is whole.
-    unchanged = name.strip("/")
-    assert after.get(unchanged) in (before.get(unchanged), None)
+    assert after.get(name) in (before.get(name), None)
 
 
-def test_a_model_is_replaced_as_a_whole(earlier, monkeypatch):
-    (earlier / "mapo_seed0.pt").write_bytes(b"the model of before")
-    seen = []
-    replace_file = os.replace
+def test_a_run_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    steps, replace_file = [], os.replace
 
     def watch(source, target):
-        seen.append((Path(target).name, Path(target).exists() and Path(target).read_bytes()))
+        if Path(target).name == "mapo_seed0.pt" and Path(target).exists():
+            steps.append(len(torch.load(target, weights_only=True)["record"]["steps"]))
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
-    run_quick(earlier)
-    assert ("mapo_seed0.pt", b"the model of before") in seen
-    torch.load(earlier / "mapo_seed0.pt", weights_only=True)
+    run_quick(tmp_path)
+    assert steps == [0]
 
 
 def test_whole_files_do_not_follow_links_and_keep_what_was_there(tmp_path, monkeypatch):
@@ -414,4 +387,4 @@ def test_a_device_that_cannot_be_trained_on_is_one_line(tmp_path, capsys, name):
 def test_markup_in_a_folder_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["demo", *SMALL, "--estimator", "mapo", "--out", "[bold]x[/]"]) == 0
-    assert "In [bold]x[/]: log.json, mapo_seed0.pt" in capsys.readouterr().out
+    assert "In [bold]x[/]: log.json, mapo_seed0.pt, warm-up_seed0.pt" in capsys.readouterr().out

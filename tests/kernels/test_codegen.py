@@ -121,12 +121,13 @@ def test_lengths_and_hyper_parameters_do_not_recompile():
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("case", ["logits", "logits, given advantages", "entropy bonus"])
 def test_a_multiprocessor_holds_one_row(target, case):
-    """Two programs of 1024 threads would share it, and their rows the cache, at 32 registers."""
+    """Two programs of 512 threads would share it, and their rows the cache, at 64 registers."""
     (loss,) = compile_case(target, case)["kernels"]["logits_loss_kernel"]
-    assert loss["registers"] > 32
+    assert loss["registers"] > 64
 
 
-LOGITS_PER_STEP = 16  # a thread's columns in one step of either pass over a row of bfloat16
+TILES = 4  # of a step of either pass over a row, 16 bytes a thread each
+LOGITS_PER_STEP = 8 * TILES  # of bfloat16
 
 
 def passes(kernel):
@@ -137,7 +138,7 @@ def passes(kernel):
     """
     wide = [x for x in kernel["loops"] if x["wide_loads"] and x["exponentials"] >= LOGITS_PER_STEP]
     reading = [x for x in wide if not x["stores"]]
-    writing = [x for x in wide if x["stores"] == 2]
+    writing = [x for x in wide if x["stores"] == TILES]
     shortest = [min(x, key=lambda y: y["instructions"], default=None) for x in (reading, writing)]
     return shortest
 
@@ -147,23 +148,25 @@ def test_budgets_of_the_two_passes_over_a_row(target):
     """4 bytes an element take 0.93 ps on an H200; within these budgets every pipe takes less."""
     score = compile_case(target, "logits")["kernels"]["score_kernel"][0]
     statistics, _ = passes(score)
-    assert statistics["instructions"] <= 9 * LOGITS_PER_STEP
+    assert statistics["instructions"] <= 6.5 * LOGITS_PER_STEP
     loss = compile_case(target, "logits")["kernels"]["logits_loss_kernel"][0]
     with_entropy, gradient = passes(loss)
-    assert with_entropy["instructions"] <= 11 * LOGITS_PER_STEP
-    assert gradient["instructions"] <= 7.5 * LOGITS_PER_STEP
+    assert with_entropy["instructions"] <= 8.8 * LOGITS_PER_STEP
+    # CDNA3 has no instruction that rounds to bfloat16.
+    per_gradient = 6.5 if target == "gfx942" else 6
+    assert gradient["instructions"] <= per_gradient * LOGITS_PER_STEP
     bonus = compile_case(target, "entropy bonus")["kernels"]["logits_loss_kernel"][0]
     with_bonus = passes(bonus)[1]
-    assert with_bonus["instructions"] <= 9.5 * LOGITS_PER_STEP
+    assert with_bonus["instructions"] <= 8 * LOGITS_PER_STEP
     share = compile_case(target, "split rows")["kernels"]["share_kernel"][0]
-    assert passes(share)[0]["instructions"] <= 11 * LOGITS_PER_STEP
+    assert passes(share)[0]["instructions"] <= 8.8 * LOGITS_PER_STEP
     for loop in (statistics, with_entropy):
         assert loop["exponentials"] <= 1.1 * LOGITS_PER_STEP
     for loop in (gradient, with_bonus):
         assert loop["exponentials"] <= 1.05 * LOGITS_PER_STEP
     for loop in (statistics, with_entropy, gradient, with_bonus):
         # Each thread works alone, 16 bytes at a time.
-        assert loop["barriers"] == 0 and loop["wide_loads"] == 2
+        assert loop["barriers"] == 0 and loop["wide_loads"] == TILES
     for kernel in (score, loss, bonus):
         assert not any("16" in name for name in kernel["accesses"] if name.startswith("LDG.E.EL"))
 

@@ -22,7 +22,7 @@ from support import (
 import mapo_kernels as mk
 import reference
 from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
-from mapo_kernels.kernels.row import narrow
+from mapo_kernels.kernels.gradient import narrow
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
@@ -291,9 +291,9 @@ def test_a_temperature_per_sequence(device):
     assert torch.equal(flat.view(4, 3), logp)
 
 
-@pytest.mark.parametrize("count_limit", [0, 1 << 14])
-def test_micro_batches_with_a_normalizer_add_up(count_limit, device, monkeypatch):
-    tune(monkeypatch, "LOGITS", count_limit=count_limit)
+@pytest.mark.parametrize("fused_rows", [0, 600])
+def test_micro_batches_with_a_normalizer_add_up(fused_rows, device, monkeypatch):
+    tune(monkeypatch, "LOGITS", fused_rows=fused_rows)
     for aggregation in AGGREGATIONS:
         batch = make_logits(4, 3, 40, torch.float32, mask="row")
         spec = mk.LossSpec(aggregation=aggregation)

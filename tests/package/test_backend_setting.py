@@ -57,12 +57,11 @@ import mapo_kernels.backend
 def look_up(*_):
     raise AssertionError("asked for a backend")
 
-known = mapo_kernels.backend.resolve_backend
 from mapo_kernels.__main__ import main
 
+mapo_kernels.backend.resolve_backend = look_up
 for command in ("--help", "doctor --help", "demo --help", "bench --help", "--version"):
     arguments = command.split()
-    mapo_kernels.backend.resolve_backend = known if "--version" in arguments else look_up
     try:
         main(arguments)
     except SystemExit as ended:
@@ -81,7 +80,7 @@ def test_help_and_version_need_no_backend(value):
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.count("usage: ") == 4
-    assert f"mapo-kernels {mk.__version__}, backend none ({UNUSABLE[value]}" in done.stdout
+    assert f"mapo-kernels {mk.__version__}\n" in done.stdout
 
 
 @pytest.mark.parametrize("value", UNUSABLE)

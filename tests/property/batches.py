@@ -23,10 +23,10 @@ CONSTANTS = {
     "EAGER.chunk_logits": (1, 40, 200),
     "ADVANTAGES.match_limit": (0, 2),
     "LOGITS.match_limit": (0, 2),
-    "LOGITS.count_limit": (0, 4),
+    "LOGITS.fused_rows": (0, 4),
     "HIDDEN.cpu_chunk": (1, 3000),
     "HIDDEN.multiple": (1, 2, 3),
-    "LOGPROBS.max_programs": (1, 4),
+    "LOGPROBS.programs": (1, 4),
 }
 
 
