@@ -154,8 +154,8 @@ def each_more(row: Row, one: Row) -> Row:
         return {"status": "failed", "reason": row.get("reason", "the call with one chunk failed")}
     pairs = zip(row["samples_us"], one["samples_us"], strict=True)
     samples = [(many - first) / (CHUNKS - 1) for many, first in pairs]
-    launches = (row["launches"] - one["launches"]) // (CHUNKS - 1)
-    return _timed(launches, samples)
+    # A large chunk may take a launch more than a small one.
+    return _timed(round((row["launches"] - one["launches"]) / (CHUNKS - 1)), samples)
 
 
 def measure(path: Path, once: bool, commit: str | None = None, notes: str | None = None) -> None:
