@@ -1,4 +1,4 @@
-"""`mapo-kernels bench`, and `python -m benchmarks`: run a suite, redraw its report, read code."""
+"""`mapo-kernels bench`: run a suite, redraw its report, read machine code, time the host."""
 
 from __future__ import annotations
 
