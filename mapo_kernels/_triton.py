@@ -48,7 +48,7 @@ else:
         return SimpleNamespace(fn=fn, __name__=fn.__name__)
 
 
-def constant(x: int) -> Any:
+def constant(x: Any) -> Any:
     """A number that kernels may read from their module."""
     return tl.constexpr(x) if HAS_TRITON else x
 

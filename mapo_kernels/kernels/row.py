@@ -273,7 +273,7 @@ def row_statistics(
     reference, others, weighted, gap, own = row_sums(
         Row, target, vocab, c, float("nan"), HAS_ENTROPY, TILE
     )
-    logp, rest, total, entropy = row_summary(others, others - 1.0, weighted, gap)
+    logp, rest, total, entropy = row_summary(others, None, weighted, gap)
     is_coarse = loses_digits(reference) & (target >= 0)
     if is_coarse | (HAS_ENTROPY & certain_elsewhere(others, gap)):
         others, tail, weighted, gap = exact_sums(Row, target, own, vocab, c, TILE)
