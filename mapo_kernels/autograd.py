@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from mapo_kernels import hidden as hidden_level
 from mapo_kernels import operators
-from mapo_kernels.batch import Batch, HeadInputs, RowInputs
+from mapo_kernels.batch import Batch, HeadInputs, RowInputs, empty_results
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -88,7 +88,10 @@ class MapoLogitsLossFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, results and advantages; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
-        place = logits if inplace else None
+        place = None
+        if inplace and need_grad:
+            place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
+            place = place._replace(grad=logits)
         out = operators.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
         if need_grad:
             if out.grad is logits:

@@ -121,11 +121,14 @@ class Hidden:
         gpu_chunk: bytes of logits, hidden states and their gradients that a chunk may take.
         cpu_chunk: the same on a CPU.
         multiple: of rows per chunk.
+        invariant_chunk: rows of every chunk at the most where their number must not depend on the
+            batch.
     """
 
     gpu_chunk: int = 1 << 31
     cpu_chunk: int = 1 << 26
     multiple: int = 128
+    invariant_chunk: int = 1024
 
 
 @dataclass(frozen=True)

@@ -178,27 +178,25 @@ def logits_loss(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-    out: torch.Tensor | None = None,
+    out: TokenResults | None = None,
 ) -> TokenResults:
     """Loss, results, advantages and the gradient by the logits of a validated batch.
 
-    The gradient goes to `out`, as in `row_gradient`. It comes with the batch's scale and lacks only
-    the upstream gradient. One launch where a row's gradient depends on no other row; else
-    statistics, loss and gradient are three; so it is where rows are split over ranks.
+    They go to `out` where it is given; its gradient may be the logits. The gradient comes with the
+    batch's scale and lacks only the upstream gradient. One launch, or three of many rows, where a
+    row's gradient depends on no other row; else statistics, loss and gradient are three; so it is
+    where rows are split over ranks.
     """
+    if torch.compiler.is_compiling():
+        # A compiled graph decides by itself which of its buffers it reuses.
+        out = None
     if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
     fused = spec.importance_level == "token" and rows.token_ids.numel() > 0 and rows.share is None
-    if backend.is_eager(logits) or not fused:
-        return _scored_then_differentiated(
-            logits, rows, inputs, spec, advantage_spec, need_grad, out
-        )
-    place = None
-    if out is not None and need_grad and not torch.compiler.is_compiling():
-        place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
-        place = replaced(place, grad=out)
-    return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=place)
+    if fused and not backend.is_eager(logits):
+        return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=out)
+    return _scored_then_differentiated(logits, rows, inputs, spec, advantage_spec, need_grad, out)
 
 
 def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: LossSpec) -> bool:
@@ -222,7 +220,7 @@ def _scored_then_differentiated(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-    out: torch.Tensor | None,
+    out: TokenResults | None,
 ) -> TokenResults:
     """The same in three steps: statistics of the rows, the loss of the log-probs, the gradient."""
     layout = Layout(rows.token_ids, inputs)
@@ -231,10 +229,14 @@ def _scored_then_differentiated(
     logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
     inputs = replaced(inputs, entropy=entropy)
     found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+    if out is not None:
+        out.loss.copy_(found.loss)
+        out.results.copy_(found.results)
     if not need_grad:
         return found
     bonus = layout.entropy_weights(spec, table)
-    grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
+    place = None if out is None else out.grad
+    grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, place)
     return replaced(found, grad=grad)
 
 

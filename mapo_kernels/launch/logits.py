@@ -119,7 +119,11 @@ def _rows(
     else:
         exponent = 1.0 / (math.log(2.0) * float(rows.temperature))
     ids = rows.token_ids.contiguous()
-    return Rows(_matrix(logits), ids, temperature, contiguous(mask)), exponent
+    found = Rows(_matrix(logits), ids, temperature, contiguous(mask), contiguous(rows.bias))
+    if rows.softcap is not None:
+        slope = 2.0 / math.log(2.0) * rows.scale / rows.softcap
+        found = found._replace(softcap=float(rows.softcap), slope=slope)
+    return found, exponent
 
 
 def _per_temperature(rows: RowInputs) -> int:
