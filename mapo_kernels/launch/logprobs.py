@@ -12,6 +12,7 @@ from mapo_kernels._triton import (
     next_power_of_2,
     on_device_of,
     registers,
+    triton,
     warp_size,
 )
 from mapo_kernels.batch import Batch, GroupInputs, TokenResults
@@ -40,7 +41,8 @@ class _Counters:
             # A graph owns what is allocated while it is captured: such a counter serves it alone.
             if torch.cuda.is_current_stream_capturing():
                 return torch.zeros(1, dtype=torch.int32, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
+            # As Triton asks for it: torch would make an object.
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
         key = (device, stream)
         if key not in self._counters:
             self._counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
