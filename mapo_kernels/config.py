@@ -23,6 +23,8 @@ class Advantages:
         sorted_tile: groups a program takes at once, where rows were sorted.
         sorted_block: rewards per step of each of them.
         registers: per thread. Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
+        summary_block: groups per step of the one program that makes the metrics of all of them.
+        summary_limit: groups above which the metrics are left to torch, which has more programs.
     """
 
     tile_elements: int = 1024
@@ -31,6 +33,8 @@ class Advantages:
     sorted_tile: int = 16
     sorted_block: int = 64
     registers: int = 128
+    summary_block: int = 1024
+    summary_limit: int = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,22 @@ from ctypes import c_float
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
+from mapo_kernels._triton import (
+    interprets,
+    next_power_of_2,
+    on_device_of,
+    registers,
+    warp_size,
+)
 from mapo_kernels.batch import Batch, GroupInputs, TokenResults
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.advantages import Rewards
 from mapo_kernels.kernels.logprobs import scale_kernel, token_loss_kernel
 from mapo_kernels.kernels.token import Common, Tokens
+from mapo_kernels.launch.direct import Direct
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+_token_loss, _scale = Direct(token_loss_kernel), Direct(scale_kernel)
 
 
 class _Counters:
@@ -77,7 +86,7 @@ def rewards_of(groups: GroupInputs | None) -> tuple[Rewards, int, int]:
     rewards = Rewards(*[contiguous(x) for x in (groups.rewards, groups.success, groups.group_ids)])
     if groups.group_ids is not None:
         return rewards, 1, config.ADVANTAGES.match_block
-    return rewards, groups.group_size, triton.next_power_of_2(groups.group_size)
+    return rewards, groups.group_size, next_power_of_2(groups.group_size)
 
 
 def tokens_of(inputs: Batch) -> tuple[Tokens, torch.Tensor | None]:
@@ -131,7 +140,7 @@ def launch_token_loss(
     tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     with on_device_of(logprobs):
-        token_loss_kernel[(n_programs,)](
+        _token_loss[(n_programs,)](
             logprobs.contiguous(),
             tokens,
             advantages,
@@ -171,4 +180,4 @@ def launch_scale(
     if n:
         with on_device_of(grad):
             block = config.LOGPROBS.scale_block
-            scale_kernel[(-(-n // block),)](grad, upstream, results, out, n, BLOCK=block)
+            _scale[(-(-n // block),)](grad, upstream, results, out, n, BLOCK=block)
