@@ -46,11 +46,12 @@ class Logprobs:
         short_threads: the same where sequences have at most `short_length` tokens on average.
         short_length: see there.
         tokens_per_thread: 16 bytes of float32.
-        programs: of `threads` each, at the most, that share the sequences: three for each
-            multiprocessor of an H200, which is as many as it can hold.
+        multiprocessors: that share the sequences, each with as many programs as it can hold; an
+            H200 has so many.
         partials_per_thread: sums of other programs that a thread of the last one adds per step.
         registers: per thread; left to itself the compiler takes a third more.
-        packed_registers: the same of packed sequences, whose tokens are read one by one.
+        unaligned_registers: the same where tokens are read one by one: in packed sequences, and in
+            padded ones of a length that is no multiple of 16.
         scale_block: tokens per program of the backward launch.
     """
 
@@ -58,10 +59,10 @@ class Logprobs:
     short_threads: int = 64
     short_length: int = 256
     tokens_per_thread: int = 4
-    programs: int = 396
+    multiprocessors: int = 132
     partials_per_thread: int = 16
-    registers: int = 72
-    packed_registers: int = 96
+    registers: int = 80
+    unaligned_registers: int = 96
     scale_block: int = 1024
 
 

@@ -52,14 +52,14 @@ class _Counters:
 counters = _Counters()
 
 
-def _programs(n_sequences: int, n_tokens: int, block: int, spec: LossSpec) -> tuple[int, int]:
-    """Programs, and how many of them share a sequence: 1 where that needs its mean first."""
-    tuning = config.LOGPROBS
-    # As many threads in all, whatever the size of a program.
-    most = tuning.programs * (tuning.threads * tuning.tokens_per_thread // block)
+def _programs(n_sequences: int, n_blocks: int, most: int, spec: LossSpec) -> tuple[int, int]:
+    """Programs, and how many of them share a sequence: 1 where that needs its mean first.
+
+    `n_blocks` is what a sequence takes on average, `most` what a GPU can hold.
+    """
     splits = 1
     if spec.importance_level != "sequence":
-        splits = max(1, min(-(-n_tokens // (n_sequences * block)), most // n_sequences))
+        splits = max(1, min(n_blocks, most // n_sequences))
     # As many turns for each program, or one less for some.
     turns = -(-n_sequences * splits // most)
     return -(-n_sequences // turns) * splits, splits
@@ -134,8 +134,11 @@ def launch_token_loss(
     tuning = config.LOGPROBS
     is_short = logprobs.numel() <= tuning.short_length * n_sequences
     threads = tuning.short_threads if is_short else tuning.threads
-    block = threads * tuning.tokens_per_thread
-    n_programs, n_splits = _programs(n_sequences, logprobs.numel(), block, spec)
+    is_aligned = inputs.cu_seqlens is None and length % 16 == 0
+    room = tuning.registers if is_aligned else tuning.unaligned_registers
+    n_blocks = -(-logprobs.numel() // (n_sequences * threads * tuning.tokens_per_thread))
+    most = tuning.multiprocessors * ((1 << 16) // (threads * room))
+    n_programs, n_splits = _programs(n_sequences, n_blocks, most, spec)
     tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     with on_device_of(logprobs):
@@ -163,7 +166,7 @@ def launch_token_loss(
             # The default is about to change, and the kernel's instruction budget counts on it.
             enable_fp_fusion=True,
             num_warps=threads // warp_size(),
-            **registers(tuning.registers if inputs.cu_seqlens is None else tuning.packed_registers),
+            **registers(room),
         )
 
 

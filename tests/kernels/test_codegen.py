@@ -64,7 +64,8 @@ def is_wide(name):
         "odd vocabulary",
     ]
     + ["entropy bonus", "logits, sequence level", "packed logits"]
-    + ["hidden chunk", "hidden chunk, entropy bonus", "split rows"],
+    + ["hidden chunk", "hidden chunk, entropy bonus", "hidden chunk, softcap", "split rows"]
+    + ["many rows", "many packed rows"],
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_leaves_the_registers(target, case):
@@ -89,7 +90,9 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(target):
 
 
 def longest(kernel):
-    return max(loop["instructions"] for loop in kernel["loops"])
+    """Instructions of the loop over a sequence's tokens: that over sequences has barriers."""
+    loops = [x for x in kernel["loops"] if x["exponentials"] and x["stores"] == 1]
+    return max(x["instructions"] for x in loops)
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -97,7 +100,8 @@ def test_arithmetic_budget_of_the_loss(target):
     """On an H200 13 bytes of memory traffic take as long as about 90 instructions of one token."""
     (loss,) = compile_case(target, "clip")["kernels"]["token_loss_kernel"]
     assert loss["exponentials"] <= 5 * TOKENS_PER_THREAD
-    assert longest(loss) <= 130 * TOKENS_PER_THREAD
+    assert longest(loss) <= 123 * TOKENS_PER_THREAD
+    assert loss["registers"] <= 80
     (plain,) = compile_case(target, "no reference")["kernels"]["token_loss_kernel"]
     assert plain["exponentials"] <= 2 * TOKENS_PER_THREAD
     assert longest(plain) <= 90 * TOKENS_PER_THREAD
@@ -169,6 +173,27 @@ def test_budgets_of_the_two_passes_over_a_row(target):
         assert loop["barriers"] == 0 and loop["wide_loads"] == TILES
     for kernel in (score, loss, bonus):
         assert not any("16" in name for name in kernel["accesses"] if name.startswith("LDG.E.EL"))
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_budget_of_what_every_warp_executes_once_a_row(target):
+    """16 warps do it for 152064 logits: at 500 instructions 5% of what the two passes take."""
+    (many,) = compile_case(target, "many rows")["scalar"]
+    assert many["before"] <= 150 and many["between"] <= 400 and many["after"] <= 40
+    assert 16 * sum(many.values()) <= 8600
+    few = compile_case(target, "logits")["scalar"][0]
+    assert few["before"] <= 150 and few["between"] <= 440 and few["after"] <= 60
+
+
+def test_many_rows_are_three_launches_and_the_rescaling():
+    for case in ("many rows", "many packed rows"):
+        launches = compile_case("sm_90", case)["launches"]
+        assert launches == [
+            "prepare_kernel",
+            "logits_loss_kernel",
+            "finish_kernel",
+            "rescale_kernel",
+        ]
 
 
 @pytest.mark.parametrize("target", TARGETS)
