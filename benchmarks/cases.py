@@ -1,167 +1,196 @@
-"""Which cases are measured: quick on any machine, gpu in minutes on one, full for all of them."""
+"""What is measured: the batches of RL training steps, and which of them a suite has."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-
-from .shapes import GROUP_SIZES, HEADS, NO_HEAD, NO_SIGNAL, PADDING, Batch, Head
 
 SUITES = ("quick", "gpu", "full")
 MAPO, GRPO = "advantages, MAPO", "advantages, GRPO"
 LOGPROBS, LOGITS, SCORING, HIDDEN = "log-probs", "logits", "scoring logits", "hidden states"
-NAMES = (MAPO, GRPO, LOGPROBS, LOGITS, SCORING, HIDDEN)
-STEPS = ("both", "forward", "backward")
+LEVELS = (MAPO, GRPO, LOGPROBS, LOGITS, SCORING, HIDDEN)
 BF16 = torch.bfloat16
+# Spread of answer lengths: a heavy tail up to the limit, as reasoning models have.
+LENGTH_SIGMA = 0.6
+
+
+class Head(NamedTuple):
+    """An lm_head: hidden size H, vocabulary V, Gemma's cap on logits where there is one."""
+
+    name: str
+    width: int
+    vocab: int
+    softcap: float | None = None
+
+
+NO_HEAD = Head("", 0, 0)  # of levels without a vocabulary
+LAPTOP = Head("laptop", 256, 32000)
+CAPPED_LAPTOP = Head("laptop with softcap", 256, 32000, softcap=30.0)
+QWEN3 = Head("Qwen3-0.6B", 1024, 151936)
+QWEN2 = Head("Qwen2.5-7B", 3584, 152064)
+LLAMA = Head("Llama-3-8B", 4096, 128256)
+GEMMA = Head("Gemma-2-9B", 3584, 256000, softcap=30.0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One level at one shape; `directions` of score, forward, backward, both; `sweep` is its plot.
+    """One level at one shape: B answers padded to T tokens, in groups of G.
 
-    `compile` is whether providers that compile take part.
+    `padding` and `no_signal` are shares: of padding, and of silent groups, whose rewards are all
+    equal and whose tokens change nothing. `sweep` is the plot that shows the case.
     """
 
     level: str
-    batch: Batch
+    n_sequences: int
+    length: int = 1
+    group_size: int = 16
+    padding: float = 0.0
+    no_signal: float = 0.0
     head: Head = NO_HEAD
     dtype: torch.dtype = torch.float32
-    directions: tuple[str, ...] = ("both",)
     sweep: str = "tokens"
-    compile: bool = True
 
     @property
-    def shape(self) -> str:
-        """The case's name for people."""
-        batch = self.batch
-        size = f"{batch.n_sequences}" + (f" x {batch.length}" if batch.length > 1 else "")
-        head = f", {self.head.name}" if self.head.name else ""
-        return f"{size}{head}, {self.dtype_name}"
+    def direction(self) -> str:
+        """What is timed: a score without gradients, or both forward and backward."""
+        return "score" if self.level in (MAPO, GRPO, SCORING) else "both"
+
+    @property
+    def tokens(self) -> int:
+        """Positions, padding included."""
+        return self.n_sequences * self.length
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def shape(self) -> str:
+        """The case's name for people."""
+        size = f"{self.n_sequences}" + (f" x {self.length}" if self.length > 1 else "")
+        return ", ".join(filter(None, (size, self.head.name, self.dtype_name)))
+
     def tiny(self) -> Case:
         """The same case with a few tokens and words, for Triton's interpreter."""
-        head = self.head if self.head is NO_HEAD else replace(self.head, width=16, vocab=50)
-        return replace(self, batch=self.batch.tiny(), head=head)
+        head = self.head if self.head is NO_HEAD else self.head._replace(width=16, vocab=50)
+        length = min(self.length, 3)
+        return replace(self, n_sequences=2 * self.group_size, length=length, head=head)
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long one measurement may take, in seconds, and how many samples it has."""
+def answer_lengths(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """Lengths [B] in 1..T: log-normal, cut at T, whose mean leaves the case's padding."""
+    if case.padding == 0:
+        return torch.full((case.n_sequences,), case.length)
+    quantiles = (torch.arange(case.n_sequences) + 0.5) / case.n_sequences
+    spread = torch.exp(LENGTH_SIGMA * torch.special.ndtri(quantiles.double()))
 
-    seconds: float = 0.3
-    least: int = 5
-    most: int = 50
+    def scaled(log_scale: int) -> torch.Tensor:
+        return (spread * math.exp(log_scale / 1000)).clamp(1, case.length)
+
+    wanted = (1 - case.padding) * case.length
+    found = bisect_left(range(30_000), wanted, key=lambda x: float(scaled(x).mean()))
+    order = torch.randperm(case.n_sequences, generator=generator)
+    return scaled(found).round().long()[order]
 
 
-def advantages(powers: tuple[int, ...]) -> list[Case]:
-    return [
-        Case(level, Batch(1 << power, 1), directions=("score",))
-        for level in (MAPO, GRPO)
-        for power in powers
-    ]
+def draw_rewards(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """Rewards [B] of 0 and 1, groups contiguous: the case's share silent, the others mixed."""
+    n_groups, size = case.n_sequences // case.group_size, case.group_size
+    successes = torch.randint(1, size, (n_groups, 1), generator=generator)
+    found = (torch.arange(size) < successes).float()
+    silent = torch.randperm(n_groups, generator=generator)[: round(case.no_signal * n_groups)]
+    found[silent] = (silent % 2).float()[:, None].expand(-1, size)
+    return found.flatten()
+
+
+def advantages(*powers: int) -> list[Case]:
+    return [Case(level, 1 << power) for level in (MAPO, GRPO) for power in powers]
 
 
 def logprobs(*sizes: tuple[int, int]) -> list[Case]:
-    batches = [Batch(*size, padding=0.5, no_signal=0.3) for size in sizes]
-    return [Case(LOGPROBS, batch, directions=STEPS) for batch in batches]
+    return [Case(LOGPROBS, *size, padding=0.5, no_signal=0.3) for size in sizes]
 
 
-def policy(level: str, n: int, lengths: tuple[int, ...], head: str, **more) -> list[Case]:
+def policy(level: str, n: int, lengths: tuple[int, ...], head: Head, **more: Any) -> list[Case]:
     """Micro-batches of `n` sequences, half padding, a third without signal."""
-    return [Case(level, Batch(n, t, 8, 0.5, 0.3), HEADS[head], **more) for t in lengths]
+    return [Case(level, n, length, 8, 0.5, 0.3, head, **more) for length in lengths]
 
 
-def in_steps(cases: list[Case]) -> list[Case]:
-    """The last case forward and backward too."""
-    return [*cases[:-1], replace(cases[-1], directions=STEPS)]
-
-
-def live(case: Case, shares: tuple[float, ...]) -> list[Case]:
+def live(case: Case, *shares: float) -> list[Case]:
     """The case with every position in the mask and shares of its sequences without signal."""
-    batches = [replace(case.batch, padding=0.0, no_signal=share) for share in shares]
-    return [replace(case, batch=batch, directions=("both",), sweep="live") for batch in batches]
+    return [replace(case, padding=0.0, no_signal=share, sweep="live") for share in shares]
 
 
 def quick_cases() -> list[Case]:
-    """Under a minute on two CPU cores; compiling would take longer than all of them."""
-    hidden = policy(HIDDEN, 8, (16, 32), "laptop")
-    cases = [
-        *advantages((10, 14, 18)),
+    """Under a minute on two CPU cores."""
+    hidden = policy(HIDDEN, 8, (16, 32), LAPTOP)
+    return [
+        *advantages(10, 14, 18),
         *logprobs((16, 512), (64, 2048)),
-        *policy(LOGITS, 8, (8, 16, 32), "laptop"),
-        Case(SCORING, Batch(8, 16), HEADS["laptop"], directions=("score",)),
+        *policy(LOGITS, 8, (8, 16, 32), LAPTOP),
+        Case(SCORING, 8, 16, head=LAPTOP),
         *hidden,
-        *live(hidden[0], (0.0, 0.5)),
+        *live(hidden[0], 0.0, 0.5),
     ]
-    return [replace(case, compile=False) for case in cases]
 
 
 def cpu_cases() -> list[Case]:
     """Minutes on a CPU: larger batches, bfloat16, every share of silent groups, softcap."""
-    logits = policy(LOGITS, 16, (4, 8, 16, 32), "laptop")
-    hidden = policy(HIDDEN, 16, (16, 32, 64, 128), "laptop")
+    logits = policy(LOGITS, 16, (4, 8, 16, 32), LAPTOP)
+    hidden = policy(HIDDEN, 16, (16, 32, 64, 128), LAPTOP)
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    scoring = [Case(SCORING, Batch(16, t), HEADS["laptop"]) for t in (8, 32)]
     return [
-        *advantages((10, 14, 18, 22)),
+        *advantages(10, 14, 18, 22),
         *logprobs((16, 512), (64, 2048), (1024, 4096)),
-        *in_steps(logits),
+        *logits,
         replace(logits[-1], dtype=BF16, sweep="dtype"),
-        *live(logits[-2], shares),
-        *[replace(case, directions=("score",)) for case in scoring],
-        *in_steps(hidden),
-        *live(hidden[-2], shares),
-        *policy(HIDDEN, 16, (64,), "laptop with softcap", sweep="heads"),
+        *live(logits[-2], *shares),
+        *[Case(SCORING, 16, length, head=LAPTOP) for length in (8, 32)],
+        *hidden,
+        *live(hidden[-2], *shares),
+        *policy(HIDDEN, 16, (64,), CAPPED_LAPTOP, sweep="heads"),
     ]
 
 
 def gpu_cases() -> list[Case]:
     """Minutes on one H200: the heads of production models, 131k and 4M log-probs."""
-    logits = policy(LOGITS, 16, (128, 256, 512), "Qwen2.5-7B", dtype=BF16)
-    hidden = policy(HIDDEN, 16, (256, 512, 1024), "Qwen3-0.6B", dtype=BF16)
+    logits = policy(LOGITS, 16, (128, 256, 512), QWEN2, dtype=BF16)
+    hidden = policy(HIDDEN, 16, (256, 512, 1024), QWEN3, dtype=BF16)
     shares = (0.0, 0.3, 0.6, 1.0)
-    heads = {"dtype": BF16, "sweep": "heads"}
+    heads: dict[str, Any] = {"dtype": BF16, "sweep": "heads"}
     return [
-        *advantages((10, 14, 18, 22)),
+        *advantages(10, 14, 18, 22),
         *logprobs((64, 2048), (1024, 4096)),
-        *in_steps(logits),
-        *live(logits[-1], shares),
-        *policy(LOGITS, 16, (512,), "Llama-3-8B", **heads),
-        *policy(LOGITS, 16, (256,), "Qwen2.5-7B", sweep="dtype"),
-        Case(SCORING, Batch(16, 512), HEADS["Qwen2.5-7B"], BF16, directions=("score",)),
-        *in_steps(hidden),
-        *live(hidden[-2], shares),
-        *policy(HIDDEN, 16, (512,), "Qwen2.5-7B", **heads),
-        *policy(HIDDEN, 16, (512,), "Llama-3-8B", **heads),
-        *policy(HIDDEN, 16, (512,), "Gemma-2-9B", **heads),
+        *logits,
+        *live(logits[-1], *shares),
+        *policy(LOGITS, 16, (512,), LLAMA, **heads),
+        *policy(LOGITS, 16, (256,), QWEN2, sweep="dtype"),
+        Case(SCORING, 16, 512, head=QWEN2, dtype=BF16),
+        *hidden,
+        *live(hidden[-2], *shares),
+        *policy(HIDDEN, 16, (512,), QWEN2, **heads),
+        *policy(HIDDEN, 16, (512,), LLAMA, **heads),
+        *policy(HIDDEN, 16, (512,), GEMMA, **heads),
     ]
 
 
-def full_gpu_cases() -> list[Case]:
-    """All of `gpu_cases`, and every group size, padding and share of silent groups."""
-    batches = [
-        Batch(48, 256, size, padding, share)
-        for size in GROUP_SIZES
-        for padding in PADDING
-        for share in NO_SIGNAL
-    ]
-    return [
-        *gpu_cases(),
-        *logprobs(*[(1 << power, 2048) for power in (5, 7, 9, 11)]),
-        *[Case(LOGITS, b, HEADS["Qwen2.5-7B"], BF16, sweep="batches") for b in batches],
-        *[Case(HIDDEN, b, HEADS["Qwen3-0.6B"], BF16, sweep="batches") for b in batches],
-    ]
-
-
-def cases_of(suite: str, device: torch.device) -> tuple[list[Case], Effort]:
-    """The cases of a suite on a device, and how long each measurement may take."""
+def cases_of(suite: str, on_gpu: bool) -> list[Case]:
+    """The cases of a suite on a GPU or a CPU."""
     if suite == "quick":
-        return quick_cases(), Effort(0.1, least=3)
-    if suite == "gpu":
-        return gpu_cases(), Effort(0.2)
-    return (full_gpu_cases() if device.type == "cuda" else cpu_cases()), Effort(0.3)
+        return quick_cases()
+    return gpu_cases() if on_gpu or suite == "gpu" else cpu_cases()
+
+
+class Effort(NamedTuple):
+    """How long one measurement may take, in seconds, and how many samples it has."""
+
+    seconds: float
+    least: int = 5
+    most: int = 50
+
+
+EFFORTS = {"quick": Effort(0.1, least=3), "gpu": Effort(0.2), "full": Effort(0.3)}

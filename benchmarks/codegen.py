@@ -11,17 +11,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from mapo_kernels import config
+from mapo_kernels.config import LOGITS
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """What bounds a kernel, by its data sheet: TB/s, multiprocessors, boost clock in GHz."""
 
     name: str
@@ -46,66 +41,51 @@ GPUS = (
     Gpu("H200", "sm_90", 4.8, 132, 1.98),
     Gpu("B200", "sm_100", 8.0, 148, 1.97),
 )
-# What a thread handles in one turn of its loop: bfloat16 logits, tokens.
-BF16_STEP, TOKEN_STEP = 8 * config.LOGITS.tiles, 4
 
 
-def main_loop(kernel: dict[str, Any], stores: int, step: int) -> dict[str, Any]:
-    """The unmasked loop over a row: wide loads, that many stores, the fewest instructions."""
-    found = [
+class Part(NamedTuple):
+    """What is read of a kernel: code that a thread runs for `elements` of `nbytes` bytes each.
+
+    `stores` names its loops by how often they store; without it is all of the kernel.
+    """
+
+    kernel: str
+    title: str
+    element: str
+    nbytes: int
+    elements: int
+    stores: tuple[int, ...] = ()
+
+    def work(self, found: dict[str, Any]) -> dict[str, float]:
+        """Instructions, exponentials and bytes of one element, of a kernel's `report`."""
+        loops = [_main_loop(found, stores, self.elements) for stores in self.stores] or [found]
+        names = ("instructions", "exponentials")
+        counts = {name: sum(loop[name] for loop in loops) / self.elements for name in names}
+        return counts | {"bytes": self.nbytes}
+
+
+def _main_loop(found: dict[str, Any], stores: int, elements: int) -> dict[str, Any]:
+    """The unmasked loop: wide loads, that many stores, the fewest instructions."""
+    wide = [
         loop
-        for loop in kernel["loops"]
-        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= step
+        for loop in found["loops"]
+        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= elements
     ]
-    return min(found, key=lambda loop: loop["instructions"])
+    return min(wide, key=lambda loop: loop["instructions"])
 
 
-def _element(loop: dict[str, Any], step: int, nbytes: float) -> dict[str, float]:
-    return {
-        "instructions": loop["instructions"] / step,
-        "exponentials": loop["exponentials"] / step,
-        "bytes": nbytes,
-    }
-
-
-def _pass(kernel: dict[str, Any], stores: int) -> dict[str, float]:
-    return _element(main_loop(kernel, stores, BF16_STEP), BF16_STEP, 2)
-
-
-def _row_passes(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The fused loss from bfloat16 logits: two passes, of which only one reaches memory."""
-    first, second = _pass(kernel, stores=0), _pass(kernel, stores=config.LOGITS.tiles)
-    both = {name: first[name] + second[name] for name in first}
-    return {"statistics pass": first, "gradient pass": second, "both passes": both}
-
-
-def _tokens(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The loss from log-probs: logp, old, mask read and the gradient written."""
-    longest = max(kernel["loops"], key=lambda loop: loop["instructions"])
-    return {"a token": _element(longest, TOKEN_STEP, 13)}
-
-
-def _whole(kernel: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """A kernel without a loop over elements: all its code, by the float32 numbers it stores."""
-    width = {"64": 2, "128": 4}
-    stored = sum(
-        n * width.get(name.rpartition(".")[2], 1)
-        for name, n in kernel["accesses"].items()
-        if name.startswith("STG")
-    )
-    return {"a reward": _element(kernel, stored, 8)}
-
-
-# What is read of each kernel.
-READERS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, dict[str, float]]]]] = {
-    "advantages_kernel": ("group advantages, groups of 16", _whole),
-    "token_loss_kernel": ("loss from float32 log-probs", _tokens),
-    "score_kernel": (
-        "log-probs of bfloat16 logits",
-        lambda kernel: {"statistics pass": _pass(kernel, stores=0)},
-    ),
-    "logits_loss_kernel": ("loss from bfloat16 logits", _row_passes),
-}
+# A thread has 4 rewards or tokens, or the tiles of a step, each of 8 bfloat16 logits and one store.
+# Of the two passes of a loss over a row, one reads memory and the other writes it. A token is 13
+# bytes: logp, old, mask and gradient.
+ROW, STORES = 8 * LOGITS.tiles, LOGITS.tiles
+PARTS = (
+    Part("advantages_kernel", "group advantages, groups of 16", "a reward", 8, 4),
+    Part("token_loss_kernel", "loss from float32 log-probs", "a token", 13, 4, (1,)),
+    Part("score_kernel", "log-probs of bfloat16 logits", "statistics pass", 2, ROW, (0,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "statistics pass", 2, ROW, (0,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "gradient pass", 2, ROW, (STORES,)),
+    Part("logits_loss_kernel", "loss from bfloat16 logits", "both passes", 4, ROW, (0, STORES)),
+)
 # What `bench codegen` shows of a row, by heading.
 COLUMNS = {
     "GPU": "{gpu}",
@@ -121,50 +101,42 @@ COLUMNS = {
 }
 
 
-def _launch_all() -> None:
-    """One call of each level on small tensors; nothing runs, everything is compiled."""
-    from .cases import BF16, LOGITS, LOGPROBS, MAPO, Case
-    from .harness import evaluate
-    from .levels import LEVELS, OURS
-    from .shapes import HEADS, Batch
-
-    for case, direction in (
-        (Case(MAPO, Batch(1 << 14, 1)), "score"),
-        (Case(LOGPROBS, Batch(16, 1024, 8)), "both"),
-        (Case(LOGITS, Batch(16, 1, 8), HEADS["Qwen2.5-7B"], BF16), "both"),
-    ):
-        level = LEVELS[case.level]
-        inputs = level.make(case, torch.Generator(), torch.device("cpu"))
-        evaluate(level.providers[OURS], inputs, direction)
-
-
 def compile_here(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture; changes Triton for the whole process."""
+    import torch
+
+    from . import cases
+    from .cases import Case
+    from .harness import work_of
+    from .levels import draw
     from .machine_code import compile_launches, report
+    from .providers import OURS, PROVIDERS
 
     compiled = compile_launches(target)
-    _launch_all()
-    rows = []
-    for name, kernel in {name: kernel for name, kernel in compiled if name in READERS}.items():
-        title, read = READERS[name]
-        found = report(kernel)
-        for part, work in read(found).items():
-            rows.append(
-                {"kernel": title, "part": part, "target": target, **work}
-                | {key: found[key] for key in ("registers", "stack", "spills")}
-            )
-    return rows
+    # One call of each level on small tensors; nothing runs, everything is compiled.
+    for case in (
+        Case(cases.MAPO, 1 << 14),
+        Case(cases.LOGPROBS, 16, 1024, 8),
+        Case(cases.LOGITS, 16, 1, 8, head=cases.QWEN2, dtype=cases.BF16),
+    ):
+        inputs = draw(case, torch.device("cpu"))
+        work_of(PROVIDERS[case.level][OURS], [inputs], case.direction)()
+    reports = {name: report(kernel) for name, kernel in compiled}
+    same = ("registers", "stack", "spills")
+    return [
+        {"kernel": part.title, "part": part.element, "target": target}
+        | {name: reports[part.kernel][name] for name in same}
+        | part.work(reports[part.kernel])
+        for part in PARTS
+    ]
 
 
 def compile_for(target: str) -> list[dict[str, Any]]:
     """Rows of the table for one architecture, compiled in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = (
-        f"import json; from {__name__} import compile_here as f; print(json.dumps(f({target!r})))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    code = f"import json; from {__name__} import *; print(json.dumps(compile_here('{target}')))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

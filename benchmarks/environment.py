@@ -1,9 +1,12 @@
-"""What a number depends on; and nothing about whose machine it was."""
+"""What a number depends on, and nothing about whose machine it was; the device's parity tests."""
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,14 @@ import torch
 import mapo_kernels
 from mapo_kernels.doctor import versions
 
+ROOT = Path(__file__).parents[1]
 GPU_STATE = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def output_of(*command: str) -> str | None:
     """What a command prints, or None where it is missing or fails."""
-    folder = Path(__file__).parent
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=folder)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -36,24 +39,38 @@ def gpu_state() -> dict[str, str] | None:
 
 
 def device_name() -> str:
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    )
+    has_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if has_gpu else f"{platform.machine()} CPU"
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
     """Versions, device, backend and commit; `commit` stands in where git knows none."""
     known = output_of("git", "rev-parse", "HEAD")
-    processors = None
-    if torch.cuda.is_available():
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
-        "multiprocessors": processors,
         "commit": known or commit,
         "dirty": bool(output_of("git", "status", "--porcelain")) if known else None,
         "backend": mapo_kernels.describe_backend(),
         "versions": versions(),
         "gpu_state": gpu_state(),
+    }
+
+
+def parity_tests() -> dict[str, Any] | None:
+    """Run the GPU's parity tests; None where the tests are not beside this package."""
+    if not (ROOT / "tests/conftest.py").exists():
+        return None
+    print("parity tests on the device", flush=True)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
+    return {
+        "passed": done.returncode == 0,
+        "summary": lines[-1],
+        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))][:50],
+        "seconds": time.perf_counter() - began,
     }

@@ -1,9 +1,8 @@
-"""Plots of a result file: time, memory, share of the roof, speed-up, and dead tokens."""
+"""Plots of a result file: time over ours at the largest shapes, and against dead tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,26 @@ from matplotlib.figure import Figure
 
 from mapo_kernels.files import write_figure
 
-from .levels import COMPILED, OURS, PLAIN
-from .report import Row, ours_of, times
+from .providers import COMPILED, OURS, PLAIN
+from .report import WHOLE_STEPS, Row, by_case, times
 
 # Colours that people with any colour vision tell apart; ours is the dark one.
-STYLE = {
-    OURS: ("#000000", "o"),
-    "mapo_kernels in place": ("#555555", "s"),
-    "torch.compile of mapo_kernels": ("#999999", "D"),
-    PLAIN: ("#0072B2", "^"),
-    COMPILED: ("#56B4E9", "v"),
-    "TRL": ("#D55E00", "P"),
-    "Liger": ("#009E73", "X"),
-    "verl": ("#CC79A7", "*"),
-    "cut-cross-entropy": ("#E69F00", "d"),
-    "authors' loop": ("#F0E442", "p"),
+COLOURS = {
+    OURS: "#000000",
+    "mapo_kernels in place": "#555555",
+    COMPILED + OURS: "#999999",
+    PLAIN: "#0072B2",
+    COMPILED + PLAIN: "#56B4E9",
+    "TRL": "#D55E00",
+    "Liger": "#009E73",
+    "verl": "#CC79A7",
+    "cut-cross-entropy": "#E69F00",
+    "authors' loop": "#F0E442",
 }
-TOKENS = "tokens (rewards, for advantages)"
-LIVE = "share of tokens alive"
 
 
-def _lines(rows: list[Row], x: str, y: Callable[[Row], float | None], label: str) -> Figure | None:
+def _time_against_live(rows: list[Row]) -> Figure | None:
     """A panel a level, a line a provider; None where there is nothing to draw."""
-    rows = [row for row in rows if y(row) is not None]
     levels = list(dict.fromkeys(row["level"] for row in rows))
     if not levels:
         return None
@@ -43,20 +39,14 @@ def _lines(rows: list[Row], x: str, y: Callable[[Row], float | None], label: str
     drawn = {}
     for i, level in enumerate(levels):
         axis = figure.add_subplot(lines, columns, i + 1)
-        for provider, (color, marker) in STYLE.items():
+        for provider, colour in COLOURS.items():
             of_it = [row for row in rows if (row["level"], row["provider"]) == (level, provider)]
-            points = sorted((row[x], y(row)) for row in of_it)
+            points = sorted((row["live"], row["median_ms"]) for row in of_it)
             if points:
-                (drawn[provider],) = axis.plot(
-                    *zip(*points, strict=True), color=color, marker=marker
-                )
-        axis.set(title=level, xlabel=TOKENS if x == "tokens" else LIVE, ylabel=label)
-        if x == "tokens":
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-        else:
-            axis.set(xlim=(-0.03, 1.03), ylim=(0, None))
-        axis.grid(alpha=0.3, which="both")
+                (drawn[provider],) = axis.plot(*zip(*points, strict=True), color=colour, marker="o")
+        axis.set(title=level, xlabel="share of tokens alive", ylabel="ms")
+        axis.set(xlim=(-0.03, 1.03), ylim=(0, None))
+        axis.grid(alpha=0.3)
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=4)
     return figure
 
@@ -66,18 +56,18 @@ def _speed_up(rows: list[Row]) -> Figure | None:
     largest: dict[str, int] = {}
     for row in rows:
         largest[row["level"]] = max(row["tokens"], largest.get(row["level"], 0))
-    bars = []
-    for row in rows:
-        ours = ours_of(row, rows)
-        if ours and row["provider"] != OURS and row["tokens"] == largest[row["level"]]:
-            name = f"{row['level']}, {row['shape']}: {row['provider']}"
-            bars.append((name, times(row, ours), STYLE[row["provider"]][0]))
+    bars = [
+        (f"{row['level']}, {row['shape']}: {name}", times(row, found[OURS]), COLOURS[name])
+        for found in by_case(rows)
+        for name, row in found.items()
+        if name != OURS and row["tokens"] == largest[row["level"]]
+    ]
     if not bars:
         return None
     figure = Figure(figsize=(10, 0.9 + 0.3 * len(bars)), layout="constrained")
     axis = figure.add_subplot()
-    names, values, colors = zip(*reversed(bars), strict=True)
-    axis.bar_label(axis.barh(names, values, color=colors), fmt="%.2f", padding=3)
+    names, values, colours = zip(*reversed(bars), strict=True)
+    axis.bar_label(axis.barh(names, values, color=colours), fmt="%.2f", padding=3)
     axis.axvline(1, color="black", linewidth=1)
     axis.set(xscale="log", xlabel="time over the time of mapo_kernels (right of 1: ours is faster)")
     axis.margins(x=0.15, y=0.01)
@@ -87,27 +77,10 @@ def _speed_up(rows: list[Row]) -> Figure | None:
 
 def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write the plots of a result file as PNG; returns their paths."""
-    # Of whole steps that were measured.
-    ways = ("both", "score")
-    rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in ways]
-    live = [row for row in rows if row["sweep"] == "live"]
-    rows = [row for row in rows if row["sweep"] == "tokens"]
-
-    def time(row: Row) -> float:
-        return row["median_ms"]
-
-    def memory(row: Row) -> float | None:
-        return row["peak_bytes"] / 1e6 if row["peak_bytes"] else None
-
-    def share(row: Row) -> float:
-        return row["percent_of_roof"]
-
+    rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in WHOLE_STEPS]
     figures = {
-        "time_against_tokens": _lines(rows, "tokens", time, "ms"),
-        "memory_against_tokens": _lines(rows, "tokens", memory, "peak MB"),
-        "percent_of_roof": _lines(rows, "tokens", share, "% of the roof"),
-        "speed_up": _speed_up(rows),
-        "time_against_live": _lines(live, "live", time, "ms"),
+        "speed_up": _speed_up([row for row in rows if row["sweep"] == "tokens"]),
+        "time_against_live": _time_against_live([row for row in rows if row["sweep"] == "live"]),
     }
     where = found["environment"]
     caption = f"{where['device']}, commit {(where['commit'] or 'unknown')[:9]}"

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from .levels import OURS
+from .providers import OURS
 
 Row = dict[str, Any]
 CASE = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
+# A provider may do backward's work in forward, which earlier files time apart.
+WHOLE_STEPS = ("both", "score")
 
 
-class Table(NamedTuple):
-    """A heading for each column, and rows of cells."""
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (heads, *lines))
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
 
-    heads: list[str]
-    lines: list[list[str]]
 
-
-def ours_of(row: Row, rows: list[Row]) -> Row | None:
-    """Our row of the same case and direction, if it was measured."""
-    for other in rows:
-        if other["provider"] == OURS and all(other[key] == row[key] for key in CASE):
-            return other if other["status"] == "ok" else None
-    return None
+def by_case(rows: list[Row]) -> list[dict[str, Row]]:
+    """The whole steps of each case in which ours was measured, by provider."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["direction"] in WHOLE_STEPS:
+            cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
+    return [found for found in cases.values() if found.get(OURS, {}).get("status") == "ok"]
 
 
 def times(row: Row, ours: Row) -> float:
@@ -30,11 +33,10 @@ def times(row: Row, ours: Row) -> float:
 
     Where one is a graph's replay and the other is not, both are as launched from Python.
     """
-    if (row.get("timer") == "graph") == (ours.get("timer") == "graph"):
-        return row["median_ms"] / ours["median_ms"]
-    return (row.get("launched_ms") or row["median_ms"]) / (
-        ours.get("launched_ms") or ours["median_ms"]
-    )
+    key = "median_ms"
+    if (row.get("timer") == "graph") != (ours.get("timer") == "graph"):
+        key = "launched_ms"
+    return (row.get(key) or row["median_ms"]) / (ours.get(key) or ours["median_ms"])
 
 
 def megabytes(nbytes: float | None) -> str:
@@ -43,9 +45,9 @@ def megabytes(nbytes: float | None) -> str:
     return f"{nbytes / 1e6:.0f}" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}"
 
 
-def _peer(row: Row, ours: Row) -> str:
+def _peer(row: Row | None, ours: Row) -> str:
     """A peer's cell: its time over ours, its peak memory."""
-    if row["status"] == "unavailable":
+    if row is None or row["status"] == "unavailable":
         return "-"
     if row["status"] != "ok":
         return row["status"]
@@ -53,86 +55,88 @@ def _peer(row: Row, ours: Row) -> str:
     return f"{times(row, ours):.2f}" + (f" ({memory} MB)" if memory else "")
 
 
-def level_table(level: str, rows: list[Row]) -> Table:
+def level_table(level: str, rows: list[Row]) -> str:
     """One level: a row a case, ours in ms, peers as multiples of it."""
-    measured = {row["provider"] for row in rows if row["status"] != "unavailable"}
-    peers = [x for x in dict.fromkeys(row["provider"] for row in rows) if x in measured - {OURS}]
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    # A provider may do backward's work in forward: only whole steps compare.
-    for row in (row for row in rows if row["direction"] in ("both", "score")):
-        cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
+    measured = dict.fromkeys(row["provider"] for row in rows if row["status"] != "unavailable")
+    peers = [name for name in measured if name != OURS]
     lines = []
-    for found in cases.values():
-        ours = found.get(OURS)
-        if ours is not None and ours["status"] == "ok":
-            lines.append(
-                [
-                    ours["shape"],
-                    f"{ours['live']:.0%}",
-                    f"{ours['median_ms']:.3g}",
-                    f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
-                    megabytes(ours["peak_bytes"]),
-                    *[_peer(found[name], ours) if name in found else "-" for name in peers],
-                ]
-            )
-    return Table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
+    for found in by_case(rows):
+        ours = found[OURS]
+        own = [
+            ours["shape"],
+            f"{ours['live']:.0%}",
+            f"{ours['median_ms']:.3g}",
+            f"{ours['percent_of_roof']:.1f}% of {ours['roof']}",
+            megabytes(ours["peak_bytes"]),
+        ]
+        lines.append(own + [_peer(found.get(name), ours) for name in peers])
+    return table([level, "live", f"{OURS}, ms", "of the roof", "peak MB", *peers], lines)
 
 
-def tables(found: Row) -> list[Table]:
-    """A table a level."""
-    levels: dict[str, list[Row]] = {}
-    for row in found["rows"]:
-        levels.setdefault(row["level"], []).append(row)
-    return [level_table(level, rows) for level, rows in levels.items()]
+def host_table(rows: list[Row]) -> str:
+    """What each call costs its caller: a row a call, a column a provider, in microseconds."""
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["status"] == "ok"))
+    calls: dict[str, Row] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            cell = f"{row['median_us']:.3g} ({row['launches']})"
+            calls.setdefault(row["level"], {})[row["provider"]] = cell
+    lines = [[call, *[cells.get(name, "-") for name in names]] for call, cells in calls.items()]
+    return table(["call, us (launches)", *names], lines)
 
 
 def about(found: Row) -> str:
     """Where a result was measured, and what bounds it."""
-    where, roofs = found["environment"], found["roofs"]
-    products = roofs["products_teraflops_per_second"].items()
+    where = found["environment"]
     parts = [
         where["device"],
         f"{where['threads']} threads",
         f"torch {where['versions']['torch']}",
         f"triton {where['versions']['triton']}",
-        f"commit {(where['commit'] or 'unknown')[:9]}{' with changes' if where['dirty'] else ''}"
-        f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s",
-        f"launch {roofs['launch_microseconds']:.2g} us",
-        *[f"products {name} {rate:.3g} TFLOP/s" for name, rate in products],
+        f"commit {(where['commit'] or 'unknown')[:9]}{' with changes' if where['dirty'] else ''}",
     ]
     text = ", ".join(parts)
-    text += ". Medians; peers as multiples of our time, their peak memory in brackets."
+    if found["suite"] == "host":
+        text += ". Medians of what a call takes its caller."
+    else:
+        roofs = found["roofs"]
+        text += f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s"
+        text += f", launch {roofs['launch_microseconds']:.2g} us"
+        for name, rate in roofs["products_teraflops_per_second"].items():
+            text += f", products {name} {rate:.3g} TFLOP/s"
+        text += ". Medians; peers as multiples of our time, their peak memory in brackets."
     if not found.get("finished", True):
         text += " The run was cut short: rows are missing."
     if found["dry_run"]:
-        text += " Dry run: tiny shapes, interpreted kernels; the times mean nothing."
+        text += " Dry run: the times mean nothing."
     return text
 
 
 def notes(found: Row) -> list[str]:
     """What was not measured, and why: a sentence each."""
-    absent: dict[str, None] = {}  # in order, each once
-    bad: dict[str, None] = {}
+    bad, absent = [], []
     for row in found["rows"]:
         if row["status"] == "unavailable":
-            absent[f"{row['level']}: {row['provider']}: {row['reason']}"] = None
+            absent.append(f"{row['level']}: {row['provider']}: {row['reason']}")
         elif row["status"] != "ok":
             error = row.get("error")
             off = "" if error is None else f" (relative error {error:.1e})"
-            case = f"{row['level']}, {row['shape']}, {row['direction']}"
-            bad[f"{case}: {row['provider']}: {row['status']}, {row['reason']}{off}"] = None
-    found_notes = [("Wrong or failed", bad), ("Not measured", absent)]
-    return [f"{title}: {'; '.join(lines)}." for title, lines in found_notes if lines]
+            case = ", ".join(row[key] for key in ("level", "shape", "direction") if key in row)
+            bad.append(f"{case}: {row['provider']}: {row['status']}, {row['reason']}{off}")
+    titles = {"Wrong or failed": bad, "Not measured": absent}
+    return [f"{x}: {'; '.join(dict.fromkeys(lines))}." for x, lines in titles.items() if lines]
 
 
 def markdown(found: Row) -> str:
     """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
-    blocks = [about(found)]
-    for heads, lines in tables(found):
-        rule = "|---" * len(heads) + "|"
-        rows = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
-        blocks.append("\n".join([rows[0], rule, *rows[1:]]))
-    return "\n\n".join([*blocks, *notes(found)])
+    levels: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        levels.setdefault(row["level"], []).append(row)
+    if found["suite"] == "host":
+        tables = [host_table(found["rows"])]
+    else:
+        tables = [level_table(level, rows) for level, rows in levels.items()]
+    return "\n\n".join([about(found), *tables, *notes(found)])
 
 
 def insert(text: str, name: str, new: str) -> str:
@@ -141,5 +145,4 @@ def insert(text: str, name: str, new: str) -> str:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"expected one {begin} and one {end} in the README")
     head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n{new}\n{end}{tail}"
+    return f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"

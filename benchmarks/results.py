@@ -15,41 +15,30 @@ from .cases import SUITES, Case
 FORMAT = 1
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 SOME_TEXT, SOME_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
-ROOFS = ["copy", "launch", "products"]
+SAMPLES = {"type": "array", "items": NUMBER, "minItems": 1}
 # What every row has.
 OF_CASE: dict[str, Any] = {
-    "level": TEXT,
-    "shape": TEXT,
+    **dict.fromkeys(("level", "shape", "provider", "sweep"), TEXT),
     "direction": {"enum": ["score", "forward", "backward", "both"]},
-    "provider": TEXT,
-    "sweep": TEXT,
     "status": {"enum": ["ok", "wrong", "failed", "unavailable"]},
-    "tokens": WHOLE,
-    "group_size": WHOLE,
-    "padding": NUMBER,
-    "no_signal": NUMBER,
+    **dict.fromkeys(("tokens", "group_size"), WHOLE),
+    **dict.fromkeys(("padding", "no_signal"), NUMBER),
     "live": NUMBER | {"minimum": 0, "maximum": 1},
 }
 # What a row has that was measured.
 OF_TIME: dict[str, Any] = {
-    "error": NUMBER,
-    "median_ms": NUMBER,
-    "p20_ms": NUMBER,
-    "p80_ms": NUMBER,
-    "gigabytes_per_second": NUMBER,
-    "teraflops_per_second": NUMBER,
-    "roof": {"enum": ROOFS},
-    "percent_of_roof": NUMBER,
+    **dict.fromkeys(("error", "median_ms", "p20_ms", "p80_ms"), NUMBER),
+    **dict.fromkeys(("gigabytes_per_second", "teraflops_per_second", "percent_of_roof"), NUMBER),
+    "roof": {"enum": ["copy", "launch", "products"]},
     "peak_bytes": SOME_NUMBER,
 }
 # What it may have; `host_ms` is of earlier files.
 OPTIONAL: dict[str, Any] = {
-    **{name: SOME_TEXT for name in ("reason", "dtype", "head", "timer")},
-    **{name: SOME_NUMBER for name in ("width", "vocab", "launched_ms", "host_ms")},
-    **{name: SOME_NUMBER for name in ("bytes", "flops", "floor_ms")},
+    **dict.fromkeys(("reason", "dtype", "head", "timer"), SOME_TEXT),
+    **dict.fromkeys(("width", "vocab", "launched_ms", "host_ms"), SOME_NUMBER),
+    **dict.fromkeys(("bytes", "flops", "floor_ms"), SOME_NUMBER),
 }
-ROW_COLUMNS = OF_CASE | OPTIONAL | OF_TIME
-SAMPLES = {"type": "array", "items": NUMBER, "minItems": 1}
+COLUMNS = [*OF_CASE, *OPTIONAL, *OF_TIME]
 ROW: dict[str, Any] = {
     "type": "object",
     "required": list(OF_CASE),
@@ -57,65 +46,64 @@ ROW: dict[str, Any] = {
     "properties": {
         **OF_CASE,
         **OPTIONAL,
-        **{name: SOME_NUMBER for name in OF_TIME},
-        "roof": {"enum": [*ROOFS, None]},
+        **dict.fromkeys(OF_TIME, {"type": ["number", "string", "null"]}),
         "samples_ms": SAMPLES,
     },
     "if": {"properties": {"status": {"const": "ok"}}},
     "then": {"required": [*OF_TIME, "samples_ms"], "properties": OF_TIME},
-    "else": {"required": ["reason"], "properties": {"reason": TEXT}},
+    "else": {"required": ["reason"], "properties": {"reason": TEXT, "error": SOME_NUMBER}},
 }
 
 
-def _object(required: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The schema of an object with these properties, all of them required; `more` are not."""
-    return {"type": "object", "required": list(required), "properties": required | more}
+def _object(**required: Any) -> dict[str, Any]:
+    """The schema of an object with these properties, all of them required, among others."""
+    return {"type": "object", "required": list(required), "properties": required}
 
 
+ABOUT: dict[str, Any] = {
+    "format": {"const": FORMAT},
+    "dry_run": {"type": "boolean"},
+    "seconds": NUMBER,
+    "environment": _object(
+        device=TEXT,
+        threads=WHOLE,
+        commit=SOME_TEXT,
+        dirty={"type": ["boolean", "null"]},
+        backend=TEXT,
+        versions=_object(torch=TEXT, triton=TEXT),
+    ),
+}
 SCHEMA = _object(
-    {
-        "format": {"const": FORMAT},
-        "suite": {"enum": list(SUITES)},
-        "dry_run": {"type": "boolean"},
-        "seconds": NUMBER,
-        "environment": _object(
-            {
-                "device": TEXT,
-                "threads": WHOLE,
-                "commit": SOME_TEXT,
-                "dirty": {"type": ["boolean", "null"]},
-                "backend": TEXT,
-                "versions": _object({"torch": TEXT, "triton": TEXT}),
-            }
-        ),
-        "roofs": _object(
-            {
-                "copy_gigabytes_per_second": NUMBER,
-                "launch_microseconds": NUMBER,
-                "products_teraflops_per_second": {"type": "object", "additionalProperties": NUMBER},
-            }
-        ),
-        "parity": {"type": ["object", "null"], "required": ["passed", "summary"]},
-        "rows": {"type": "array", "items": ROW},
-    },
-    notes=SOME_TEXT,
-    finished={"type": "boolean"},  # whether no row is missing; absent in earlier files
+    **ABOUT,
+    suite={"enum": list(SUITES)},
+    roofs=_object(
+        copy_gigabytes_per_second=NUMBER,
+        launch_microseconds=NUMBER,
+        products_teraflops_per_second={"type": "object", "additionalProperties": NUMBER},
+    ),
+    parity={"type": ["object", "null"], "required": ["passed", "summary"]},
+    rows={"type": "array", "items": ROW},
 )
+HOST_ROW = _object(level=TEXT, provider=TEXT, status={"enum": ["ok", "failed", "unavailable"]}) | {
+    "if": {"properties": {"status": {"const": "ok"}}},
+    "then": _object(launches=WHOLE, median_us=NUMBER, samples_us=SAMPLES),
+    "else": _object(reason=TEXT),
+}
+HOST_COLUMNS = ["level", "provider", "status", "reason", "launches", "median_us"]
+# Of `bench host`.
+HOST = _object(**ABOUT, suite={"const": "host"}, rows={"type": "array", "items": HOST_ROW})
+for schema in (SCHEMA, HOST):
+    # Whether no row is missing is not in earlier files.
+    schema["properties"] |= {"notes": SOME_TEXT, "finished": {"type": "boolean"}}
+EITHER = {"if": _object(suite={"const": "host"}), "then": HOST, "else": SCHEMA}
 
 
-def describe(case: Case, direction: str, provider: str, live: float) -> dict[str, Any]:
+def describe(case: Case, provider: str, live: float) -> dict[str, Any]:
     """The part of a row that needs no measurement."""
-    return {
-        "level": case.level,
-        "shape": case.shape,
-        "direction": direction,
+    same = ("level", "shape", "direction", "sweep", "tokens", "group_size", "padding", "no_signal")
+    return {name: getattr(case, name) for name in same} | {
         "provider": provider,
-        "sweep": case.sweep,
         "dtype": case.dtype_name,
-        "tokens": case.batch.tokens,
-        "group_size": case.batch.group_size,
-        "padding": case.batch.padding,
-        "no_signal": case.batch.no_signal,
         "live": live,
         "head": case.head.name or None,
         "width": case.head.width or None,
@@ -156,7 +144,8 @@ def write(found: dict[str, Any], path: Path) -> None:
 def write_table(found: dict[str, Any], path: Path) -> None:
     """Write the CSV beside a result's JSON; raises CommandError."""
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(ROW_COLUMNS), extrasaction="ignore")
+    columns = COLUMNS if found["suite"] in SUITES else HOST_COLUMNS
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(found["rows"])
     write_whole(path.with_suffix(".csv"), table.getvalue().encode())
@@ -164,4 +153,4 @@ def write_table(found: dict[str, Any], path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A result file's contents; CommandError where it is none of ours."""
-    return read_json(path, SCHEMA, f"a result file of `mapo-kernels bench` in format {FORMAT}")
+    return read_json(path, EITHER, f"a result file of `mapo-kernels bench` in format {FORMAT}")

@@ -24,9 +24,9 @@ class Roofs:
         self.device, self.effort, self.tiny = device, effort, tiny
         size = 1 << (16 if tiny else 30 if device.type == "cuda" else 27)
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
+        target, one = torch.empty_like(source), torch.zeros(1, device=device)
         self.copy = 2 * size / self._seconds(lambda: target.copy_(source))
-        self.launch = self._seconds(self._empty_launch())
+        self.launch = self._seconds(lambda: one.add_(1))
         self.products: dict[str, float] = {}
 
     def _seconds(self, function: Callable[[], Any]) -> float:
@@ -36,23 +36,15 @@ class Roofs:
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=self.effort.seconds).median
 
-    def _empty_launch(self) -> Callable[[], Any]:
-        if self.device.type == "cuda":
-            from .empty_kernel import empty_kernel
-
-            return lambda: empty_kernel[(1,)]()
-        one = torch.zeros(1)
-        return lambda: one.add_(1)
-
     def product_rate(self, case: Case) -> float:
         """Flops a second of the three bare products of a head, a chunk of rows at a time."""
-        head = case.head
-        name = f"{head.width} x {head.vocab} {case.dtype_name}"
+        width, vocab = case.head.width, case.head.vocab
+        name = f"{width} x {vocab} {case.dtype_name}"
         if name not in self.products:
             rows = 8 if self.tiny else PRODUCT_ROWS[self.device.type]
             hidden, weight, logits = (
                 torch.randn(size, device=self.device).to(case.dtype)
-                for size in ((rows, head.width), (head.vocab, head.width), (rows, head.vocab))
+                for size in ((rows, width), (vocab, width), (rows, vocab))
             )
 
             def products() -> None:
@@ -60,28 +52,24 @@ class Roofs:
                 torch.mm(logits, weight)
                 torch.mm(logits.t(), hidden)
 
-            flops = 6 * rows * head.width * head.vocab
-            self.products[name] = flops / self._seconds(products)
+            self.products[name] = 6 * rows * width * vocab / self._seconds(products)
         return self.products[name]
 
     def compare(self, case: Case, counts: Any, median_ms: float) -> dict[str, Any]:
         """Counts of a row, the rate it reached, the roof that binds it and the share reached."""
-        floors = {
-            "copy": counts.nbytes / self.copy * 1e3,
-            "launch": counts.launches * self.launch * 1e3,
-        }
+        floors = {"copy": counts.nbytes / self.copy, "launch": self.launch}
         if counts.flops:
-            floors["products"] = counts.flops / self.product_rate(case) * 1e3
-        roof = max(floors, key=lambda name: floors[name])
+            floors["products"] = counts.flops / self.product_rate(case)
         seconds = median_ms / 1e3
+        roof = max(floors, key=lambda name: floors[name])
         return {
             "bytes": counts.nbytes,
             "flops": counts.flops,
             "gigabytes_per_second": counts.nbytes / seconds / 1e9,
             "teraflops_per_second": counts.flops / seconds / 1e12,
             "roof": roof,
-            "floor_ms": floors[roof],
-            "percent_of_roof": 100 * floors[roof] / median_ms,
+            "floor_ms": floors[roof] * 1e3,
+            "percent_of_roof": 100 * floors[roof] / seconds,
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SHORT_MS = 1.0
 GRAPH_MS = 20.0  # of work in one graph
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """What is timed, `region(given)`, and what makes its argument outside the time.
 
@@ -28,9 +28,17 @@ class Work:
     region: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     repeatable: bool = True
+    _given: tuple[Any, ...] = ()
+
+    def _prepare_next(self, _: None) -> None:
+        self._given = (self.prepare(),)
+
+    # do_bench resets the gradients of what it is given before each run, outside the time.
+    grad = property(fset=_prepare_next)
 
     def __call__(self) -> Any:
-        return self.region(self.prepare())
+        given, self._given = self._given or (self.prepare(),), ()
+        return self.region(*given)
 
 
 class Samples(NamedTuple):
@@ -61,12 +69,9 @@ def on_gpu(work: Work, effort: Effort) -> Samples:
     """By events around each call with the cache overwritten before it, or by graph replay."""
     from triton import testing
 
-    once = _PreparedOnce(work)
-
     def measure(milliseconds: float) -> list[float]:
-        # do_bench resets the gradient of what it is given before each run, outside the time.
         return testing.do_bench(
-            once.run, warmup=10, rep=milliseconds, grad_to_none=[once], return_mode="all"
+            work, warmup=10, rep=milliseconds, grad_to_none=[work], return_mode="all"
         )
 
     launched = statistics.median(measure(10))
@@ -76,23 +81,6 @@ def on_gpu(work: Work, effort: Effort) -> Samples:
             replayed = testing.do_bench_cudagraph(work, rep=GRAPH_MS, return_mode="all")
             return Samples(replayed, "graph", launched)
     return Samples(measure(max(effort.seconds * 1e3, effort.least * launched)), "events")
-
-
-class _PreparedOnce:
-    """A piece of work whose argument is made anew whenever its `grad` is set."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.given: list[Any] = []
-
-    def _renew(self, _: None) -> None:
-        self.given = [self.work.prepare()]
-
-    grad = property(fset=_renew)
-
-    def run(self) -> None:
-        given = self.given.pop() if self.given else self.work.prepare()
-        self.work.region(given)
 
 
 def _never_waits(work: Work) -> bool:

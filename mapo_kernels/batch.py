@@ -139,9 +139,11 @@ def empty_results(
 ) -> TokenResults:
     """Uninitialised float32 results of the right shapes."""
     n_sequences = inputs.n_sequences(logprobs) if inputs.groups is not None else 0
-    # Not empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.
-    shapes = ((), (SLOTS,), (n_sequences,), logprobs.shape if need_grad else (0,))
-    return TokenResults(*(logprobs.new_empty(shape, dtype=torch.float32) for shape in shapes))
+    loss = logprobs.new_empty((), dtype=torch.float32)
+    # To name a dtype takes half as long as the allocation: the others have that of the loss. Not
+    # empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.
+    new = loss.new_empty
+    return TokenResults(loss, new(SLOTS), new(n_sequences), new(logprobs.shape if need_grad else 0))
 
 
 class VocabShare(NamedTuple):
@@ -175,11 +177,17 @@ class RowInputs(NamedTuple):
         token_ids: [B, T] or [total] integers, the sampled tokens.
         temperature: a number; or a tensor, [B] for padded logits and [total] for packed ones.
         share: which columns are here where rows are split over ranks; None where they are whole.
+        bias: [V] that a kernel adds to a row, or None.
+        softcap: c of the `c tanh(scale x / c)` that it then makes of it, or None.
+        scale: see there.
     """
 
     token_ids: torch.Tensor
     temperature: torch.Tensor | float = 1.0
     share: VocabShare | None = None
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
 
 
 class HeadInputs(NamedTuple):
@@ -193,6 +201,7 @@ class HeadInputs(NamedTuple):
         chunk_rows: hidden states per chunk, or None to choose.
         live_rows: positions of the live tokens in the flattened batch, or None to find them, which
             waits for the device.
+        batch_invariant: whether every product has the same shape, however many rows there are.
     """
 
     weight: torch.Tensor
@@ -201,6 +210,7 @@ class HeadInputs(NamedTuple):
     logit_scale: float = 1.0
     chunk_rows: int | None = None
     live_rows: torch.Tensor | None = None
+    batch_invariant: bool = False
 
 
 class HeadResults(NamedTuple):
@@ -211,7 +221,8 @@ class HeadResults(NamedTuple):
         results: see there.
         advantages: see there.
         d_hidden: gradient like the hidden states, contiguous; None if not asked for.
-        d_weight: gradient [V, H] in the dtype of sums; None if not asked for.
+        d_weight: gradient [V, H] in the dtype of sums, or the weight's where one product gave it;
+            None if not asked for.
         d_bias: gradient [V] in the dtype of sums; None if not asked for.
     """
 

@@ -6,7 +6,7 @@ import torch
 
 from mapo_kernels.checks import check_plain, check_shape
 from mapo_kernels.dtypes import FLOATS
-from mapo_kernels.spec import describe, require_number
+from mapo_kernels.spec import describe, require_bool, require_number
 
 
 def check_weight(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -39,11 +39,14 @@ def check_not_rounded(arguments: dict[str, object]) -> None:
             )
 
 
-def check_head_options(softcap: object, logit_scale: object, chunk_rows: object) -> None:
+def check_head_options(
+    softcap: object, logit_scale: object, chunk_rows: object, batch_invariant: object
+) -> None:
     """Validate what happens to a head's product, and in how large chunks."""
     if softcap is not None:
         require_number("softcap", softcap, 0.0, open_low=True)
     require_number("logit_scale", logit_scale, 0.0, open_low=True)
+    require_bool("batch_invariant", batch_invariant)
     if chunk_rows is None:
         return
     if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):

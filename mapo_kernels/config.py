@@ -23,6 +23,8 @@ class Advantages:
         sorted_tile: groups a program takes at once, where rows were sorted.
         sorted_block: rewards per step of each of them.
         registers: per thread. Up to 512 threads have them; Triton 3.6 spills for an A100 at fewer.
+        summary_block: groups per step of the one program that makes the metrics of all of them.
+        summary_limit: groups above which the metrics are left to torch, which has more programs.
     """
 
     tile_elements: int = 1024
@@ -31,6 +33,8 @@ class Advantages:
     sorted_tile: int = 16
     sorted_block: int = 64
     registers: int = 128
+    summary_block: int = 1024
+    summary_limit: int = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,12 @@ class Logprobs:
         short_threads: the same where sequences have at most `short_length` tokens on average.
         short_length: see there.
         tokens_per_thread: 16 bytes of float32.
-        programs: of `threads` each, at the most, that share the sequences: three for each
-            multiprocessor of an H200, which is as many as it can hold.
+        multiprocessors: that share the sequences, each with as many programs as it can hold; an
+            H200 has so many.
         partials_per_thread: sums of other programs that a thread of the last one adds per step.
         registers: per thread; left to itself the compiler takes a third more.
-        packed_registers: the same of packed sequences, whose tokens are read one by one.
+        unaligned_registers: the same where tokens are read one by one: in packed sequences, and in
+            padded ones of a length that is no multiple of 16.
         scale_block: tokens per program of the backward launch.
     """
 
@@ -54,10 +59,10 @@ class Logprobs:
     short_threads: int = 64
     short_length: int = 256
     tokens_per_thread: int = 4
-    programs: int = 396
+    multiprocessors: int = 132
     partials_per_thread: int = 16
-    registers: int = 72
-    packed_registers: int = 96
+    registers: int = 80
+    unaligned_registers: int = 96
     scale_block: int = 1024
 
 
@@ -117,11 +122,14 @@ class Hidden:
         gpu_chunk: bytes of logits, hidden states and their gradients that a chunk may take.
         cpu_chunk: the same on a CPU.
         multiple: of rows per chunk.
+        invariant_chunk: rows of every chunk at the most where their number must not depend on the
+            batch.
     """
 
     gpu_chunk: int = 1 << 31
     cpu_chunk: int = 1 << 26
     multiple: int = 128
+    invariant_chunk: int = 1024
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def row_summary(others, tail, weighted, gap):
     e^(z_j - m) over j != y, weighted that of e^(z_j - m) (z_j - m), gap is z_y - m. The target is
     kept apart because most tokens are certain: 1 - p and log p of p = 1 - 1e-13 come out right.
     So does the entropy of a row that is certain of another column: tail is others without the
-    largest, which has to be right where `certain_elsewhere`; then m is that maximum exactly.
+    largest, which has to be right where `certain_elsewhere`; then m is that maximum exactly. It may
+    be None for a caller who takes no entropy of such a row.
     Returns (log p_y, 1 - p_y, the sum over all columns, entropy in nats); NaN for a row of -inf.
     """
     target = exp(gap)
@@ -128,11 +129,12 @@ def row_summary(others, tail, weighted, gap):
     )
     # A target of -inf has p log p = 0.
     bounded = tl.where(gap < -1e30, -1e30, gap)
+    if tail is not None:
+        log_total = tl.where(certain_elsewhere(others, gap), log1p(tail + target), log_total)
     entropy = tl.where(
         near,
         bounded * rest - logp - weighted / total,
-        tl.where(certain_elsewhere(others, gap), log1p(tail + target), log_total)
-        - (weighted + target * bounded) / total,
+        log_total - (weighted + target * bounded) / total,
     )
     return logp, rest, total, entropy
 

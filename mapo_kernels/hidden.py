@@ -7,17 +7,24 @@ a row's gradient waits for its sequence (GSPO), the logits are computed a second
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import config, operators
-from mapo_kernels.batch import Batch, HeadInputs, HeadResults, RowInputs, VocabShare
+from mapo_kernels import operators
+from mapo_kernels.batch import (
+    Batch,
+    HeadInputs,
+    HeadResults,
+    RowInputs,
+    TokenResults,
+)
 from mapo_kernels.distributed import vocabulary
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.formula import LARGEST, RESULTS, SLOTS
+from mapo_kernels.head import Head, chunk_rows_of
 from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -30,171 +37,136 @@ class Wanted(NamedTuple):
     bias: bool = False
 
 
-def chunk_rows_of(head: HeadInputs, n_live: int, share: VocabShare | None = None) -> int:
-    """Hidden states per chunk where the caller leaves it open.
+class _Live:
+    """The live rows of a batch, in order: what belongs to each, in chunks and blocks of them.
 
-    At most as many as make 2 GiB (64 MiB on a CPU) of float32 logits, their gradient, hidden states
-    and their gradient; on a GPU that is halved while it is more than half of the free memory.
-    Chunks are of one size, a multiple of 128, but for the last. Ranks that split a row have the
-    same chunks, whatever memory each has left.
+    A block is some chunks whose gradients are kept for one product by the weight. With mixed dtypes
+    it has at most 2 H rows, whose narrow gradients take no more than one float32 gradient of the
+    weight; elsewhere it is one chunk.
     """
-    weight = head.weight
-    budget = config.HIDDEN.gpu_chunk if weight.is_cuda else config.HIDDEN.cpu_chunk
-    if weight.is_cuda and share is None:
-        free = torch.cuda.mem_get_info(weight.device)[0]
-        free = free + torch.cuda.memory_reserved(weight.device)
-        free = free - torch.cuda.memory_allocated(weight.device)
-        while budget > free // 2 and budget > 1 << 20:
-            budget = budget // 2
-    (vocab, width), size = weight.shape, weight.element_size()
-    if share is not None:
-        vocab = max(share.sizes)
-    multiple = config.HIDDEN.multiple
-    per_row = vocab * (4 + size) + width * 2 * size
-    most = max(multiple, budget // per_row // multiple * multiple)
-    n_chunks = max(1, -(-n_live // most))
-    return -(-max(n_live, 1) // (n_chunks * multiple)) * multiple
-
-
-def mixes_dtypes(weight: torch.Tensor) -> bool:
-    """Whether a product of inputs like `weight` can come out in float32 at full speed.
-
-    The one place that knows. Elsewhere a narrow weight is widened once per call, and the products
-    run in float32.
-    """
-    narrow = weight.dtype in (torch.bfloat16, torch.float16)
-    on_cuda = weight.is_cuda and torch.version.hip is None
-    return narrow and on_cuda and hasattr(torch.ops.aten.mm, "dtype")
-
-
-class _Head:
-    """The head's products. Logits come in float32, whatever the inputs; so do sums of gradients."""
-
-    def __init__(self, head: HeadInputs) -> None:
-        self.bias, self.softcap, self.scale = head.bias, head.softcap, head.logit_scale
-        self._mixed = mixes_dtypes(head.weight)
-        self.weight = head.weight if self._mixed else head.weight.to(result_dtype(head.weight))
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of hidden states [n, H]; without a softcap their scale is still to come."""
-        if self._mixed:
-            x = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
-        else:
-            x = torch.mm(hidden.to(self.weight.dtype), self.weight.t())
-        if self.bias is not None:
-            x.add_(self.bias)
-        if self.softcap is not None:
-            x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
-        return x
-
-    def place(self, logits: torch.Tensor) -> torch.Tensor:
-        """Where the gradient of these logits goes: over them, unless they are needed again."""
-        if self.softcap is not None:
-            return torch.empty_like(logits)
-        return torch.empty_like(logits, dtype=self.weight.dtype) if self._mixed else logits
-
-    def before_softcap(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Gradient by the product from that by the logits, which are overwritten."""
-        if self.softcap is not None:
-            # d c tanh(s x / c) / dx = s (1 - tanh^2)
-            logits.div_(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
-            grad = grad.mul_(logits)
-        return grad.to(self.weight.dtype)
-
-    def add_products(
-        self,
-        grad: torch.Tensor,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-        out: HeadResults,
-    ) -> None:
-        """Add what a chunk's gradient [n, V] contributes to those that are asked for."""
-        if out.d_hidden is not None:
-            if self._mixed and out.d_hidden.dtype == torch.float32:
-                d_hidden = torch.mm(grad, self.weight, out_dtype=torch.float32)
-            else:
-                d_hidden = torch.mm(grad, self.weight).to(out.d_hidden.dtype)
-            out.d_hidden.view(-1, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
-        if out.d_weight is not None:
-            if self._mixed:
-                torch.addmm(
-                    out.d_weight, grad.t(), hidden, out_dtype=torch.float32, out=out.d_weight
-                )
-            else:
-                torch.addmm(out.d_weight, grad.t(), hidden.to(grad.dtype), out=out.d_weight)
-        if out.d_bias is not None:
-            out.d_bias.add_(grad.sum(0, dtype=out.d_bias.dtype))
-
-
-class _Chunk(NamedTuple):
-    """Some live rows of a batch.
-
-    Attributes:
-        chosen: their positions [n] in the flattened batch.
-        into: where [n] their gradient goes in `HeadResults.d_hidden`, which has live rows alone
-            until it is summed over ranks.
-        hidden: their hidden states [n, H].
-        rows: their token ids and temperatures.
-    """
-
-    chosen: torch.Tensor
-    into: torch.Tensor
-    hidden: torch.Tensor
-    rows: RowInputs
-
-
-class _Chunks:
-    """Live rows of a batch, chunk by chunk."""
 
     def __init__(
         self,
         hidden: torch.Tensor,
         head: HeadInputs,
         rows: RowInputs,
-        live_rows: torch.Tensor,
+        chosen: torch.Tensor,
         scored: torch.Tensor | None = None,
     ) -> None:
         """Rows that are not `scored` [N], if that is given, count as hidden states of 0."""
-        self._hidden = hidden
-        self._scored = scored
-        self._live = live_rows
-        self._share = rows.share
-        self._step = head.chunk_rows or chunk_rows_of(head, live_rows.shape[0], rows.share)
-        self._ids = rows.token_ids.reshape(-1)
+        self.n, self.chosen = chosen.shape[0], chosen
+        self.head = Head(head)
+        self._hidden, self._scored = hidden, scored
+        self._pads = head.batch_invariant
+        self.step = head.chunk_rows or chunk_rows_of(head, self.n, rows.share)
+        most = 2 * head.weight.shape[1] if self.head.mixed else self.step
+        self.block = max(self.step, most // self.step * self.step)
         temperature = rows.temperature
         if isinstance(temperature, torch.Tensor):
             # A narrow dtype is widened before anything is divided by it.
             temperature = temperature.to(result_dtype(hidden))
             if rows.token_ids.dim() == 2:
-                temperature = temperature[:, None].expand(rows.token_ids.shape).reshape(-1)
+                temperature = temperature[:, None].expand(rows.token_ids.shape)
+            temperature = self.take(temperature)
         # Without a softcap between them, the product's scale and the temperature are one factor.
-        self._temperature = (
-            temperature if head.softcap is not None else temperature / head.logit_scale
-        )
+        if head.softcap is None:
+            temperature = temperature / head.logit_scale
+        self._rows = rows._replace(token_ids=self.take(rows.token_ids), temperature=temperature)
 
-    def __iter__(self) -> Iterator[_Chunk]:
-        for i, chosen in enumerate(self._live.split(self._step)):
-            if chosen.shape[0]:
-                temperature = self._temperature
-                if isinstance(temperature, torch.Tensor):
-                    temperature = temperature[chosen]
-                some = RowInputs(self._ids[chosen], temperature, self._share)
-                into = chosen
-                if self._share is not None:
-                    into = torch.arange(chosen.shape[0], device=chosen.device) + i * self._step
-                yield _Chunk(chosen, into, self._take(chosen), some)
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """What a token tensor has for the live rows, [n]."""
+        return x.reshape(-1)[self.chosen]
 
-    def _take(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Hidden states [n, H] of some rows; a strided batch is not copied as a whole."""
+    def spans(self, size: int, first: int = 0, last: int | None = None) -> Iterator[slice]:
+        """The live rows from `first` to `last`, so many at a time."""
+        last = self.n if last is None else last
+        return (slice(i, min(i + size, last)) for i in range(first, last, size))
+
+    def rows(self, span: slice) -> RowInputs:
+        """Token ids and temperatures of some live rows."""
+        temperature = self._rows.temperature
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[span]
+        some = self._rows._replace(token_ids=self._rows.token_ids[span], temperature=temperature)
+        return self.head.described(some)
+
+    def hidden(self, span: slice) -> torch.Tensor:
+        """Hidden states [n, H] of some live rows; a strided batch is not copied as a whole.
+
+        For batch-invariant products zeros fill the last chunk.
+        """
+        chosen = self.chosen[span]
         if self._hidden.dim() == 2:
             taken = self._hidden.index_select(0, chosen)
         else:
             length = self._hidden.shape[1]
             taken = self._hidden[chosen // length, chosen % length]
-        if self._scored is None:
-            return taken
-        # A plan knows no token weights: where one is 0 there may be anything, NaN too.
-        return taken.masked_fill_(~self._scored[chosen][:, None], 0.0)
+        if self._scored is not None:
+            # A plan knows no token weights: where one is 0 there may be anything, NaN too.
+            taken.masked_fill_(~self._scored[chosen][:, None], 0.0)
+        missing = -taken.shape[0] % self.step
+        if self._pads and missing:
+            taken = torch.cat([taken, taken.new_zeros((missing, taken.shape[1]))])
+        return taken
+
+    def score(self, columns: int) -> torch.Tensor:
+        """Table [columns, n] of `operators.score_rows`."""
+        table = self._hidden.new_empty((columns, self.n), dtype=result_dtype(self._hidden))
+        for span in self.spans(self.step):
+            rows = self.rows(span)
+            logits = self.head.logits(self.hidden(span))[: rows.token_ids.shape[0]]
+            table[:, span] = operators.score_rows(logits, rows, None, columns)
+            del logits
+        return table
+
+    def spread(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """Values [..., live rows] in their places among n rows, the others 0."""
+        whole = x.new_zeros((*x.shape[:-1], n))
+        return whole.index_copy_(-1, self.chosen, x)
+
+    def differentiate(
+        self,
+        gradient: Callable[[slice, torch.Tensor, RowInputs, torch.Tensor], object],
+        wanted: Wanted,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients by the live hidden states [n, H] in `dtype`, by weight and bias.
+
+        `gradient(span, logits, rows, place)` writes the gradient of some live rows' logits to
+        `place`, which may be the logits.
+        """
+        head, weight = self.head, self.head.weight
+        d_hidden = d_weight = d_bias = None
+        if wanted.hidden:
+            d_hidden = self._hidden.new_empty((self.n, weight.shape[1]), dtype=dtype)
+        # Without a product by the weight there is nothing to wait for.
+        size = self.block if wanted.weight else self.step
+        for block in self.spans(size):
+            hidden = self.hidden(block)
+            kept = None
+            if head.mixed:
+                kept = hidden.new_empty((hidden.shape[0], weight.shape[0]))
+            for span in self.spans(self.step, block.start, block.stop):
+                rows, n = self.rows(span), span.stop - span.start
+                first = span.start - block.start
+                padded = slice(first, min(first + self.step, hidden.shape[0]))
+                logits = head.logits(hidden[padded])
+                place = head.place(logits) if kept is None else kept[padded]
+                gradient(span, logits[:n], rows, place[:n])
+                place[n:].zero_()
+                grad = head.before_softcap(place, logits)
+                if d_hidden is not None:
+                    d_hidden[span] = head.hidden_gradient(grad, dtype)[:n]
+                if wanted.bias:
+                    sums = grad.sum(0, dtype=result_dtype(weight))
+                    d_bias = sums if d_bias is None else d_bias.add_(sums)
+                del logits, place
+            if wanted.weight:
+                grads = grad if kept is None else kept
+                d_weight = head.weight_gradient(grads, hidden, d_weight, self.n <= size)
+                del grads
+            del grad, kept
+        return d_hidden, d_weight, d_bias
 
 
 def linear_loss(
@@ -218,74 +190,83 @@ def linear_loss(
     if live_rows is None:
         assert scored is not None
         live_rows, scored = scored.nonzero().squeeze(1), None
-    dtype = result_dtype(hidden)
-    d_hidden = None
-    if wanted.hidden and rows.share is None:
-        d_hidden = hidden.new_zeros(hidden.shape)
-    elif wanted.hidden:
-        d_hidden = hidden.new_empty((live_rows.shape[0], hidden.shape[-1]), dtype=dtype)
-    out = HeadResults(
-        hidden.new_zeros((), dtype=dtype),
-        hidden.new_zeros(SLOTS, dtype=dtype),
-        hidden.new_empty(0, dtype=dtype),
-        d_hidden,
-        head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None,
-        head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if wanted.bias else None,
-    )
-    chunks = _Chunks(hidden, head, rows, live_rows, scored)
-    if any(wanted) and spec.importance_level == "token":
-        out = _token_level(chunks, _Head(head), inputs, spec, layout, advantage, out)
-    else:
-        out = _in_two_passes(chunks, _Head(head), inputs, spec, layout, out)
-    if out.d_hidden is None or rows.share is None:
-        return out
+    live = _Live(hidden, head, rows, live_rows, scored)
     # Each rank has what its columns contribute: one sum over ranks, then one rounding.
-    live_grad = vocabulary.sum_over_ranks(out.d_hidden, rows.share).to(hidden.dtype)
+    dtype = hidden.dtype if rows.share is None else result_dtype(hidden)
+    if any(wanted) and spec.importance_level == "token":
+        found, gradients = _token_level(live, inputs, spec, layout, advantage, wanted, dtype)
+    else:
+        found, gradients = _in_two_passes(live, inputs, spec, layout, wanted, dtype)
+    d_hidden, d_weight, d_bias = gradients
+    if d_hidden is not None:
+        if rows.share is not None:
+            d_hidden = vocabulary.sum_over_ranks(d_hidden, rows.share).to(hidden.dtype)
+        d_hidden = _in_place(d_hidden, live_rows, hidden)
+    if wanted.weight and d_weight is None:
+        d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
+    if wanted.bias and d_bias is None:
+        d_bias = head.weight.new_zeros(head.weight.shape[0])
+    none = found.loss.new_empty(0)
+    return HeadResults(found.loss, found.results, none, d_hidden, d_weight, d_bias)
+
+
+def _in_place(d_hidden: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The gradient of all hidden states, contiguous, from that of the live ones."""
+    if d_hidden.numel() == hidden.numel():
+        return d_hidden.view(hidden.shape)
     whole = hidden.new_zeros(hidden.shape)
-    whole.view(-1, hidden.shape[-1]).index_copy_(0, live_rows, live_grad)
-    return out._replace(d_hidden=whole)
+    whole.view(-1, hidden.shape[-1]).index_copy_(0, live, d_hidden)
+    return whole
+
+
+_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def _token_level(
-    chunks: _Chunks,
-    head: _Head,
+    live: _Live,
     inputs: Batch,
     spec: LossSpec,
     layout: Layout,
     advantage: torch.Tensor,
-    out: HeadResults,
-) -> HeadResults:
+    wanted: Wanted,
+    dtype: torch.dtype,
+) -> tuple[TokenResults, _Gradients]:
     """Loss and gradients of a chunk from its logits while they are there."""
-    shape = layout.valid.shape
-    active = layout.valid.sum().to(out.loss.dtype)
+    wide = result_dtype(live.head.weight)
+    active = layout.valid.sum().to(wide)
     denominator = loss_denominator(inputs, spec, layout.n_sequences, active)
     weights = inputs.loss_weights
     if spec.how.divisor != "one":
-        per_sequence = 1.0 / layout.divisor(spec).to(out.loss.dtype)
-        weights = layout.spread(per_sequence).expand(shape)
-    tensors = inputs._replace(loss_weights=weights).token_tensors()
-    found = []
+        per_sequence = 1.0 / layout.divisor(spec).to(wide)
+        weights = layout.spread(per_sequence).expand(layout.valid.shape)
+    tensors = inputs._replace(loss_weights=weights).token_tensors()[:-1]
+    # Sequences of one token each: all that is known of the real ones is in the weights.
+    taken = [None if x is None else live.take(x)[:, None] for x in tensors]
+    given = Batch(*taken)  # type: ignore[arg-type]
+    advantages = live.take(advantage)
     chunk_spec = replace(spec, aggregation="token-mean", max_tokens=None)
-    for chosen, into, hidden, rows in chunks:
-        # Sequences of one token each: all that is known of the real ones is in the weights.
-        given = [None if x is None else x.reshape(-1)[chosen][:, None] for x in tensors[:-1]]
-        chunk = Batch(*given)._replace(  # type: ignore[arg-type]
-            advantages=advantage.reshape(-1)[chosen], normalizer=denominator
+    # Of each chunk its results, then its loss; kernels are compiled for rows aligned to 16 bytes.
+    table = active.new_zeros((-(-live.n // live.step), 2 * SLOTS))
+    nothing = active.new_empty(0)
+
+    def gradient(span: slice, logits: torch.Tensor, rows: RowInputs, place: torch.Tensor) -> None:
+        chunk = given.of_rows(span)._replace(advantages=advantages[span], normalizer=denominator)
+        found = table[span.start // live.step]
+        operators.logits_loss(
+            logits[:, None],
+            rows._replace(token_ids=rows.token_ids[:, None]),
+            chunk,
+            chunk_spec,
+            AdvantageSpec(),
+            True,
+            TokenResults(found[SLOTS], found[:SLOTS], nothing, place[:, None]),
         )
-        rows = rows._replace(token_ids=rows.token_ids[:, None])
-        logits = head.logits(hidden)
-        place = head.place(logits)
-        result = operators.logits_loss(
-            logits[:, None], rows, chunk, chunk_spec, AdvantageSpec(), True, place[:, None]
-        )
-        found.append(torch.cat([result.loss.reshape(1), result.results]))
-        head.add_products(head.before_softcap(place, logits), hidden, into, out)
-        del logits, place, result
-    table = torch.stack(found) if found else out.results.new_zeros((0, SLOTS + 1))
-    results = _combine(table[:, 1:], active, denominator)
+
+    gradients = live.differentiate(gradient, wanted, dtype)
+    results = _combine(table[:, :SLOTS], active, denominator)
     # Without a chunk, too, a denominator that is none has to show.
-    loss = table[:, 0].sum().where(denominator == denominator, torch.nan)
-    return out._replace(loss=loss, results=results)
+    loss = table[:, SLOTS].sum().where(denominator == denominator, torch.nan)
+    return TokenResults(loss, results, nothing, nothing), gradients
 
 
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
@@ -306,49 +287,32 @@ def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tenso
 
 
 def _in_two_passes(
-    chunks: _Chunks,
-    head: _Head,
-    inputs: Batch,
-    spec: LossSpec,
-    layout: Layout,
-    out: HeadResults,
-) -> HeadResults:
+    live: _Live, inputs: Batch, spec: LossSpec, layout: Layout, wanted: Wanted, dtype: torch.dtype
+) -> tuple[TokenResults, _Gradients]:
     """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
-    need_grad = any(x is not None for x in out[3:])
-    table = _score(chunks, head, layout.valid.numel(), 5 if need_grad else 2)
-    logprobs, entropy = table[:2].view(2, *layout.valid.shape).unbind(0)
+    table = live.score(5 if any(wanted) else 2)
+    shape = layout.valid.shape
+    logprobs, entropy = live.spread(table[:2], layout.valid.numel()).view(2, *shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
-    found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), need_grad)
-    out = out._replace(loss=found.loss, results=found.results)
-    if not need_grad:
-        return out
-    slope, bonus = found.grad.reshape(-1), layout.entropy_weights(spec, table)
-    for chosen, into, hidden, rows in chunks:
-        logits = head.logits(hidden)
-        place = head.place(logits)
+    found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), any(wanted))
+    if not any(wanted):
+        return found, (None, None, None)
+    slope, bonus = live.take(found.grad), layout.entropy_weights(spec, table)
+    bonus = None if bonus is None else live.take(bonus)
+
+    def gradient(span: slice, logits: torch.Tensor, rows: RowInputs, place: torch.Tensor) -> None:
         operators.row_gradient(
             logits,
             rows,
             None,
-            table[:, chosen].contiguous(),
-            slope[chosen],
-            None if bonus is None else bonus.reshape(-1)[chosen],
+            table[:, span].contiguous(),
+            slope[span],
+            None if bonus is None else bonus[span],
             found.results,
             place,
         )
-        head.add_products(head.before_softcap(place, logits), hidden, into, out)
-        del logits, place
-    return out
 
-
-def _score(chunks: _Chunks, head: _Head, n: int, columns: int) -> torch.Tensor:
-    """Table [columns, n] of `operators.score_rows`, 0 at rows that are not live."""
-    table = head.weight.new_zeros((columns, n), dtype=result_dtype(head.weight))
-    for chosen, _, hidden, rows in chunks:
-        logits = head.logits(hidden)
-        table.index_copy_(1, chosen, operators.score_rows(logits, rows, None, columns))
-        del logits
-    return table
+    return found, live.differentiate(gradient, wanted, dtype)
 
 
 def linear_scores(
@@ -360,7 +324,8 @@ def linear_scores(
 ) -> torch.Tensor:
     """Table [columns, N] of log-probs and entropies, without gradient; 0 where masked."""
     n = rows.token_ids.numel()
-    live_rows = torch.arange(n, device=hidden.device)
+    chosen = torch.arange(n, device=hidden.device)
     if mask is not None:
-        live_rows = live_rows[mask.reshape(-1) != 0]
-    return _score(_Chunks(hidden, head, rows, live_rows), _Head(head), n, columns)
+        chosen = chosen[mask.reshape(-1) != 0]
+    live = _Live(hidden, head, rows, chosen)
+    return live.spread(live.score(columns), n)

@@ -56,9 +56,10 @@ def mapo_loss(logprobs: torch.Tensor, **arguments: Unpack[LossArguments]) -> Los
     if not torch.is_grad_enabled():
         # Otherwise the node would be told that a gradient is needed, and write one for nobody.
         logprobs = logprobs.detach()
-    out = call.output(*MapoLossFunction.apply(logprobs, call.batch, call.spec, call.advantage_spec))
-    del out.metrics["entropy"]
-    return out
+    loss, results, own = MapoLossFunction.apply(
+        logprobs, call.batch, call.spec, call.advantage_spec
+    )
+    return call.output(loss, results, own, has_entropy=False)
 
 
 @takes(LossArguments)
@@ -140,6 +141,7 @@ def mapo_loss_from_hidden(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
+    batch_invariant: bool = False,
     vocab_group: Any = None,
     **arguments: Unpack[LossArguments],
 ) -> LossOutput:
@@ -167,9 +169,14 @@ def mapo_loss_from_hidden(
         softcap: c of `c tanh(x / c)` (Gemma), or None.
         logit_scale: positive factor of the product (Cohere, Granite).
         chunk_rows: tokens per chunk, or None for as many as make 2 GiB (64 MiB on a CPU) of float32
-            logits, hidden states and their gradients, halved while that is more than half of a
-            GPU's free memory.
-            It changes results by float32 rounding alone.
+            logits, hidden states and their gradients. It changes results by float32 rounding alone.
+            What memory is free does not enter. On a GPU bfloat16 or float16 gradients of up to 2 H
+            rows of logits are kept for one product by the weight, which takes no more than its
+            gradient in float32.
+        batch_invariant: give every product the same shape, `chunk_rows` rows (1024 by default, or
+            fewer of a very large vocabulary), the last of them filled with zeros. Then a token's
+            log-prob and the gradient by its hidden state, at a given denominator, are the same bit
+            for bit whatever else is in the batch.
         vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
             then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
             other share, and the rest of the arguments is the same on every rank (token ids too, in
@@ -188,7 +195,7 @@ def mapo_loss_from_hidden(
     """
     plan = arguments.get("plan")
     bounds = bounds_of(plan, arguments.get("cu_seqlens"))
-    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows, batch_invariant)
     hidden, weight, bias, token_ids, split = checked_head(
         hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
     )
@@ -197,7 +204,7 @@ def mapo_loss_from_hidden(
         split = split._replace(
             function="mapo_loss_from_hidden",
             chunk_rows=chunk_rows or 0,
-            head=head_description(softcap, logit_scale, bias),
+            head=head_description(softcap, logit_scale, bias, batch_invariant),
             wanted=tuple(_needs_grad(x) for x in (hidden, weight, bias)),
         )
     rows = call.rows(token_ids, temperature, weight.shape[0], split)
@@ -205,7 +212,7 @@ def mapo_loss_from_hidden(
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     live_rows = None if plan is None else plan.live_rows
-    head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows, live_rows)
+    head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows, live_rows, batch_invariant)
     return call.output(
         *MapoLinearLossFunction.apply(
             hidden, weight, bias, head, rows, call.batch, call.spec, call.advantage_spec
@@ -261,8 +268,8 @@ class MapoLinearLoss(torch.nn.Module):
         lm_head: a `torch.nn.Linear` with weight [V, H], with or without bias [V].
         spec: which loss, and how it is aggregated.
         advantage_spec: how rewards become advantages.
-        **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows, temperature,
-            vocab_group.
+        **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows,
+            batch_invariant, temperature, vocab_group.
 
     Raises:
         TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of

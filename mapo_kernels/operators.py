@@ -16,7 +16,8 @@ from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.eager.logprobs import eager_token_loss
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
-from mapo_kernels.groups import Signal, decide_rewards, group_metrics
+from mapo_kernels.groups import Signal, decide_rewards
+from mapo_kernels.groups import group_summary as eager_summary
 from mapo_kernels.launch import advantages as launch_groups
 from mapo_kernels.launch import logits as launch_logits
 from mapo_kernels.launch import logprobs as launch_logprobs
@@ -28,6 +29,10 @@ def _eager_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool, out: None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return eager_advantages(groups, spec)
+
+
+def _eager_summary(table: torch.Tensor, out: None = None) -> torch.Tensor:
+    return eager_summary(table)
 
 
 def _eager_scale(
@@ -56,6 +61,7 @@ def _eager_rescale(upstream: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 _advantages = dispatched(
     launch_groups.launch_advantages, _eager_advantages, launch_groups.empty_advantages
 )
+_summary = dispatched(launch_groups.launch_summary, _eager_summary, launch_groups.empty_summary)
 _token_loss = dispatched(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)
 _logits_loss = dispatched(launch_logits.launch_logits_loss, None, launch_logits.empty_loss)
 _scores = dispatched(
@@ -78,12 +84,20 @@ def group_advantages(
     return _advantages(decide_rewards(groups, spec), spec, want_stats)
 
 
+def group_summary(table: torch.Tensor) -> torch.Tensor:
+    """The metrics about groups, and whether none had a success: see `groups.group_summary`."""
+    if table.shape[1] > config.ADVANTAGES.summary_limit:
+        return eager_summary(table)
+    return _summary(table)
+
+
 def group_signals(groups: GroupInputs, spec: AdvantageSpec) -> tuple[Signal, Signal | None]:
     """What rewards come to; and, where that is float64, what they come to in float32."""
     given, table = group_advantages(groups, spec, want_stats=True)
-    metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
+    summary = group_summary(table)
+    metrics = dict(zip(GROUP_METRICS, summary.unbind(0), strict=False))
     narrow = group_signals(replaced(groups, wide=False), spec)[0] if groups.wide else None
-    return Signal(given, metrics), narrow
+    return Signal(given, metrics, summary[len(metrics) :]), narrow
 
 
 def with_advantages(
@@ -94,7 +108,7 @@ def with_advantages(
 
     def complete(out: Any) -> Any:
         first = len(RESULTS) - len(GROUP_METRICS)
-        metrics = torch.stack(group_metrics(table)).to(out.results.dtype)
+        metrics = group_summary(table)[:-1].to(out.results.dtype)
         results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])
         return replaced(out, results=results, advantages=given)
 
@@ -164,27 +178,25 @@ def logits_loss(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-    out: torch.Tensor | None = None,
+    out: TokenResults | None = None,
 ) -> TokenResults:
     """Loss, results, advantages and the gradient by the logits of a validated batch.
 
-    The gradient goes to `out`, as in `row_gradient`. It comes with the batch's scale and lacks only
-    the upstream gradient. One launch where a row's gradient depends on no other row; else
-    statistics, loss and gradient are three; so it is where rows are split over ranks.
+    They go to `out` where it is given; its gradient may be the logits. The gradient comes with the
+    batch's scale and lacks only the upstream gradient. One launch, or three of many rows, where a
+    row's gradient depends on no other row; else statistics, loss and gradient are three; so it is
+    where rows are split over ranks.
     """
+    if torch.compiler.is_compiling():
+        # A compiled graph decides by itself which of its buffers it reuses.
+        out = None
     if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
     fused = spec.importance_level == "token" and rows.token_ids.numel() > 0 and rows.share is None
-    if backend.is_eager(logits) or not fused:
-        return _scored_then_differentiated(
-            logits, rows, inputs, spec, advantage_spec, need_grad, out
-        )
-    place = None
-    if out is not None and need_grad and not torch.compiler.is_compiling():
-        place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
-        place = replaced(place, grad=out)
-    return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=place)
+    if fused and not backend.is_eager(logits):
+        return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=out)
+    return _scored_then_differentiated(logits, rows, inputs, spec, advantage_spec, need_grad, out)
 
 
 def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: LossSpec) -> bool:
@@ -208,7 +220,7 @@ def _scored_then_differentiated(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     need_grad: bool,
-    out: torch.Tensor | None,
+    out: TokenResults | None,
 ) -> TokenResults:
     """The same in three steps: statistics of the rows, the loss of the log-probs, the gradient."""
     layout = Layout(rows.token_ids, inputs)
@@ -217,10 +229,14 @@ def _scored_then_differentiated(
     logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
     inputs = replaced(inputs, entropy=entropy)
     found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+    if out is not None:
+        out.loss.copy_(found.loss)
+        out.results.copy_(found.results)
     if not need_grad:
         return found
     bonus = layout.entropy_weights(spec, table)
-    grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, out)
+    place = None if out is None else out.grad
+    grad = row_gradient(logits, rows, scored, table, found.grad, bonus, found.results, place)
     return replaced(found, grad=grad)
 
 

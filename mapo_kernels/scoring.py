@@ -61,11 +61,12 @@ def token_logprobs(
     if split is not None:
         share = split.agree(token_ids, Batch(mask=mask), temperature)
     checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
-    with torch.no_grad():
-        rows = RowInputs(token_ids, temperature, share)
-        table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
-        logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
-    return (logprobs, *entropy) if return_entropy else logprobs
+    rows = RowInputs(token_ids, temperature, share)
+    # Nothing here requires grad: what else is floating-point has been checked for that.
+    table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
+    if not return_entropy:
+        return table.view(token_ids.shape)
+    return tuple(table.view(2, *token_ids.shape).unbind(0))
 
 
 @torch.compiler.disable
@@ -82,6 +83,7 @@ def token_logprobs_from_hidden(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
+    batch_invariant: bool = False,
     vocab_group: Any = None,
 ) -> Any:
     """Log-probs of sampled tokens from hidden states, for old and reference policies: no gradient.
@@ -101,6 +103,7 @@ def token_logprobs_from_hidden(
         logit_scale: as there.
         chunk_rows: as there. Log-probs equal those inside the loss bit for bit where the products
             do, which depends on how a matrix library treats the number of rows.
+        batch_invariant: as there: it makes them equal, where the loss has it too.
         vocab_group: as there.
 
     Returns:
@@ -111,7 +114,7 @@ def token_logprobs_from_hidden(
         ValueError: a shape, a value or a device that makes no sense.
         TypeError: an argument of the wrong type.
     """
-    checks_head.check_head_options(softcap, logit_scale, chunk_rows)
+    checks_head.check_head_options(softcap, logit_scale, chunk_rows, batch_invariant)
     hidden, weight, bias, token_ids, split = checked_head(
         hidden, lm_head_weight, bias, token_ids, None, vocab_group
     )
@@ -125,12 +128,14 @@ def token_logprobs_from_hidden(
         split = split._replace(
             function=f"token_logprobs_from_hidden{', with entropies' if return_entropy else ''}",
             chunk_rows=chunk_rows or 0,
-            head=head_description(softcap, logit_scale, bias),
+            head=head_description(softcap, logit_scale, bias, batch_invariant),
         )
         share = split.agree(token_ids, Batch(mask=mask), temperature)
     checks_rows.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows)
+        head = HeadInputs(
+            weight, bias, softcap, logit_scale, chunk_rows, batch_invariant=batch_invariant
+        )
         rows = RowInputs(token_ids, temperature, share)
         table = hidden_level.linear_scores(hidden, head, rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
@@ -184,6 +189,9 @@ def checked_head(
     return hidden, weight, bias, token_ids, split
 
 
-def head_description(softcap: float | None, logit_scale: float, bias: object) -> tuple[object, ...]:
+def head_description(
+    softcap: float | None, logit_scale: float, bias: object, batch_invariant: bool
+) -> tuple[object, ...]:
     """What ranks have to have the same of the head's options; equal numbers have one form."""
-    return None if softcap is None else float(softcap), float(logit_scale), bias is not None
+    cap = None if softcap is None else float(softcap)
+    return cap, float(logit_scale), bias is not None, batch_invariant

@@ -108,15 +108,15 @@ MUTANTS = (
         "write_end = end",
         TOKENS,
     ),
-    Mutant("tl.maximum(s.metrics[i], x.metrics[i])", "x.metrics[i]", TOKENS),
+    Mutant("tl.maximum(s.metrics[i], tl.max(x.metrics[i], 1))", "tl.max(x.metrics[i], 1)", TOKENS),
     Mutant(
         "tl.store(Grad + row + offs, grad * scale,",
         "tl.store(Grad + row + offs, grad,",
         TOKENS,
     ),
     Mutant(
-        "tl.sum(slope_sum, 0) / n_valid * scale",
-        "tl.sum(slope_sum, 0) * scale",
+        "tl.sum(slopes, 0) / n_valid * scale",
+        "tl.sum(slopes, 0) * scale",
         TOKENS,
     ),
     Mutant(
@@ -155,11 +155,12 @@ MUTANTS = (
         LOGITS,
     ),
     Mutant(
-        "temperature if head.softcap is not None else temperature / head.logit_scale",
-        "temperature",
+        "temperature = temperature / head.logit_scale",
+        "temperature = temperature / 1.0",
         LOGITS,
     ),
     Mutant("square_().neg_().add_(1.0)", "neg_().add_(1.0)", LOGITS),
+    Mutant("r = r * (1.0 - r)", "r = 1.0 - r", LOGITS),
     # plan, ranks, checks
     Mutant("cu_seqlens=cu_seqlens - cu_seqlens[0]", "cu_seqlens=cu_seqlens", PLANS),
     Mutant("tokens if self.per_token else rows", "rows", PLANS),

@@ -44,7 +44,7 @@ class Split(NamedTuple):
         width: H of hidden states, or 0 for logits.
         vocab: V where it is known without asking the other ranks, else 0.
         chunk_rows: rows per chunk, or 0 where that is left open.
-        head: softcap, logit_scale, and whether there is a bias.
+        head: softcap, logit_scale, whether there is a bias, and batch_invariant.
         spec: of the loss; None where log-probs are scored.
         advantage_spec: of the loss's advantages; None where log-probs are scored.
         wanted: which gradients are asked for.
@@ -114,7 +114,7 @@ class Split(NamedTuple):
             "dtype": self.dtype,
             "backend": self.backend,
             "chunk_rows": self.chunk_rows,
-            "softcap, logit_scale and presence of a bias": self.head,
+            "softcap, logit_scale, presence of a bias and batch_invariant": self.head,
             "LossSpec": self.spec,
             "AdvantageSpec": self.advantage_spec,
             "gradients (requires_grad)": self.wanted,

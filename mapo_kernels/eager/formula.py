@@ -21,6 +21,10 @@ def _clamp(x: torch.Tensor, low: Any, high: Any, propagate_nan: None) -> torch.T
     return torch.clamp(x, low, high)
 
 
+def _fma(x: Any, y: Any, z: Any) -> Any:
+    return x * y + z
+
+
 def _maximum(x: torch.Tensor, y: torch.Tensor, propagate_nan: None) -> torch.Tensor:
     return torch.maximum(x, y)
 
@@ -33,6 +37,7 @@ _TORCH = SimpleNamespace(
     exp=torch.exp,
     exp2=torch.exp2,
     floor=torch.floor,
+    fma=_fma,
     log=torch.log,
     log2=torch.log2,
     maximum=_maximum,
@@ -44,7 +49,8 @@ _TORCH = SimpleNamespace(
 _module = ModuleType(f"{__name__}_formula", formula.__doc__)
 sys.modules[_module.__name__] = _module
 _namespace: dict[str, Any] = vars(_module)
-_namespace.update({k: v for k, v in vars(formula).items() if k not in vars(_module)}, tl=_TORCH)
+_namespace.update({k: v for k, v in vars(formula).items() if k not in vars(_module)})
+_namespace.update(tl=_TORCH, FLOAT32=False)
 for _name, _value in list(_namespace.items()):
     if is_device_function(_value):
         _namespace[_name] = FunctionType(_value.fn.__code__, _namespace, _name)

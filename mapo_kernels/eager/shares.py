@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mapo_kernels.batch import RowInputs
+from mapo_kernels.batch import RowInputs, replaced
 from mapo_kernels.eager import formula
 from mapo_kernels.eager.sums import row_sum
 
@@ -15,7 +15,7 @@ def local_rows(rows: RowInputs) -> RowInputs:
     """The rows with token ids counted from this rank's first column; whole rows as they are."""
     if rows.share is None:
         return rows
-    return RowInputs(rows.token_ids.long() - rows.share.offset, rows.temperature)
+    return replaced(rows, token_ids=rows.token_ids.long() - rows.share.offset, share=None)
 
 
 def merge_shares(

@@ -207,7 +207,9 @@ def logits_loss_kernel(
                 n_valid, mean, signal = sequence_statistics(
                     Row, tokens, 0, begin, end, False, BLOCK_T, 1
                 )
-        reference, total, logp, rest, entropy = row_statistics(Row, target, vocab, c, True, TILE)
+        reference, total, logp, rest, entropy = row_statistics(
+            rows, Row, target, vocab, c, True, TILE
+        )
         zero = tl.zeros([1], tl.float32)
         scores, d_log_ratio, d_logp = score_tokens(
             zero + logp, tokens, values, scored, zero + entropy, 0.0, numbers, LOSS
@@ -228,7 +230,7 @@ def logits_loss_kernel(
             Out = row_of(out, row, sequence)
             if has_slope > 0:
                 write_gradient(
-                    Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
+                    rows, Row, Out, target, vocab, c, reference, total, logp, rest, entropy, slope,
                     bonus, TILE,
                 )  # fmt: skip
             else:

@@ -66,6 +66,9 @@ class Rows(NamedTuple):
     token_ids: Any  # [n]
     temperature: Any = None  # one for one or several rows, or None where `c` is one number
     mask: Any = None  # [n], or None
+    bias: Any = None  # [V] that is added to a row, or None
+    softcap: Any = None  # what a logit stays below, or None
+    slope: Any = None  # 2 log2(e) scale / softcap
 
 
 @jit
@@ -119,20 +122,40 @@ def tile_columns(TILE: tl.constexpr):
 
 
 @jit
-def load_tile(Row, offs, vocab, target, MASKED: tl.constexpr, TILE: tl.constexpr):
+def logit_of(x, offs, inside, rows):
+    """Logits from what lies in a row, in float32, and what their derivative is softcap times.
+
+    softcap tanh(scale x / softcap) is softcap (1 - 2 r) with r = 1 / (1 + e^(2 scale x / softcap)),
+    and its derivative scale 4 r (1 - r).
+    """
+    x = x.to(tl.float32)
+    r = x
+    if rows.bias is not None:
+        x = x + tl.load(rows.bias + offs, mask=inside, other=0.0).to(tl.float32)
+    if rows.softcap is not None:
+        r = 1.0 / (1.0 + tl.exp2(x * rows.slope))
+        x = rows.softcap * tl.fma(r, -2.0, 1.0)
+        r = r * (1.0 - r)
+    return x, r
+
+
+@jit
+def load_tile(rows, Row, offs, vocab, target, MASKED: tl.constexpr, TILE: tl.constexpr):
     """One tile of a row in float32; if MASKED, -inf at the target and beyond the row."""
     if MASKED:
-        x = tl.load(
-            Row + offs, mask=offs < vocab, other=float("-inf"), eviction_policy=TILE.first_hint
-        )
-        x = tl.where(offs == target, float("-inf"), x.to(tl.float32))
+        inside = offs < vocab
+        x = tl.load(Row + offs, mask=inside, other=float("-inf"), eviction_policy=TILE.first_hint)
+        x, _ = logit_of(x, offs, inside, rows)
+        x = tl.where(inside & (offs != target), x, float("-inf"))
     else:
-        x = tl.load(Row + offs, eviction_policy=TILE.first_hint).to(tl.float32)
+        x = tl.load(Row + offs, eviction_policy=TILE.first_hint)
+        x, _ = logit_of(x, offs, True, rows)
     return x
 
 
 @jit
 def fold_step(
+    rows,
     Row,
     start,
     top,
@@ -150,7 +173,9 @@ def fold_step(
     offs = start + tile_columns(TILE)
     tiles = ()
     for u in tl.static_range(TILES):
-        tiles = tiles + (load_tile(Row, offs + u * TILE.columns, vocab, target, MASKED, TILE),)
+        tiles = tiles + (
+            load_tile(rows, Row, offs + u * TILE.columns, vocab, target, MASKED, TILE),
+        )
     highest = tl.max(tiles[0], 1)
     for u in tl.static_range(1, TILES):
         highest = tl.maximum(highest, tl.max(tiles[u], 1))
@@ -173,6 +198,7 @@ def fold_step(
 
 @jit
 def row_sums(
+    rows,
     Row,
     target,
     vocab,
@@ -199,18 +225,19 @@ def row_sums(
     for i in range(0, n_full - tl.where(inside, 1, 0)):
         start = (i + tl.where(i >= own, 1, 0)) * TILE.step
         top, total, weighted = fold_step(
-            Row, start, top, total, weighted, c, vocab, target, False, HAS_ENTROPY,
+            rows, Row, start, top, total, weighted, c, vocab, target, False, HAS_ENTROPY,
             TILE,
         )  # fmt: skip
     for k in range(tl.where(inside, 0, 1), tl.where(n_full * TILE.step < vocab, 2, 1)):
         start = tl.where(k == 0, own, n_full) * TILE.step
         top, total, weighted = fold_step(
-            Row, start, top, total, weighted, c, vocab, target, True, HAS_ENTROPY,
+            rows, Row, start, top, total, weighted, c, vocab, target, True, HAS_ENTROPY,
             TILE,
         )  # fmt: skip
     index = target + tl.arange(0, 1)
-    x = tl.load(Row + index, mask=index >= 0, other=absent).to(tl.float32)
-    x = tl.sum(x, 0)
+    has_target = index >= 0
+    x, _ = logit_of(tl.load(Row + index, mask=has_target, other=0.0), index, has_target, rows)
+    x = tl.sum(tl.where(has_target, x, absent), 0)
     reference = tl.maximum(tl.max(top, 0), x * c)
     fade = tl.exp2(top - reference)
     others = tl.sum(total * fade, 0)
@@ -227,30 +254,30 @@ def loses_digits(reference):
 
 
 @jit
-def largest_logit(Row, target, vocab, TILE: tl.constexpr):
+def largest_logit(rows, Row, target, vocab, TILE: tl.constexpr):
     """The largest column of a row but for `target`; -1 leaves none out."""
     top = tl.full([TILE.threads], float("-inf"), tl.float32)
     for start in range(0, vocab, TILE.columns):
-        x = load_tile(Row, start + tile_columns(TILE), vocab, target, True, TILE)
+        x = load_tile(rows, Row, start + tile_columns(TILE), vocab, target, True, TILE)
         top = tl.maximum(top, tl.max(x, 1))
     return tl.max(top, 0)
 
 
 @jit
-def exact_sums(Row, target, own, vocab, c, TILE: tl.constexpr):
+def exact_sums(rows, Row, target, own, vocab, c, TILE: tl.constexpr):
     """What `row_summary` takes, by exact differences from the largest logit: two more readings.
 
     For the few rows that need it; `own` is the target's logit.
     Returns (others, tail, weighted, gap).
     """
-    largest = largest_logit(Row, target, vocab, TILE)
+    largest = largest_logit(rows, Row, target, vocab, TILE)
     base = tl.maximum(largest, own)
     gap = (own - base) * c
     others = tl.full([TILE.threads], 0.0, tl.float32)
     tail = tl.full([TILE.threads], 0.0, tl.float32)
     weighted = tl.full([TILE.threads], 0.0, tl.float32)
     for start in range(0, vocab, TILE.columns):
-        x = load_tile(Row, start + tile_columns(TILE), vocab, target, True, TILE)
+        x = load_tile(rows, Row, start + tile_columns(TILE), vocab, target, True, TILE)
         d = (x - base) * c
         power = tl.exp2(d)
         others = others + tl.sum(power, 1)
@@ -262,6 +289,7 @@ def exact_sums(Row, target, own, vocab, c, TILE: tl.constexpr):
 
 @jit
 def row_statistics(
+    rows,
     Row,
     target,
     vocab,
@@ -271,12 +299,12 @@ def row_statistics(
 ):
     """(reference, total, logp, rest, entropy) of a whole row: NaN where it has no target."""
     reference, others, weighted, gap, own = row_sums(
-        Row, target, vocab, c, float("nan"), HAS_ENTROPY, TILE
+        rows, Row, target, vocab, c, float("nan"), HAS_ENTROPY, TILE
     )
-    logp, rest, total, entropy = row_summary(others, others - 1.0, weighted, gap)
+    logp, rest, total, entropy = row_summary(others, None, weighted, gap)
     is_coarse = loses_digits(reference) & (target >= 0)
     if is_coarse | (HAS_ENTROPY & certain_elsewhere(others, gap)):
-        others, tail, weighted, gap = exact_sums(Row, target, own, vocab, c, TILE)
+        others, tail, weighted, gap = exact_sums(rows, Row, target, own, vocab, c, TILE)
         exact_logp, exact_rest, exact_total, entropy = row_summary(others, tail, weighted, gap)
         if is_coarse:
             logp = exact_logp

@@ -33,7 +33,7 @@ def score_kernel(
     rest = 0.0
     if is_valid(rows.mask, row) > 0:
         reference, total, logp, rest, entropy = row_statistics(
-            row_of(rows.logits, row, row // length), target_of(rows, row, vocab), vocab,
+            rows, row_of(rows.logits, row, row // length), target_of(rows, row, vocab), vocab,
             exponent_of(rows, row // per_temperature, c), COLUMNS > 1, TILE,
         )  # fmt: skip
     tl.store(Table + row, logp)
@@ -76,7 +76,7 @@ def gradient_kernel(
         if Bonus is not None:
             bonus = tl.load(Bonus + row) * scale
         write_gradient(
-            row_of(rows.logits, row, sequence), Out, target_of(rows, row, vocab), vocab,
+            rows, row_of(rows.logits, row, sequence), Out, target_of(rows, row, vocab), vocab,
             exponent_of(rows, row // per_temperature, c), tl.load(Table + 2 * n + row),
             tl.load(Table + 3 * n + row), tl.load(Table + row), tl.load(Table + 4 * n + row),
             tl.load(Table + n + row), slope * scale, bonus,

@@ -36,14 +36,14 @@ def share_kernel(
         c = exponent_of(rows, row // per_temperature, c)
         # A target on another rank is as far below every column here as can be.
         reference, others, weighted, distance, own = row_sums(
-            Row, target, columns, c, float("-inf"), COLUMNS > 3, TILE
+            rows, Row, target, columns, c, float("-inf"), COLUMNS > 3, TILE
         )
         # Others so rare have next to no part in the entropy of the row.
         if (COLUMNS > 3) & (others > 1e-37):
             entropy = tl.log(others) - weighted / others
             if certain_elsewhere(others, distance):
                 # The entropy alone is made of exact sums: a log-prob is the same without one.
-                sums, tail, weighted, _ = exact_sums(Row, target, own, columns, c, TILE)
+                sums, tail, weighted, _ = exact_sums(rows, Row, target, own, columns, c, TILE)
                 entropy = log1p(tail) - weighted / sums
     tl.store(Table + row, reference)
     tl.store(Table + n + row, others)

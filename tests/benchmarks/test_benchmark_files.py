@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli, report, results
+from benchmarks import cli, harness, report, results
+from benchmarks.harness import DRY, Roofs
 from mapo_kernels import files
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -209,13 +210,32 @@ def test_markup_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     found["rows"][0]["shape"] = "[red]1024"
     monkeypatch.setattr(cli, "measure", lambda arguments, path: results.write(found, path) or 0)
     assert cli.main(["--out", "[bold]x[/]", "--name", "[red]"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "[bold]x[/]/[red].json and .csv" in out and "[red]1024" in out
     assert "[bold]x[/]/[red]_speed_up.png" in out
     assert row["reason"] in out
 
 
-def test_the_arguments_of_a_suite_reach_pytest(runs, tmp_path, capsys):
+def test_a_run_has_the_arguments_of_its_command(runs, tmp_path, capsys):
     suite = ["--suite=full", "--level=log-probs", "--level=logits", "--commit=abc", "--notes=x y"]
     assert cli.main([*suite, "--out", str(tmp_path), "--name=x", "--no-plots"]) == 0
-    assert runs == [suite]
+    (given,) = runs
+    assert (given.suite, given.level) == ("full", ["log-probs", "logits"])
+    assert (given.commit, given.notes, given.dry_run) == ("abc", "x y", False)
+
+
+def test_a_run_ends_where_its_rows_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """pytest runs the suite, and a full disk ends it after what was written."""
+    pytest.importorskip("pytest_benchmark")
+    write = results.write
+
+    def fail(found, path):
+        if found["rows"]:
+            raise files.CommandError(f"{path}: No space left on device")
+        write(found, path)
+
+    monkeypatch.setattr(results, "write", fail)
+    monkeypatch.setattr(harness, "Roofs", lambda device, effort, tiny: Roofs(device, DRY, True))
+    given = ["--level=advantages, MAPO", "--out", str(tmp_path), "--name=x", "--no-plots"]
+    assert cli.main(given) == 1
+    assert "rows are missing" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 
 import torch
 
-from benchmarks.machine_code import compile_launches, report
+from benchmarks.machine_code import compile_launches, report, scalar_instructions
 
 
 def batch(shape, packed=False):
@@ -86,32 +86,33 @@ def logits(
     out.loss.backward()
 
 
-def packed_logits():
+def packed_logits(n=40):
     import mapo_kernels as mk
 
-    x = torch.zeros((40, 1024), dtype=torch.bfloat16, requires_grad=True)
-    bounds = torch.arange(0, 41, 10, dtype=torch.int32)
-    ids = torch.zeros(40, dtype=torch.int64)
+    x = torch.zeros((n, 1024), dtype=torch.bfloat16, requires_grad=True)
+    bounds = torch.arange(0, 5, dtype=torch.int32) * (n // 4)
+    ids = torch.zeros(n, dtype=torch.int64)
     spec = mk.LossSpec(aggregation="seq-mean-token-mean")
     given = {"advantages": torch.ones(4), "cu_seqlens": bounds, "spec": spec}
     mk.mapo_loss_from_logits(x, ids, **given).loss.backward()
 
 
-def hidden_chunk(**settings):
+def hidden_chunk(softcap=None, **settings):
     """What the hidden level launches on a chunk of float32 logits from bfloat16 products."""
     import mapo_kernels as mk
     from mapo_kernels import operators
-    from mapo_kernels.batch import Batch, RowInputs
+    from mapo_kernels.batch import Batch, RowInputs, empty_results
 
     x, ones = torch.zeros((16, 1, V)), torch.ones(16, 1)
+    place = empty_results(ones, Batch(), mk.LossSpec(), mk.AdvantageSpec(), False)
     operators.logits_loss(
         x,
-        RowInputs(torch.zeros((16, 1), dtype=torch.int64)),
+        RowInputs(torch.zeros((16, 1), dtype=torch.int64), softcap=softcap),
         Batch(ones, loss_weights=ones, advantages=ones[:, 0], normalizer=ones[0, 0]),
         mk.LossSpec(**settings),
         mk.AdvantageSpec(),
         True,
-        torch.empty_like(x, dtype=torch.bfloat16),
+        place._replace(grad=torch.empty_like(x, dtype=torch.bfloat16)),
     )
 
 
@@ -129,6 +130,9 @@ CASES = {
     "split rows": split_rows,
     "hidden chunk": hidden_chunk,
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
+    "hidden chunk, softcap": lambda: hidden_chunk(softcap=30.0),
+    "many rows": lambda: logits((4, 151, V)),
+    "many packed rows": lambda: packed_logits(610),
     "logits": lambda: logits((8, 2, V), scoring=True),
     "logits, ids of a byte": lambda: logits((8, 2, V), scoring=True, id_dtype=torch.uint8),
     "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
@@ -152,6 +156,10 @@ CASES = {
     "ids": lambda: advantages(1000, ids=True),
     "many ids": lambda: advantages(10000, ids=True),
 }
+
+
+# Whose instructions outside the main loops are counted.
+SCALAR = ("many rows", "logits")
 
 
 def ten_lengths():
@@ -192,6 +200,11 @@ def main(target):
                 reports[kernel.hash] = report(kernel)
             variants.setdefault(name, {})[kernel.hash] = reports[kernel.hash]
         found = {
+            "scalar": [
+                scalar_instructions(kernel, tiles=4)
+                for name, kernel in compiled
+                if case in SCALAR and name == "logits_loss_kernel" and "cubin" in kernel.asm
+            ],
             "launches": [name for name, _ in compiled],
             "kernels": {name: list(reported.values()) for name, reported in variants.items()},
         }

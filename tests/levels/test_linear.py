@@ -19,7 +19,7 @@ import mapo_kernels as mk
 import reference
 from benchmarks.memory import MemoryOfTensors
 from mapo_kernels.batch import HeadInputs
-from mapo_kernels.hidden import chunk_rows_of
+from mapo_kernels.head import chunk_rows_of
 from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
@@ -90,7 +90,7 @@ def test_products_that_come_out_in_float32(softcap, level, device, monkeypatch):
 
         monkeypatch.setattr(torch, "mm", mixed_mm)
         monkeypatch.setattr(torch, "addmm", mixed_addmm)
-        monkeypatch.setattr("mapo_kernels.hidden.mixes_dtypes", lambda weight: True)
+        monkeypatch.setattr("mapo_kernels.head.mixes_dtypes", lambda weight: True)
     batch = make_hidden(4, 5, torch.bfloat16)
     spec = mk.LossSpec(importance_level=level, objective="none")
     given = {"old_logprobs": batch["old"]}

@@ -1,6 +1,0 @@
-"""`python -m benchmarks`: the same as `mapo-kernels bench`."""
-
-from .cli import main
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,321 @@
+"""Who computes a level: mapo_kernels, plain PyTorch, and the losses of other packages.
+
+A provider takes the tensors that are differentiated, then `rest`, which `levels.py` drew: the mask
+[B, T], ids, old log-probs, spec, and either advantages [B] or rewards. Plain PyTorch is what a
+trainer writes by hand. Every loss is the token mean of the clipped objective.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mapo_kernels as mk
+
+from .cases import GRPO, HIDDEN, LEVELS, LOGITS, LOGPROBS, MAPO, SCORING, Case
+
+OURS = "mapo_kernels"
+PLAIN = "plain PyTorch"
+COMPILED = "torch.compile of "
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`call(*leaves, rest)` returns the loss, or the values without a gradient."""
+
+    call: Callable[..., Tensor]
+    package: str | None = None
+    needs_gpu: bool = False
+    compiles: bool = False
+    consumes: bool = False  # The leaves' contents are destroyed: every call needs fresh ones.
+    loops: bool = False  # Over groups, in Python.
+    softcap: bool = True  # Whether it knows one.
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
+        """Why it cannot be measured here, or None."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        if self.needs_gpu and device.type != "cuda":
+            return "needs a GPU"
+        if self.loops and case.n_sequences > 1 << 14:
+            return "a Python loop over groups: minutes at this size"
+        if case.head.softcap is not None and not self.softcap:
+            return "has no cap on logits"
+        return None
+
+
+# Of each level, in the order of the tables.
+PROVIDERS: dict[str, dict[str, Provider]] = {level: {} for level in LEVELS}
+
+
+def provides(name: str, *levels: str, compiled: bool = False, **settings: Any) -> Any:
+    """Make a function a provider of levels; with `compiled`, what torch makes of it another."""
+
+    def register(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        for level in levels:
+            PROVIDERS[level][name] = Provider(call, **settings)
+            if compiled:
+                PROVIDERS[level][COMPILED + name] = Provider(torch.compile(call), compiles=True)
+        return call
+
+    return register
+
+
+@provides(OURS, MAPO, GRPO)
+def our_advantages(rewards: Tensor, rest: Any) -> Tensor:
+    return mk.group_advantages(rewards, group_size=rest.group_size, estimator=rest.estimator)
+
+
+@provides(OURS, LOGPROBS, compiled=True)
+def ours_from_logprobs(logp: Tensor, rest: Any) -> Tensor:
+    given = {"rewards": rest.rewards, "group_size": rest.group_size, "mask": rest.mask}
+    return mk.mapo_loss(logp, old_logprobs=rest.old, spec=rest.spec, **given).loss
+
+
+@provides(OURS, LOGITS)
+def ours_from_logits(logits: Tensor, rest: Any, inplace: bool = False) -> Tensor:
+    ids, old, mask = rest.padded
+    given = {"old_logprobs": old, "mask": mask, "advantages": rest.advantages}
+    return mk.mapo_loss_from_logits(logits, ids, spec=rest.spec, inplace=inplace, **given).loss
+
+
+@provides("mapo_kernels in place", LOGITS, consumes=True)
+def ours_in_place(logits: Tensor, rest: Any) -> Tensor:
+    return ours_from_logits(logits, rest, inplace=True)
+
+
+@provides(OURS, SCORING)
+def our_scores(logits: Tensor, rest: Any) -> Tensor:
+    return mk.token_logprobs(logits[:, :-1], rest.ids)
+
+
+@provides(OURS, HIDDEN)
+def ours_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    plan = mk.make_plan(advantages=rest.advantages, mask=rest.mask, spec=rest.spec)
+    given = {"old_logprobs": rest.old, "plan": plan, "softcap": rest.softcap}
+    return mk.mapo_loss_from_hidden(hidden, weight, rest.ids, **given).loss
+
+
+@provides(PLAIN, MAPO, GRPO, compiled=True)
+def plain_advantages(rewards: Tensor, rest: Any) -> Tensor:
+    """MAPO or GRPO advantages [B] of contiguous groups, as the formula reads."""
+    r = rewards.view(-1, rest.group_size)
+    mu = r.mean(1, keepdim=True)
+    z = (r - mu) / (r.std(1, keepdim=True) + 1e-6)
+    if rest.estimator == "grpo":
+        return z.view(-1)
+    p = (r >= 1.0).to(r.dtype).mean(1, keepdim=True)
+    certainty = 1 - 4 * p * (1 - p)
+    return ((1 - certainty) * z + certainty * (r - mu) / (mu + 1e-6)).view(-1)
+
+
+def advantages_of(rest: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Advantages [B]: given, or computed from the rewards as a part of the measured work."""
+    if rest.rewards is None:
+        return rest.advantages
+    return plain_advantages(rest.rewards.to(dtype), rest)
+
+
+@provides(PLAIN, LOGPROBS, compiled=True)
+def plain_from_logprobs(logp: Tensor, rest: Any) -> Tensor:
+    advantages = advantages_of(rest, logp.dtype)[:, None]
+    ratio = torch.exp(logp - rest.old)
+    clipped = ratio.clamp(1 - rest.spec.eps_low, 1 + rest.spec.eps_high)
+    loss = -torch.min(ratio * advantages, clipped * advantages)
+    return (loss * rest.mask).sum() / rest.mask.sum()
+
+
+def plain_token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probs [B, T] of the tokens as a trainer writes them, in float32 (or float64)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide, -1).gather(-1, token_ids[..., None]).squeeze(-1)
+
+
+@provides(PLAIN, SCORING, compiled=True)
+def plain_scores(logits: Tensor, rest: Any) -> Tensor:
+    return plain_token_logprobs(logits[:, :-1], rest.ids)
+
+
+@provides(PLAIN, LOGITS, compiled=True)
+def plain_from_logits(logits: Tensor, rest: Any) -> Tensor:
+    return plain_from_logprobs(plain_scores(logits, rest), rest)
+
+
+@provides(PLAIN, HIDDEN, compiled=True)
+def plain_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight)
+    if rest.softcap is not None:
+        logits = torch.tanh(logits / rest.softcap) * rest.softcap
+    return plain_from_logprobs(plain_token_logprobs(logits, rest.ids), rest)
+
+
+@provides("authors' loop", MAPO, loops=True)
+def looped_advantages(rewards: Tensor, rest: Any) -> Tensor:
+    """MAPO advantages [B] the way published trainers do it: one group at a time, in Python."""
+    groups = rewards.view(-1, rest.group_size)
+    return torch.cat([plain_advantages(group, rest) for group in groups])
+
+
+@provides("TRL", LOGPROBS, package="trl")
+def trl_from_logprobs(logp: Tensor, rest: Any, entropy: Tensor | None = None) -> Tensor:
+    """TRL's own loss [] (its metrics included, as in training), by what it reads of its trainer."""
+    from trl import GRPOTrainer
+
+    entropy = torch.zeros_like(logp) if entropy is None else entropy
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, entropy, None),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        loss_type="bnpo",
+        epsilon_low=rest.spec.eps_low,
+        epsilon_high=rest.spec.eps_high,
+        importance_sampling_level="token",
+        beta=0.0,
+        current_gradient_accumulation_steps=1,
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        accelerator=SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
+        ),
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+    )
+    inputs = {
+        "prompt_ids": rest.mask[:, :0],
+        "prompt_mask": rest.mask[:, :0],
+        "completion_ids": rest.mask,
+        "completion_mask": rest.mask.long(),
+        "advantages": advantages_of(rest, logp.dtype),
+        "old_per_token_logps": rest.old,
+    }
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+def _trl_scores(logits: Tensor, rest: Any, mask: Tensor) -> Any:
+    """Log-probs and entropies [B, T] as TRL's trainer gets them: its kernel where there is one."""
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(
+        logits[:, :-1], rest.ids, entropy_requires_grad=False, row_mask=mask
+    )
+
+
+@provides("TRL", SCORING, package="trl")
+def trl_scores(logits: Tensor, rest: Any) -> Tensor:
+    return _trl_scores(logits, rest, torch.ones_like(rest.mask))[0]
+
+
+@provides("TRL", LOGITS, package="trl")
+def trl_from_logits(logits: Tensor, rest: Any) -> Tensor:
+    logp, entropy = _trl_scores(logits, rest, rest.mask)
+    return trl_from_logprobs(logp, rest, entropy)
+
+
+@provides("TRL", HIDDEN, package="trl")
+def trl_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """TRL's loss [] from its fused head, as its GRPO trainer calls it.
+
+    Like there, only unmasked positions are scored where its Triton kernels run, all of them
+    elsewhere.
+    """
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    mask, compact = rest.mask, _use_triton(hidden.device)
+    rows = hidden[mask] if compact else hidden.flatten(0, 1)
+    targets = rest.ids[mask] if compact else rest.ids.flatten()
+    found = ChunkedLogProbFunction.apply(
+        rows, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, rest.softcap, 1.0,
+        ("log_probs", "entropy"),
+    )  # fmt: skip
+    logp, entropy = (
+        x.new_zeros(mask.shape).masked_scatter(mask, x)
+        if compact
+        else x.view(mask.shape).masked_fill(~mask, 0)
+        for x in found[:2]
+    )
+    return trl_from_logprobs(logp, rest, entropy.detach())
+
+
+@provides("Liger", LOGITS, package="liger_kernel", needs_gpu=True)
+def liger_from_logits(logits: Tensor, rest: Any) -> Tensor:
+    """Liger's fused loss [] from logits [B, T + 1, V], whose last position it does not read."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    loss, _ = triton_grpo_loss(
+        logits, rest.old, None, rest.ids, rest.advantages, rest.mask, temperature=1.0, beta=0.0,
+        eps_low=rest.spec.eps_low, eps_high=rest.spec.eps_high, loss_type="bnpo", reduce=True,
+    )  # fmt: skip
+    return loss
+
+
+@provides("Liger", HIDDEN, package="liger_kernel", softcap=False)
+def liger_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """Liger's chunked loss []."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    call = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=rest.spec.eps_low,
+        epsilon_high=rest.spec.eps_high, loss_type="bnpo", compiled=hidden.is_cuda,
+    )  # fmt: skip
+    given = (hidden, weight, rest.ids, rest.mask, rest.advantages)
+    return call(*given, old_per_token_logps=rest.old)[0]
+
+
+@provides("verl", GRPO, package="verl", loops=True)
+def verl_advantages(rewards: Tensor, rest: Any) -> Tensor:
+    """verl's GRPO advantages [B] of rewards that come at the only token of each answer."""
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+    # It writes into the sums of the rewards, which for one token are the rewards themselves.
+    found, _ = compute_grpo_outcome_advantage(rewards[:, None].clone(), rest.mask, rest.ids)
+    return found[:, 0]
+
+
+class _VerlConfig(SimpleNamespace):
+    """What verl's loss reads from its actor's configuration."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)
+
+
+@provides("verl", LOGPROBS, package="verl")
+def verl_from_logprobs(logp: Tensor, rest: Any) -> Tensor:
+    """verl's own clipped loss [] (its metrics included)."""
+    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+
+    config = _VerlConfig(
+        clip_ratio=rest.spec.eps_low, clip_ratio_low=rest.spec.eps_low,
+        clip_ratio_high=rest.spec.eps_high, clip_ratio_c=1e6, global_batch_info={},
+    )  # fmt: skip
+    advantages = advantages_of(rest, logp.dtype)[:, None].expand_as(logp)
+    given = (rest.old, logp, advantages, rest.mask, "token-mean", config)
+    return compute_policy_loss_vanilla(*given)[0]
+
+
+@provides("verl", HIDDEN, package="verl", needs_gpu=True, softcap=False)
+def verl_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """verl's fused linear kernel, which scores all positions, and the plain loss."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logp, _ = linear_cross_entropy(hidden, weight, rest.ids, 1.0, "none", None)
+    return plain_from_logprobs(logp.view(rest.ids.shape), rest)
+
+
+@provides("cut-cross-entropy", HIDDEN, package="cut_cross_entropy", needs_gpu=True)
+def cce_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """cut-cross-entropy, which leaves masked positions out, and the plain loss."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    targets = rest.ids.masked_fill(~rest.mask, -100)
+    losses = linear_cross_entropy(hidden, weight, targets, softcap=rest.softcap, reduction="none")
+    return plain_from_logprobs(-losses, rest)
