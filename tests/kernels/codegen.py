@@ -1,13 +1,14 @@
 """Compiles what the public functions launch, for a GPU that is not there; run as a subprocess.
 
-    python tests/kernels/codegen.py TARGET
+    echo CASE | python tests/kernels/codegen.py TARGET
 
-prints one JSON object: for each case what it launches, and for each kernel its variants' registers,
-stack, memory accesses and instruction counts.
+prints, for each line that names a case, one JSON object: what it launches, and for each kernel its
+variants' registers, stack, memory accesses and instruction counts.
 """
 
 import json
 import sys
+from contextlib import redirect_stdout
 
 import torch
 
@@ -196,24 +197,26 @@ CASES["ten shapes of logits"] = ten_shapes_of_logits
 
 
 def main(target):
-    compiled = compile_launches(target)
-    results = {}
-    for case, launch in CASES.items():
+    compiled, reports = compile_launches(target), {}
+    for case in map(str.rstrip, sys.stdin):
         compiled.clear()
-        launch()
+        with redirect_stdout(sys.stderr):
+            CASES[case]()
         variants = {}
         for name, kernel in compiled:
-            variants.setdefault(name, {})[kernel.hash] = kernel
-        results[case] = {
+            if kernel.hash not in reports:
+                reports[kernel.hash] = report(kernel)
+            variants.setdefault(name, {})[kernel.hash] = reports[kernel.hash]
+        found = {
             "scalar": [
                 scalar_instructions(kernel, tiles=4)
                 for name, kernel in compiled
                 if case in SCALAR and name == "logits_loss_kernel" and "cubin" in kernel.asm
             ],
             "launches": [name for name, _ in compiled],
-            "kernels": {k: [report(v) for v in found.values()] for k, found in variants.items()},
+            "kernels": {name: list(reported.values()) for name, reported in variants.items()},
         }
-    print(json.dumps(results))
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
