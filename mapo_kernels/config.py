@@ -85,7 +85,8 @@ class Logits:
         partials_per_thread: sums of other programs that a thread of the last one adds per step.
         block_tokens: tokens per step of counting a mask, or of finding a packed row's sequence.
         fused_rows: rows up to which every program finds out by itself what is the same for all of
-            them, and the last one adds their sums. Beyond, a launch before and one after do that.
+            them, and the last one adds their sums. Beyond, a launch before and one after do that,
+            which saves some 6 ns a row (predicted) and takes 4 us of a GPU and 20 us of the host.
         finish_threads: of the latter.
         match_limit: rows above which finding a row's group among all ids takes more than one step.
         rescale_programs: programs of the launch that multiplies a gradient.
@@ -104,7 +105,7 @@ class Logits:
     backwards: bool = True
     partials_per_thread: int = 8
     block_tokens: int = 1024
-    fused_rows: int = 600
+    fused_rows: int = 2048
     finish_threads: int = 1024
     match_limit: int = 1024
     rescale_programs: int = 1024
@@ -137,11 +138,13 @@ class Eager:
     """The eager backend on a CPU, where chunks that stay in the cache are twice as fast.
 
     Attributes:
+        chunk_rewards: rewards at once, of contiguous groups.
         chunk_tokens: tokens at once; some hundred elementwise operations touch each.
         chunk_logits: logits at once.
     """
 
-    chunk_tokens: int = 1 << 18
+    chunk_rewards: int = 1 << 17
+    chunk_tokens: int = 1 << 16
     chunk_logits: int = 1 << 20
 
 

@@ -86,12 +86,20 @@ def logits(
     out.loss.backward()
 
 
-def packed_logits(n=40):
+def many_rows(launch):
+    """The launches of so many rows that what is the same for all of them is found out first."""
+    from mapo_kernels import config
+
+    with config.override({"LOGITS.fused_rows": 0}):
+        launch()
+
+
+def packed_logits():
     import mapo_kernels as mk
 
-    x = torch.zeros((n, 1024), dtype=torch.bfloat16, requires_grad=True)
-    bounds = torch.arange(0, 5, dtype=torch.int32) * (n // 4)
-    ids = torch.zeros(n, dtype=torch.int64)
+    x = torch.zeros((40, 1024), dtype=torch.bfloat16, requires_grad=True)
+    bounds = torch.arange(0, 41, 10, dtype=torch.int32)
+    ids = torch.zeros(40, dtype=torch.int64)
     spec = mk.LossSpec(aggregation="seq-mean-token-mean")
     given = {"advantages": torch.ones(4), "cu_seqlens": bounds, "spec": spec}
     mk.mapo_loss_from_logits(x, ids, **given).loss.backward()
@@ -131,8 +139,8 @@ CASES = {
     "hidden chunk": hidden_chunk,
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
     "hidden chunk, softcap": lambda: hidden_chunk(softcap=30.0),
-    "many rows": lambda: logits((4, 151, V)),
-    "many packed rows": lambda: packed_logits(610),
+    "many rows": lambda: many_rows(lambda: logits((8, 2, V))),
+    "many packed rows": lambda: many_rows(packed_logits),
     "logits": lambda: logits((8, 2, V), scoring=True),
     "logits, ids of a byte": lambda: logits((8, 2, V), scoring=True, id_dtype=torch.uint8),
     "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
