@@ -210,6 +210,26 @@ def test_long_sequences_are_shared_by_several_programs(device):
         assert_close(grad, plain_grad, 2e-6)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_one_program_takes_every_block_of_every_sequence(level, device, monkeypatch):
+    tune(monkeypatch, "LOGPROBS", multiprocessors=1, registers=255, unaligned_registers=255)
+    batch = make_batch(n_sequences=3, length=1100, dtype=torch.float32, mask="random")
+    batch["advantages"] = torch.tensor([0.7, -1.3, 0.4])
+    # The largest ratio comes first, to be kept over all blocks that follow.
+    batch["mask"][0, 0] = True
+    for name, value in {"logp": -1.0, "old": -4.0, "weights": 1.0}.items():
+        batch[name][0, 0] = value
+    spec = mk.LossSpec(importance_level=level, aggregation="seq-mean-token-mean")
+    given = tensors_of(batch, spec)
+    found = run(batch, spec, device, **given)
+    mk.set_backend("eager")
+    loss, grad, metrics = run(batch, spec, torch.device("cpu"), **given)
+    assert_close(found[0], loss, 2e-6)
+    assert_close(found[1], grad, 2e-6)
+    for name, value in metrics.items():
+        assert_close(found[2][name], value, 2e-6)
+
+
 def test_strided_inputs(device):
     batch = make_batch(n_sequences=4, length=10, dtype=torch.float32)
     wide = {k: torch.full((4, 33), 7.0).to(v.dtype) for k, v in batch.items() if v.dim() == 2}
@@ -352,6 +372,7 @@ def test_every_output_is_written(mask, level, device):
     spec = mk.LossSpec(importance_level=level, aggregation="seq-mean-token-mean")
     batch = make_batch(mask=mask, dtype=torch.float32)
     packed, cu_seqlens, _ = pack(batch, [3, 7, 0, 5, 1])
+    cu_seqlens = cu_seqlens.clamp(1, 15)  # a token before all sequences, and one behind
     expected = [
         run(batch, spec, device),
         run_packed(packed, spec, device, {"cu_seqlens": cu_seqlens}),
