@@ -227,8 +227,8 @@ def _tune(given: argparse.Namespace) -> int:
     print(found.about["build"], flush=True)
     known = {}
     if given.dry_run:
-        known = tune.compile_points(given.target, given.family, given.jobs, show=False)
-    finished = found.run(given.family, given.minutes, known)
+        known = tune.compile_points(given.target, given.family, given.jobs)
+    finished = found.measure(given.family, given.minutes, known)
     rows = list(found.rows.values())
     text, chosen = tune.winners(rows)
     _print(text)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,59 +137,71 @@ def tiny(case: Case) -> Case:
 
 
 def small(case: Case) -> Case:
-    """The case for the compiler: other sizes, by which nothing else is compiled."""
+    """The case for the compiler: fewer logits, by which nothing else is compiled."""
+    if not case.head.vocab:
+        return case
+    # Still more rows than the programs of one launch add up, and as divisible by 16.
     length = case.length if case.length % 16 else min(case.length, 64)
     return replace(case, length=length, head=case.head._replace(width=16))
 
 
-def key_of(family: str, case: Case, point: Point) -> str:
-    return json.dumps([family, case.shape, point])
+def items(names: list[str]) -> Iterator[tuple[Family, Case, list[Row]]]:
+    """The cases of these families, or of all, each with a row for every point."""
+    for name in names or FAMILIES:
+        for case in FAMILIES[name].cases:
+            points = FAMILIES[name].points()
+            rows: list[Row] = [{"family": name, "case": case.shape, "point": x} for x in points]
+            yield FAMILIES[name], case, rows
 
 
-def items(names: list[str]) -> Iterator[tuple[str, Case]]:
-    """The cases of these families, or of all."""
-    return ((name, case) for name in names or FAMILIES for case in FAMILIES[name].cases)
+def key_of(row: Row) -> str:
+    return json.dumps([row["family"], row["case"], row["point"]])
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+@cache
+def read(kernel: Any) -> dict[str, Any]:
+    """What the machine code of a compiled kernel holds."""
+    from .machine_code import report
+
+    return report(kernel)
 
 
 def compile_here(target: str, names: list[str], part: int, parts: int) -> None:
     """Compile a part of all points and print a line for each; this process can do no more."""
-    from .machine_code import compile_launches, report
+    from mapo_kernels import head
 
-    compiled, known = compile_launches(target), {}
+    from .machine_code import compile_launches
 
     def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
-    # Nothing is computed here, so products need no GPU either.
+    compiled = compile_launches(target)
+    # Nothing is computed here, so products of mixed dtypes need no GPU either.
     torch.mm = product  # type: ignore[assignment]
     torch.addmm = lambda before, a, b, out_dtype=None, out=None: before  # type: ignore[assignment]
-    from mapo_kernels import head
-
     head.mixes_dtypes = lambda weight: weight.element_size() == 2
-    for name, case in items(names):
-        family = FAMILIES[name]
+    for family, case, rows in items(names):
         inputs = family.inputs(small(case), torch.device("cpu"))
-        for point in family.points()[part::parts]:
+        for row in rows[part::parts]:
             compiled.clear()
-            row: Row = {"key": key_of(name, case, point), "registers": {}, "spills": 0}
             try:
-                with (
-                    config.override(point),
-                    config.override({"HIDDEN.cpu_chunk": config.HIDDEN.gpu_chunk}),
-                ):
-                    work_of(Provider(family.call), [inputs], case.direction)()
-                for kernel_name, kernel in compiled:
-                    if kernel.hash not in known:
-                        known[kernel.hash] = report(kernel)
-                    row["spills"] += known[kernel.hash]["spills"]
-                    row["registers"][kernel_name] = known[kernel.hash].get("registers")
+                with config.override(row["point"]):
+                    as_on_gpu = {"HIDDEN.cpu_chunk": config.HIDDEN.gpu_chunk}
+                    with config.override(as_on_gpu):
+                        work_of(Provider(family.call), [inputs], case.direction)()
+                row["spills"] = sum(read(kernel)["spills"] for _, kernel in compiled)
+                row["registers"] = {name: read(x).get("registers") for name, x in compiled}
             except Exception as error:  # What cannot be compiled is a finding about the point.
-                row["reason"] = f"{type(error).__name__}: {one_line(error)}"
+                row["reason"] = reason_of(error)
             print(json.dumps(row), flush=True)
 
 
-def compile_points(target: str, names: list[str], jobs: int, show: bool = True) -> dict[str, Row]:
-    """Compile all points into Triton's cache, in processes of their own; a row for each.
+def compile_points(target: str, names: list[str], jobs: int) -> dict[str, Row]:
+    """Compile all points into Triton's cache, in processes of their own; prints and returns rows.
 
     Raises:
         CommandError: a process ended with an error.
@@ -200,17 +213,15 @@ def compile_points(target: str, names: list[str], jobs: int, show: bool = True) 
         command = [sys.executable, "-c", f"from {__name__} import *; {call}"]
         rows = []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
+            for line in child.stdout or ():
+                print(line, end="", flush=True)
                 rows.append(json.loads(line))
-                if show:
-                    print(line, end="", flush=True)
         if child.returncode:
-            raise CommandError(f"warm: compiling for {target} ended with {child.returncode}")
+            raise CommandError(f"compiling for {target} ended with {child.returncode}")
         return rows
 
     with ThreadPoolExecutor(jobs) as executor:
-        return {row["key"]: row for rows in executor.map(run, range(jobs)) for row in rows}
+        return {key_of(row): row for rows in executor.map(run, range(jobs)) for row in rows}
 
 
 def build() -> str:
@@ -224,7 +235,7 @@ def build() -> str:
 
 @contextmanager
 def launched() -> Iterator[list[Any]]:
-    """What Triton launches meanwhile: compiled kernels."""
+    """What Triton launches meanwhile: compiled kernels; none in the interpreter."""
     from triton.runtime.jit import JITFunction
 
     found: list[Any] = []
@@ -247,89 +258,85 @@ class Tuning:
     def __init__(self, path: Path, dry_run: bool) -> None:
         """Keep what an earlier run of the same code on the same device has measured."""
         self.path, self.dry_run = path, dry_run
-        self.about = {"device": "interpreter" if dry_run else environment.device_name()}
-        self.about |= {"build": build(), "commit": environment.describe()["commit"]}
-        self.rows: dict[str, Row] = {}
+        device = "interpreter" if dry_run else environment.device_name()
+        commit = environment.describe()["commit"]
+        self.about = {"device": device, "build": build(), "commit": commit}
+        self.about["tuning"] = config.changed()
         self.device = torch.device("cpu" if dry_run else "cuda")
         self.effort = DRY if dry_run else cases.EFFORTS["gpu"]
         self.roofs = Roofs(self.device, self.effort, tiny=dry_run)
-        self.spills: dict[str, int] = {}
+        self._run: CaseRun | None = None
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # A run that was killed may have left a part of a line.
         whole = [line for line in lines if line.endswith("\n")]
         write_whole(path, "".join(whole).encode())
-        for row in map(json.loads, whole):
-            if row["about"] == self.about:
-                self.rows[row["key"]] = row
+        rows = [row for row in map(json.loads, whole) if row["about"] == self.about]
+        self.rows: dict[str, Row] = {key_of(row): row for row in rows}
 
-    def run(self, names: list[str], minutes: float, without: dict[str, Row]) -> bool:
+    def measure(self, names: list[str], minutes: float, compiled: dict[str, Row]) -> bool:
         """Measure what has not been measured; whether the time was enough for all.
 
-        `without` has what is known of the compiled points: those that spill are left out.
+        `compiled` has what is known of the code of points: those that spill are left out.
         """
         deadline = time.monotonic() + 60 * minutes
-        for name, case in items(names):
-            family, run, spare = FAMILIES[name], None, []
-            for point in family.points():
-                key = key_of(name, case, point)
-                if key in self.rows:
+        for family, case, rows in items(names):
+            self._run = None
+            for row in rows:
+                if key_of(row) in self.rows:
                     continue
                 if time.monotonic() > deadline:
                     return False
-                compiled = without.get(key, {})
-                row: Row = {"key": key, "family": name, "case": case.shape, "point": point}
+                known = {"spills": 0, "reason": None} | compiled.get(key_of(row), {})
                 row |= {"status": "left out", "ms": None, "about": self.about}
-                if compiled.get("spills") or "reason" in compiled:
-                    row["reason"] = compiled.get("reason", "its kernels spill")
+                if known["spills"] or known["reason"]:
+                    row["reason"] = known["reason"] or "its kernels spill"
                 else:
-                    if run is None:
-                        shape = tiny(case) if self.dry_run else case
-                        inputs = family.inputs(shape, self.device)
-                        run = CaseRun(shape, self.roofs, self.effort, inputs)
-                        run.fill_cache()
-                        # Timing writes over logits; what is compared must keep its own.
-                        spare = copy.deepcopy(run.inputs)
-                    row |= self._measure(run, spare, family, point)
+                    try:
+                        row |= self._measure(family, case, row["point"])
+                    except Exception as error:  # It is a finding about the point.
+                        row |= {"status": "failed", "reason": reason_of(error)}
                 self._keep(row)
         return True
 
-    def _measure(self, run: CaseRun, spare: list[Inputs], family: Family, point: Point) -> Row:
-        direction = run.case.direction
-        try:
-            with config.override(point), launched() as kernels:
-                once = work_of(Provider(family.call, consumes=True), run.inputs[:1], direction)
-                error = relative_error(once(), run.truth)
-            if not error <= TOLERANCE[run.case.dtype]:
+    def _prepared(self, family: Family, case: Case) -> CaseRun:
+        """The case with its inputs and its truth, made once for all its points."""
+        if self._run is None:
+            case = tiny(case) if self.dry_run else case
+            inputs = family.inputs(case, self.device)
+            self._run = CaseRun(case, self.roofs, self.effort, inputs)
+            self._run.fill_cache()
+            # Timing writes over logits; what is compared must keep its own.
+            self._timed = copy.deepcopy(self._run.inputs)
+        return self._run
+
+    def _measure(self, family: Family, case: Case, point: Point) -> Row:
+        run = self._prepared(family, case)
+        with config.override(point):
+            with launched() as kernels:
+                once = Provider(family.call, consumes=True)
+                found = work_of(once, run.inputs[:1], case.direction)()
+            error = relative_error(found, run.truth)
+            del found
+            if not error <= TOLERANCE[case.dtype]:
                 return {"status": "wrong", "reason": f"relative error {error:.1e}"}
-            if any(self._spills(kernel) for kernel in kernels):
+            if any(read(kernel)["spills"] for kernel in kernels):
                 return {"error": error, "reason": "its kernels spill"}
-            found = {"status": "ok", "error": error}
-            if not self.dry_run:
-                with config.override(point):
-                    again = work_of(Provider(family.call), spare, direction)
-                    samples = on_gpu(again, self.effort, graph_below=math.inf)
-                found |= {"ms": statistics.median(samples.ms), "timer": samples.timer}
-            return found
-        except Exception as error:  # What cannot be launched is a finding about the point.
-            return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
-
-    def _spills(self, kernel: Any) -> int:
-        """Accesses to registers that a kernel keeps in memory."""
-        from .machine_code import report
-
-        if kernel.hash not in self.spills:
-            self.spills[kernel.hash] = report(kernel)["spills"]
-        return self.spills[kernel.hash]
+            if self.dry_run:
+                return {"status": "ok", "error": error}
+            work = work_of(Provider(family.call), self._timed, case.direction)
+            samples = on_gpu(work, self.effort, graph_below=math.inf)
+        ms = statistics.median(samples.ms)
+        return {"status": "ok", "error": error, "ms": ms, "timer": samples.timer}
 
     def _keep(self, row: Row) -> None:
         """Append a row; CommandError where the device does not answer any more."""
-        self.rows[row["key"]] = row
+        self.rows[key_of(row)] = row
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         time_ms = "" if row["ms"] is None else f"{row['ms']:.4g} ms"
-        print(row["key"], row["status"], time_ms, row.get("reason", ""), flush=True)
+        print(key_of(row), row["status"], time_ms, row.get("reason", ""), flush=True)
         if row["status"] == "failed" and self.device.type == "cuda":
             try:
                 torch.cuda.synchronize()
@@ -342,8 +349,7 @@ def winners(rows: list[Row]) -> tuple[str, dict[str, dict[str, Any]]]:
 
     The times of several cases count as their geometric mean; of a dry run all are the same.
     """
-    lines: list[list[str]] = []
-    chosen: dict[str, dict[str, Any]] = {}
+    lines, chosen = [], {}  # type: list[list[str]], dict[str, dict[str, Any]]
     for name, family in FAMILIES.items():
         logs: dict[str, list[float]] = {}
         ours = [row for row in rows if row["family"] == name and row["status"] == "ok"]
