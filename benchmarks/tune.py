@@ -141,7 +141,7 @@ def small(case: Case) -> Case:
     if not case.head.vocab:
         return case
     # Still more rows than the programs of one launch add up, and as divisible by 16.
-    length = case.length if case.length % 16 else min(case.length, 64)
+    length = case.length if case.length % 16 else min(case.length, 48)
     return replace(case, length=length, head=case.head._replace(width=16))
 
 

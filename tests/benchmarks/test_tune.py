@@ -106,7 +106,7 @@ def test_chunks_of_the_hidden_level_have_the_rows_that_they_are_to_have():
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_what_is_warm_is_found_by_the_driver_of_a_gpu(tmp_path):
     environ = without_interpreter(TRITON_CACHE_DIR=str(tmp_path))
-    command = [sys.executable, "-m", "mapo_kernels", "bench", "warm", "--jobs=2"]
+    command = [sys.executable, "-m", "mapo_kernels", "bench", "warm"]
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environ}
     done = subprocess.run([*command, "--family=scoring"], **options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -187,8 +187,8 @@ def test_logits_are_timed_on_a_copy_of_what_is_compared(tmp_path, monkeypatch):
         assert work.repeatable
         for _ in range(2):
             (grad,) = work()
-        # In place: the gradient is where the logits were.
-        assert grad.data_ptr() == tuning._timed[0].leaves[0].data_ptr()
+        # In place: the gradient is where the logits of one of the copies were.
+        assert grad.data_ptr() in {x.leaves[0].data_ptr() for x in tuning._timed}
         return Samples([3.0, 1.0, 2.0], "graph")
 
     monkeypatch.setattr(tune, "on_gpu", timer)
