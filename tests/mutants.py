@@ -137,8 +137,8 @@ MUTANTS = (
     ),
     # eager
     Mutant(
-        "finite & (given >= spec.success_threshold)",
-        "given >= spec.success_threshold",
+        "reduce((finite & success).to(dtype)",
+        "reduce(success.to(dtype)",
         ADVANTAGES,
     ),
     Mutant("ids[1:] != ids[:-1]", "ids[1:] > ids[:-1] + 1", ADVANTAGES),
