@@ -168,6 +168,8 @@ class Eager:
 
 ADVANTAGES, LOGPROBS, LOGITS = Advantages(), Logprobs(), Logits()
 HIDDEN, EAGER = Hidden(), Eager()
+# How the names of fields end that may be 0.
+_LIMITS = ("limit", "rows", "length", "copy")
 RECORDS = ("ADVANTAGES", "LOGPROBS", "LOGITS", "HIDDEN", "EAGER")
 # What GPUs were measured to want of the fields of LOGITS that say how a row is read, in place of
 # the defaults: by architecture, bytes of a logit, and bits of V. None has been measured yet.
@@ -199,8 +201,10 @@ def _set(values: Mapping[str, Any]) -> None:
         wanted = type(known[field])
         if type(value) is not wanted:
             raise TypeError(f"{key}: expected {wanted.__name__}, got {value!r}")
-        if wanted is int and value < 1:
-            raise ValueError(f"{key}: expected a positive number, got {value}")
+        # Beyond a limit of 0 is everything.
+        least = 0 if field.endswith(_LIMITS) else 1
+        if wanted is int and value < least:
+            raise ValueError(f"{key}: expected at least {least}, got {value}")
         found[name] = replace(record, **{field: value})
         if isinstance(record, Logits):
             found[name] = replace(found[name], given=record.given | {field})

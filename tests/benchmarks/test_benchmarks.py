@@ -429,7 +429,8 @@ def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
     pytest.importorskip("triton")
     done = bench(
         "--suite=gpu", "--dry-run", f"--level={level}", f"--out={tmp_path}", "--name=dry",
-        "--no-plots",
+        "--no-plots", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        PYTEST_PLUGINS="interpreted",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.read(tmp_path / "dry.json")
