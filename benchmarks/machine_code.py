@@ -106,14 +106,76 @@ def report(kernel: Any) -> dict[str, Any]:
         numbers = dict(re.findall(known, text))
         stack, spills = numbers["private_segment_fixed_size"], numbers["vgpr_spill_count"]
         return GCN.read(text) | {"stack": int(stack), "spills": int(spills)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", path)
-        text = _tool("nvdisasm", "-c", path)
+    usage, text = _disassembly(kernel)
     names = {"REG": "registers", "STACK": "stack", "LOCAL": "local"}
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return SASS.read(text) | {name: int(numbers[key]) for key, name in names.items()}
+
+
+def _disassembly(kernel: Any) -> tuple[str, str]:
+    """What NVIDIA's tools say of a kernel's resources, and its machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        return _tool("cuobjdump", "-res-usage", path), _tool("nvdisasm", "-c", path)
+
+
+def scalar_instructions(kernel: Any, tiles: int, vector: int = 8) -> dict[str, int]:
+    """Instructions that a row's program executes outside the main loops of its two passes.
+
+    The fewest on any way through the branches, by NVIDIA's machine code: before the first pass,
+    between the two, after the second. A warp executes each of them once a row, whatever the row
+    holds; what only some rows need (a mask to count, exact sums) is left out.
+    """
+    names, following = _flow(_disassembly(kernel)[1])
+    loops: dict[int, tuple[int, int, int]] = {}
+    for end, after in enumerate(following):
+        for start in after:
+            body = names[max(start, 0) : end + 1]
+            wide = sum(bool(re.match(SASS.counted["wide_loads"], name)) for name in body)
+            if 0 <= start < end and wide == tiles and body.count("MUFU.EX2") >= tiles * vector:
+                stores = sum(name.startswith("STG") for name in body)
+                loops[stores] = min(
+                    loops.get(stores, (len(body), start, end)), (len(body), start, end)
+                )
+    first, second = loops[0], loops[tiles]
+    return {
+        "before": _fewest(following, 0, first[1]),
+        "between": _fewest(following, first[2] + 1, second[1]),
+        "after": _fewest(following, second[2] + 1, len(names)),
+    }
+
+
+def _flow(text: str) -> tuple[list[str], list[list[int]]]:
+    """Instructions of a kernel, and after each which may follow; its end is one past the last."""
+    labels: dict[str, int] = {}
+    code: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if found := re.match(SASS.label, line):
+            labels[found[1]] = len(code)
+        elif found := re.match(SASS.instruction, line):
+            code.append((found[1], line))
+    following = []
+    for i, (name, line) in enumerate(code):
+        jump = re.match(SASS.branch, line)
+        may_pass = re.search(r"\s@!?U?P|BRA(\.DIV)? !?U", line) or re.search(r"BRA !?U?P", line)
+        after = [i + 1] if may_pass or not (jump or name in ("EXIT", "RET")) else []
+        if jump:
+            after.append(labels[jump[1]])
+        if name == "EXIT":
+            after.append(len(code))
+        following.append(after)
+    return [name for name, _ in code], following
+
+
+def _fewest(following: list[list[int]], start: int, goal: int) -> int:
+    """Instructions on the shortest way from one to another, which is not counted."""
+    steps, seen, reached = 0, {start}, [start]
+    while goal not in seen:
+        reached = [i for j in reached if j < len(following) for i in following[j] if i not in seen]
+        seen.update(reached)
+        steps += 1
+    return steps
 
 
 def _tool(name: str, *arguments: Any) -> str:

@@ -111,7 +111,7 @@ FAMILIES = {
     "log-probs": Family(
         ours_from_logprobs,
         tuple(Case(LOGPROBS, 1024, length) for length in (1024, 4096)),
-        {"LOGPROBS.threads": (128, 256, 512), "LOGPROBS.programs": (264, 396, 528, 792)},
+        {"LOGPROBS.threads": (128, 256, 512), "LOGPROBS.multiprocessors": (88, 132, 176, 264)},
     ),
     # Bytes that make chunks of 1024, 2048, 4096 and 8192 of these rows.
     "hidden": Family(

@@ -53,9 +53,20 @@ def constant(x: Any) -> Any:
     return tl.constexpr(x) if HAS_TRITON else x
 
 
+def environment(name: str) -> str:
+    """A variable of the environment as it is now; empty where it is not set.
+
+    Where it is not, `os.environ` takes as long to say so as the smallest tensor to be made.
+    """
+    raw = getattr(os.environ, "_data", None)
+    if raw is not None and os.environ.encodekey(name) not in raw:  # type: ignore[attr-defined]
+        return ""
+    return os.environ.get(name, "")
+
+
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    return environment("TRITON_INTERPRET").lower() in ("1", "true", "yes", "on")
 
 
 @cache
@@ -97,10 +108,18 @@ def registers(number: int) -> dict[str, int]:
     return {"maxnreg": number} if _is_nvidia() else {}
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest that is at least n >= 1. Triton's own is a device function: 2 us to call."""
+    return 1 << (n - 1).bit_length()
+
+
+_HERE = nullcontext()
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the GPU of `x` the current one: Triton launches there, wherever the tensors are."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
     return torch.cuda.device(x.device)
 
 

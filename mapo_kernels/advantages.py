@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,10 +10,31 @@ from torch.compiler import is_compiling
 
 from mapo_kernels import checks, operators
 from mapo_kernels.distributed import data
-from mapo_kernels.formula import GROUP_METRICS
-from mapo_kernels.groups import GroupStats, group_metrics, never_successful, warn_of_threshold
+from mapo_kernels.groups import GroupStats, threshold_decides, warn_of_threshold
 from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import AdvantageSpec, require_bool
+
+_SETTINGS = tuple(field.name for field in fields(AdvantageSpec))
+_known: dict[Any, AdvantageSpec] = {}
+
+
+def _spec(settings: tuple[Any, ...]) -> AdvantageSpec:
+    return AdvantageSpec(**dict(zip(_SETTINGS, settings, strict=True)))
+
+
+def _known_spec(settings: tuple[Any, ...]) -> AdvantageSpec:
+    """The spec of these settings, which takes as long to validate as the launch does."""
+    # True is no 1 here, and 1.0 none either.
+    key = (settings, *map(type, settings))
+    try:
+        spec = _known.get(key)
+    except TypeError:  # a list, say: the error is that of the spec
+        return _spec(settings)
+    if spec is None:
+        if len(_known) >= 1000:
+            _known.clear()
+        spec = _known[key] = _spec(settings)
+    return spec
 
 
 @names_checked
@@ -71,20 +93,13 @@ def group_advantages(
             with different settings.
         TypeError: an argument of the wrong type.
     """
-    spec = AdvantageSpec(
-        estimator=estimator,
-        certainty=certainty,
-        success_threshold=success_threshold,
-        std_correction=std_correction,
-        eps=eps,
-        apd=apd,
-        max_abs=max_abs,
-    )
+    settings = (estimator, certainty, success_threshold, std_correction, eps, apd, max_abs)
+    spec = _spec(settings) if is_compiling() else _known_spec(settings)
     require_bool("return_stats", return_stats)
     checks.check_process_group(process_group, None)
     is_part = process_group is not None
     groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
-    own = slice(None)
+    own = None
     if process_group is not None:
         call = data.Call("group_advantages", None, spec)
         part = data.Part(rewards.shape[0], groups=groups)
@@ -92,15 +107,15 @@ def group_advantages(
         assert shared.groups is not None
         groups, own = shared.groups, shared.own
     advantages, table = operators.group_advantages(groups, spec, return_stats)
-    advantages, table = advantages[own].to(rewards.device), table.to(rewards.device)
+    if own is not None:
+        advantages, table = advantages[own].to(rewards.device), table.to(rewards.device)
     if not return_stats:
         return advantages
     if group_ids is not None:
         table = table[:, : int((table[4] + table[5] > 0).sum())]
     if group_ids is not None or rewards.device.type == "cpu":
         # The device has been waited for, or there is none.
-        metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
-        never = None if is_compiling() else never_successful(spec, success, metrics)
-        if never is not None and never:
-            warn_of_threshold(spec)
+        if threshold_decides(spec, success) and not is_compiling():
+            if operators.group_summary(table)[-1]:
+                warn_of_threshold(spec)
     return advantages, GroupStats(*table[:6].unbind(0))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mapo_kernels import hidden as hidden_level
 from mapo_kernels import operators
 from mapo_kernels.batch import Batch, HeadInputs, RowInputs, empty_results
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, but for its preparations where nobody differentiates a second time."""
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def call(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        # On only with create_graph=True.
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return call
 
 
 class MapoLossFunction(torch.autograd.Function):
@@ -38,7 +53,7 @@ class MapoLossFunction(torch.autograd.Function):
         return out.loss, out.results, out.advantages
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
         """Scale what forward kept by the upstream gradient, on the device."""
         if upstream is None:
@@ -87,7 +102,7 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         return out.loss, out.results, out.advantages
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
         """Hand over what forward kept, times the upstream gradient where that is not 1."""
         if upstream is None:
@@ -160,7 +175,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
         return out.loss, out.results, out.advantages
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
         """Hand over what forward kept, times the upstream gradient where that is not 1."""
         grads: list[torch.Tensor | None] = [None] * 3

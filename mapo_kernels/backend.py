@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from mapo_kernels._triton import HAS_TRITON, IS_INSTALLED, TRITON_FAULT, interprets
+from mapo_kernels._triton import (
+    HAS_TRITON,
+    IS_INSTALLED,
+    TRITON_FAULT,
+    environment,
+    interprets,
+)
 
 BACKENDS = ("auto", "triton", "eager")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
@@ -34,7 +38,7 @@ def _setting() -> str:
     """What was chosen: by `set_backend`, else by the environment, where empty means unset."""
     if _chosen is not None:
         return _chosen
-    written = os.environ.get(_ENVIRONMENT, "")
+    written = environment(_ENVIRONMENT)
     choice = written.strip().lower() or "auto"
     if choice not in BACKENDS:
         raise ValueError(f"{_ENVIRONMENT}: expected one of {list(BACKENDS)}, got {written!r}")

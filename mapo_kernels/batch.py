@@ -139,9 +139,11 @@ def empty_results(
 ) -> TokenResults:
     """Uninitialised float32 results of the right shapes."""
     n_sequences = inputs.n_sequences(logprobs) if inputs.groups is not None else 0
-    # Not empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.
-    shapes = ((), (SLOTS,), (n_sequences,), logprobs.shape if need_grad else (0,))
-    return TokenResults(*(logprobs.new_empty(shape, dtype=torch.float32) for shape in shapes))
+    loss = logprobs.new_empty((), dtype=torch.float32)
+    # To name a dtype takes half as long as the allocation: the others have that of the loss. Not
+    # empty_like: the kernel writes rows of adjacent tokens, whatever the strides of the input.
+    new = loss.new_empty
+    return TokenResults(loss, new(SLOTS), new(n_sequences), new(logprobs.shape if need_grad else 0))
 
 
 class VocabShare(NamedTuple):

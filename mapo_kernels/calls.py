@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,25 @@ from mapo_kernels.distributed.vocabulary import Split
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
-from mapo_kernels.metrics import as_metrics
+from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # What a plan stands for.
 _SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
 _LAYOUT = ("mask", "cu_seqlens", "normalizer")
-_TOKENS = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights")
+_NOTHING = KnownMetrics({})
+
+
+def _slots_of(has_reference: bool, has_entropy: bool, has_groups: bool) -> Slots:
+    """The metrics that such a loss has, and their slots in its results."""
+    absent = {"gradient_scale"}
+    absent.update(() if has_reference else ("ref_kl",), () if has_entropy else ("entropy",))
+    absent.update(() if has_groups else GROUP_METRICS)
+    return Slots({name: slot for slot, name in enumerate(RESULTS) if name not in absent})
+
+
+_SLOTS = {which: _slots_of(*which) for which in product((False, True), repeat=3)}
 
 
 class LossOutput(NamedTuple):
@@ -83,19 +95,19 @@ class LossCall(NamedTuple):
             temperature = Layout(token_ids, batch).spread(temperature)
         return RowInputs(token_ids, temperature, share)
 
-    def output(self, loss: torch.Tensor, results: torch.Tensor, own: torch.Tensor) -> LossOutput:
+    def output(
+        self,
+        loss: torch.Tensor,
+        results: torch.Tensor,
+        own: torch.Tensor,
+        has_entropy: bool = True,
+    ) -> LossOutput:
         """What the call returns, from what its autograd node did."""
         batch = self.batch
-        values = dict(zip(RESULTS, results.detach()[: len(RESULTS)].unbind(0), strict=True))
-        del values["gradient_scale"]
-        if batch.ref_logprobs is None:
-            del values["ref_kl"]
-        if batch.groups is None:
-            for name in GROUP_METRICS:
-                del values[name]
-        values.update(self.known.values)
+        slots = _SLOTS[batch.ref_logprobs is not None, has_entropy, batch.groups is not None]
+        metrics = as_metrics(slots, results, self.known.values, self.known.ranks)
         advantages = own if batch.advantages is None else batch.advantages
-        return LossOutput(loss, as_metrics(values, self.known.ranks), advantages.detach())
+        return LossOutput(loss, metrics, advantages.detach())
 
 
 def resolve(
@@ -111,31 +123,37 @@ def resolve(
     checks.check_specs(spec, advantage_spec)
     process_group = given["process_group"]
     is_double = dtype == torch.float64
-    layout = {key: given[key] for key in _LAYOUT}
-    known = KnownMetrics({})
+    mask, cu_seqlens, normalizer = given["mask"], given["cu_seqlens"], given["normalizer"]
+    known = _NOTHING
     groups: GroupInputs | None = None
     if plan is not None:
         spec = _spec_of(plan, given)
-        layout = {key: getattr(plan, key) for key in _LAYOUT}
+        mask, cu_seqlens, normalizer = plan.mask, plan.cu_seqlens, plan.normalizer
         if is_double:
             # Not otherwise: torch.compile takes a float64 tensor of no dimension for a number.
-            layout["normalizer"] = plan.wide_normalizer
+            normalizer = plan.wide_normalizer
         signal, per_token = plan.signal(is_double), plan.per_token
         advantages = signal.advantages
         known = KnownMetrics(signal.metrics, plan.ranks)
     else:
         advantages = given["advantages"]
         groups = groups_of(given, is_double)
-        per_token = checks.is_per_token(advantages, tokens, layout["cu_seqlens"])
-    token_tensors = {key: given[key] for key in _TOKENS}
+        per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
     batch = Batch(
-        advantages=advantages, groups=groups, per_token=per_token, **layout, **token_tensors
+        given["old_logprobs"],
+        given["ref_logprobs"],
+        given["rollout_logprobs"],
+        given["token_weights"],
+        mask=mask,
+        advantages=advantages,
+        groups=groups,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        per_token=per_token,
     )
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, batch, spec, is_part)
-    checks.check_denominator(
-        batch.normalizer, batch.mask, torch.float64 if is_double else torch.float32
-    )
+    checks.check_denominator(normalizer, mask, torch.float64 if is_double else torch.float32)
     call = LossCall(batch, spec, advantage_spec, known, plan is not None)
     if process_group is not None:
         return _among_ranks(call, tokens, process_group)

@@ -5,18 +5,20 @@ Nothing here reads device data, so nothing waits, except under MAPO_KERNELS_VALI
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
+from mapo_kernels._triton import environment
 from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, comparable, require_dtype, signed
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
 # The normalizer that counts the batch of all ranks.
 GLOBAL = "global"
+# Token tensors that a loss is not differentiated by: the first fields of `Batch`.
+CONSTANTS = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights")
 _VALIDATE = "MAPO_KERNELS_VALIDATE"
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -28,7 +30,9 @@ def validates_device_data() -> bool:
     Raises:
         ValueError: the variable has another value than those for on and off.
     """
-    value = os.environ.get(_VALIDATE, "")
+    value = environment(_VALIDATE)
+    if not value:
+        return False
     word = value.strip().lower()
     if word not in _ON and word not in _OFF:
         raise ValueError(
@@ -77,7 +81,7 @@ def check_constant(
 
 def check_shape(name: str, x: torch.Tensor, shape: torch.Size | tuple[int, ...], what: str) -> None:
     """Raise unless `x` has `shape`, described by `what`."""
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {dims(shape)} ({what}), got {dims(x.shape)}")
 
 
@@ -279,8 +283,10 @@ def check_source(rewards: object, advantages: object, grouping: Mapping[str, obj
     if (rewards is None) == (advantages is None):
         came = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {came}")
+    if rewards is not None:
+        return
     given = [name for name, value in grouping.items() if value is not None]
-    if rewards is None and given:
+    if given:
         raise ValueError(
             f"{', '.join(grouping)}: expected None with advantages, got a value for "
             f"{', '.join(given)}"
@@ -309,18 +315,18 @@ def check_tokens(
     if name == "logprobs":
         require_dtype(name, tokens, FLOATING)
     n_sequences = check_layout(name, tokens, inputs.cu_seqlens, is_part)
-    for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights"):
-        x = getattr(inputs, field)
+    shape, device = tokens.shape, tokens.device
+    for field, x in zip(CONSTANTS, inputs.token_tensors(), strict=False):
         if x is not None:
-            check_constant(field, x, tokens.device)
-            check_shape(field, x, tokens.shape, f"the shape of {name}")
+            check_constant(field, x, device)
+            check_shape(field, x, shape, f"the shape of {name}")
     if inputs.mask is not None:
         check_mask(inputs.mask, tokens, name)
     if inputs.advantages is not None:
-        check_advantages(inputs.advantages, n_sequences, tokens.shape, tokens.device)
+        check_advantages(inputs.advantages, n_sequences, shape, device)
     if inputs.groups is not None:
         rewards = inputs.groups.rewards
-        check_tensor("rewards", rewards, tokens.device)
+        check_tensor("rewards", rewards, device)
         check_shape("rewards", rewards, (n_sequences,), f"one reward per sequence of {name}")
     if inputs.normalizer is not None and not is_global(inputs.normalizer):
         check_normalizer(inputs.normalizer, tokens.device)

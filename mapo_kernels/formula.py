@@ -170,9 +170,10 @@ def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr
     2506.13585), SAPO (arXiv 2511.20347).
     Returns (loss, dloss/dl, dloss/dlogp, clipped low, clipped high).
     """
-    clipped_low = (advantage < 0) & (advantage > 0)
-    clipped_high = clipped_low
     d_logp = ratio * 0.0
+    if LOSS.objective != "clip":
+        clipped_low = (advantage < 0) & (advantage > 0)
+        clipped_high = clipped_low
     if LOSS.objective == "clip":
         clipped_low = (ratio < 1.0 - numbers.eps_low) & (advantage < 0)
         clipped_high = (ratio > 1.0 + numbers.eps_high) & (advantage > 0)
@@ -233,9 +234,10 @@ def token_loss(logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, L
     loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
         logp, ratio, ratio_slope, advantage, numbers, LOSS
     )
-    loss = weight * loss
-    d_log_ratio = weight * d_log_ratio
-    d_logp = weight * d_logp
+    if weight is not None:
+        loss = weight * loss
+        d_log_ratio = weight * d_log_ratio
+        d_logp = weight * d_logp
     kl = ratio * 0.0
     if ref_logp is not None:
         kl, d_kl = kl_term(logp, ref_logp, LOSS)

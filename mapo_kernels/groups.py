@@ -41,31 +41,26 @@ class Signal(NamedTuple):
         advantages: [B].
         metrics: 0-d tensors about the groups, some of `GROUP_METRICS`; empty if advantages were
             given.
+        never_successful: [1], not 0 if rewards differ and none was a success; None if not known.
     """
 
     advantages: torch.Tensor
     metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012  never written to
+    never_successful: torch.Tensor | None = None
 
     def of_rows(self, rows: Any, device: torch.device | None = None) -> Signal:
         """The same of some of the sequences (or tokens), with the metrics of all groups."""
         values = {k: x.to(device or x.device) for k, x in self.metrics.items()}
-        return Signal(self.advantages[rows].to(device or self.advantages.device), values)
+        advantages = self.advantages[rows].to(device or self.advantages.device)
+        return Signal(advantages, values, self.never_successful)
 
 
 _has_warned = False
 
 
-def never_successful(
-    spec: AdvantageSpec, success: torch.Tensor | None, metrics: dict[str, torch.Tensor]
-) -> torch.Tensor | None:
-    """Whether a batch has signal but no success, [] bool; None where the threshold decides nothing.
-
-    `metrics` are those about its groups.
-    """
-    if success is not None or spec.certainty_mode == "fixed" or not metrics:
-        return None
-    has_signal = metrics["zero_advantage_groups"] < metrics["active_groups"]
-    return (metrics["success_ratio_mean"] == 0) & has_signal
+def threshold_decides(spec: AdvantageSpec, success: torch.Tensor | None) -> bool:
+    """Whether the advantages depend on which rewards reach the threshold."""
+    return success is None and spec.certainty_mode != "fixed"
 
 
 def warn_of_threshold(spec: AdvantageSpec) -> None:
@@ -160,3 +155,11 @@ def group_metrics(table: torch.Tensor) -> list[torch.Tensor]:
         nonfinite.sum(),
         n_groups,
     ]
+
+
+def group_summary(table: torch.Tensor) -> torch.Tensor:
+    """The batch's `GROUP_METRICS`, and 1 if it has signal but no success, else 0: [6]."""
+    metrics = group_metrics(table)
+    success_ratio, _, without_signal, _, n_groups = metrics
+    never = (success_ratio == 0) & (without_signal < n_groups)
+    return torch.stack([*metrics, never.to(table.dtype)])

@@ -57,6 +57,8 @@ class _Live:
         self.n, self.chosen = chosen.shape[0], chosen
         self.head = Head(head)
         self._hidden, self._scored = hidden, scored
+        if hidden.is_contiguous():
+            self._hidden = hidden.view(-1, hidden.shape[-1])
         self._pads = head.batch_invariant
         self.step = head.chunk_rows or chunk_rows_of(head, self.n, rows.share)
         waits = self.head.mixed and config.HIDDEN.one_product
@@ -97,7 +99,9 @@ class _Live:
         For batch-invariant products zeros fill the last chunk.
         """
         chosen = self.chosen[span]
-        if self._hidden.dim() == 2:
+        if self._hidden.dim() == 2 and self.n == self._hidden.shape[0] and self._scored is None:
+            taken = self._hidden[span]  # all rows are live, in order
+        elif self._hidden.dim() == 2:
             taken = self._hidden.index_select(0, chosen)
         else:
             length = self._hidden.shape[1]

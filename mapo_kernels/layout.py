@@ -40,14 +40,20 @@ class Layout:
         self._length = tokens.shape[-1]
         self._sequence: torch.Tensor | None = None
         self._n_valid: torch.Tensor | None = None
-        valid = torch.ones_like(tokens, dtype=torch.bool)
+        mask = batch.mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask != 0
+        valid = mask
         if batch.cu_seqlens is not None:
             positions = torch.arange(tokens.shape[0], device=tokens.device)
             bounds = batch.cu_seqlens.to(positions.dtype)
             sequence = torch.searchsorted(bounds[1:].contiguous(), positions, right=True)
-            valid = (positions >= bounds[0]) & (positions < bounds[-1])
+            inside = (positions >= bounds[0]) & (positions < bounds[-1])
+            valid = inside if mask is None else inside & mask
             self._sequence = sequence.clamp(max=self.n_sequences - 1)
-        self.valid = valid if batch.mask is None else valid & (batch.mask != 0)
+        if valid is None:
+            valid = torch.ones_like(tokens, dtype=torch.bool)
+        self.valid = valid
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of a token tensor over each sequence, [B]."""
@@ -59,7 +65,11 @@ class Layout:
     def n_valid(self) -> torch.Tensor:
         """Valid tokens of each sequence, [B] float32: exact up to 2^24."""
         if self._n_valid is None:
-            self._n_valid = self.sum(self.valid.to(torch.float32))
+            if self._sequence is None and not torch.compiler.is_compiling():
+                # Counting is exact, and quicker than making numbers of bools.
+                self._n_valid = self.valid.sum(1).to(torch.float32)
+            else:
+                self._n_valid = self.sum(self.valid.to(torch.float32))
         return self._n_valid
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +88,8 @@ class Layout:
         """Which tokens can change the loss, its gradient, or a metric that was asked for."""
         if spec.needs_every_token:
             return self.valid
-        with_signal = self.valid & (advantage != 0)
+        # Spread first: torch is slow at operations on bools of two shapes.
+        with_signal = self.valid & (advantage != 0).expand(self.valid.shape).contiguous()
         if weight is not None:
             with_signal = with_signal & (weight != 0)
         if spec.importance_level == "token":

@@ -56,9 +56,10 @@ def mapo_loss(logprobs: torch.Tensor, **arguments: Unpack[LossArguments]) -> Los
     if not torch.is_grad_enabled():
         # Otherwise the node would be told that a gradient is needed, and write one for nobody.
         logprobs = logprobs.detach()
-    out = call.output(*MapoLossFunction.apply(logprobs, call.batch, call.spec, call.advantage_spec))
-    del out.metrics["entropy"]
-    return out
+    loss, results, own = MapoLossFunction.apply(
+        logprobs, call.batch, call.spec, call.advantage_spec
+    )
+    return call.output(loss, results, own, has_entropy=False)
 
 
 @takes(LossArguments)

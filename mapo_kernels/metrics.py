@@ -200,15 +200,86 @@ def sum_behind(mean: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return (mean * count).where(count > 0, 0.0)
 
 
-def as_metrics(
-    values: dict[str, torch.Tensor], ranks: tuple[int, ...] | None
-) -> dict[str, torch.Tensor]:
-    """`values` as `Metrics`, but for a compiled graph that cannot make them.
+class Slots(dict[str, int]):
+    """Names of metrics, and where in the results of a loss their values are."""
 
-    `ranks` are those whose groups they speak of, or None if that is this one alone.
+    def __init__(self, slots: dict[str, int]) -> None:
+        """Also keeps the names without values."""
+        super().__init__(slots)
+        self.unread: dict[str, Any] = dict.fromkeys(slots)
+
+
+class _Unread(Metrics):
+    """`Metrics` of a loss that nobody has looked at: to view each value costs more than a launch.
+
+    Whatever reads or changes them makes them ordinary `Metrics` first. Until then each name has
+    None: code in C, such as that of json, looks at the size of a dict before it asks for its items.
     """
-    if torch.compiler.is_compiling() and not _IS_TRACEABLE:
-        return values
-    metrics = Metrics(values)
-    metrics.across_ranks, metrics.ranks = ranks is not None, ranks
+
+    _source: Any = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Ordinary ones: for callers that make another dict of the type that they find."""
+        return Metrics(*args, **kwargs)
+
+    def _read(self) -> None:
+        source = self._source
+        if source is not None:  # else another thread is done with it
+            slots, results = source
+            values = results.unbind(0)
+            dict.update(self, {name: values[slot] for name, slot in slots.items()})
+            self.__class__ = Metrics  # type: ignore[assignment]
+            self.__dict__.pop("_source", None)
+
+
+def _reading(name: str) -> Any:
+    """The method of `Metrics`, after they have been made ordinary."""
+
+    def method(self: Metrics, *args: Any, **kwargs: Any) -> Any:
+        for x in (self, *args):
+            if isinstance(x, _Unread):
+                x._read()
+        return getattr(Metrics, name)(self, *args, **kwargs)
+
+    return method
+
+
+# Everything that a dict does, `__iter__` so that even those written in C ask for `keys`.
+for _name in (
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__"),
+    *("__ne__", "__or__", "__reduce__", "__reduce_ex__", "__repr__", "__reversed__", "__ror__"),
+    *("__setitem__", "__sizeof__", "clear", "copy", "get", "items", "keys", "pop", "popitem"),
+    *("reduce", "setdefault", "update", "values"),
+):
+    setattr(_Unread, _name, _reading(_name))
+
+
+def as_metrics(
+    slots: Slots,
+    results: torch.Tensor,
+    known: dict[str, torch.Tensor],
+    ranks: tuple[int, ...] | None,
+) -> dict[str, torch.Tensor]:
+    """`Metrics` from what a loss leaves, but for a compiled graph that cannot make them.
+
+    Args:
+        slots: their names, and where in `results` they are.
+        results: [16], as of `batch.TokenResults`.
+        known: further ones.
+        ranks: those whose groups they speak of, or None if that is this one alone.
+    """
+    results = results.detach()
+    if torch.compiler.is_compiling():
+        values = {name: results[slot] for name, slot in slots.items()}
+        values.update(known)
+        if not _IS_TRACEABLE:
+            return values
+        metrics = Metrics(values)
+    else:
+        metrics = dict.__new__(_Unread)
+        dict.update(metrics, slots.unread)
+        dict.update(metrics, known)
+        metrics._source = (slots, results)
+    if ranks is not None:
+        metrics.across_ranks, metrics.ranks = True, ranks
     return metrics

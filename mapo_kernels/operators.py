@@ -16,7 +16,8 @@ from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.eager.logprobs import eager_token_loss
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
-from mapo_kernels.groups import Signal, decide_rewards, group_metrics
+from mapo_kernels.groups import Signal, decide_rewards
+from mapo_kernels.groups import group_summary as eager_summary
 from mapo_kernels.launch import advantages as launch_groups
 from mapo_kernels.launch import logits as launch_logits
 from mapo_kernels.launch import logprobs as launch_logprobs
@@ -28,6 +29,10 @@ def _eager_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool, out: None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return eager_advantages(groups, spec)
+
+
+def _eager_summary(table: torch.Tensor, out: None = None) -> torch.Tensor:
+    return eager_summary(table)
 
 
 def _eager_scale(
@@ -56,6 +61,7 @@ def _eager_rescale(upstream: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 _advantages = dispatched(
     launch_groups.launch_advantages, _eager_advantages, launch_groups.empty_advantages
 )
+_summary = dispatched(launch_groups.launch_summary, _eager_summary, launch_groups.empty_summary)
 _token_loss = dispatched(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)
 _logits_loss = dispatched(launch_logits.launch_logits_loss, None, launch_logits.empty_loss)
 _scores = dispatched(
@@ -78,12 +84,20 @@ def group_advantages(
     return _advantages(decide_rewards(groups, spec), spec, want_stats)
 
 
+def group_summary(table: torch.Tensor) -> torch.Tensor:
+    """The metrics about groups, and whether none had a success: see `groups.group_summary`."""
+    if table.shape[1] > config.ADVANTAGES.summary_limit:
+        return eager_summary(table)
+    return _summary(table)
+
+
 def group_signals(groups: GroupInputs, spec: AdvantageSpec) -> tuple[Signal, Signal | None]:
     """What rewards come to; and, where that is float64, what they come to in float32."""
     given, table = group_advantages(groups, spec, want_stats=True)
-    metrics = dict(zip(GROUP_METRICS, group_metrics(table), strict=True))
+    summary = group_summary(table)
+    metrics = dict(zip(GROUP_METRICS, summary.unbind(0), strict=False))
     narrow = group_signals(replaced(groups, wide=False), spec)[0] if groups.wide else None
-    return Signal(given, metrics), narrow
+    return Signal(given, metrics, summary[len(metrics) :]), narrow
 
 
 def with_advantages(
@@ -94,7 +108,7 @@ def with_advantages(
 
     def complete(out: Any) -> Any:
         first = len(RESULTS) - len(GROUP_METRICS)
-        metrics = torch.stack(group_metrics(table)).to(out.results.dtype)
+        metrics = group_summary(table)[:-1].to(out.results.dtype)
         results = torch.cat([out.results[:first], metrics, out.results[len(RESULTS) :]])
         return replaced(out, results=results, advantages=given)
 

@@ -15,7 +15,7 @@ from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
 from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.distributed import data
 from mapo_kernels.distributed.agreement import group_ranks
-from mapo_kernels.groups import Signal, never_successful, warn_of_threshold
+from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
 from mapo_kernels.layout import Layout
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
@@ -174,14 +174,16 @@ def groups_of(
 
     `is_double` says whether all else of the call is float64.
     """
-    grouping = {key: given[key] for key in ("group_size", "group_ids", "success")}
-    checks.check_source(given["rewards"], given["advantages"], grouping)
-    checks.check_process_group(given["process_group"], given["normalizer"])
-    if given["rewards"] is None:
+    group_size, group_ids, success = given["group_size"], given["group_ids"], given["success"]
+    rewards, process_group = given["rewards"], given["process_group"]
+    grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
+    checks.check_source(rewards, given["advantages"], grouping)
+    checks.check_process_group(process_group, given["normalizer"])
+    if rewards is None:
         return None
-    is_part = given["process_group"] is not None
+    is_part = process_group is not None
     return checks.check_groups(
-        given["rewards"], **grouping, is_part=is_part, device=device, is_double=is_double
+        rewards, group_size, group_ids, success, is_part, device=device, is_double=is_double
     )
 
 
@@ -230,7 +232,7 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         checks.check_advantages(advantages, n_sequences, shape, device)
         tokens = advantages if mask is None else mask
         per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
-    own = slice(None)
+    own = None
     if process_group is not None:
         part = data.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
         call = data.Call.of_loss(spec, advantage_spec, normalizer)
@@ -240,14 +242,18 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
     narrow = None
     if groups is not None:
         signal, narrow = operators.group_signals(groups, advantage_spec)
-        signal, narrow = signal.of_rows(own, device), narrow and narrow.of_rows(own, device)
+        if own is not None:
+            signal, narrow = signal.of_rows(own, device), narrow and narrow.of_rows(own, device)
     else:
         assert advantages is not None
         signal = Signal(advantages)
-    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device)
+    # Valid tokens of each sequence, where that takes one sum.
+    n_valid = None if mask is None or cu_seqlens is not None else valid_tokens(mask).sum(1)
+    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device, n_valid)
     source = Source(signal.advantages, narrow, per_token)
-    never = never_successful(advantage_spec, given["success"], signal.metrics)
-    counts, bounds, has_no_success = _count_live(source, mask, cu_seqlens, spec, never)
+    decides = groups is not None and threshold_decides(advantage_spec, given["success"])
+    never = signal.never_successful if decides else None
+    counts, bounds, has_no_success = _count_live(source, mask, cu_seqlens, spec, never, n_valid)
     if has_no_success:
         warn_of_threshold(advantage_spec)
     return Plan(
@@ -281,6 +287,11 @@ def bounds_of(plan: Plan | None, cu_seqlens: torch.Tensor | None) -> torch.Tenso
     return plan.cu_seqlens
 
 
+def valid_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """Which tokens of a padded batch count, bool."""
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def count_tokens(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Tokens of the batch that count, [] on the device."""
     if mask is not None:
@@ -312,16 +323,19 @@ def _count_live(
     cu_seqlens: torch.Tensor | None,
     spec: LossSpec,
     flag: torch.Tensor | None,
+    n_valid: torch.Tensor | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None, bool]:
-    """Live tokens of each sequence, the boundaries, a flag: on the host, which waits once."""
+    """Live tokens of each sequence, the boundaries, a flag [1]: on the host, which waits once."""
     advantages = source.strength()
-    if flag is None:
-        flag = advantages.new_zeros(())
-    flag = flag.to(advantages.device, torch.int64).reshape(1)
+    told = [] if flag is None else [flag.to(advantages.device, torch.int64)]
     if cu_seqlens is None:
-        counts = _live_tokens(source, mask, None, spec, 0).sum(1)
-        *found, told = torch.cat([counts.to(torch.int64), flag]).tolist()
-        return tuple(found), None, bool(told)
+        if n_valid is None or source.per_token:
+            n_valid = _live_tokens(source, mask, None, spec, 0).sum(1)
+        elif not spec.needs_every_token:
+            n_valid = n_valid * (advantages != 0)
+        numbers = (torch.cat([n_valid, *told]) if told else n_valid).tolist()
+        n_sequences = n_valid.shape[0]
+        return tuple(numbers[:n_sequences]), None, any(numbers[n_sequences:])
     n_sequences = cu_seqlens.shape[0] - 1
     if mask is None and not source.per_token:
         # How many tokens there are is not known yet, and not needed.
@@ -333,9 +347,9 @@ def _count_live(
         live = _live_tokens(source, mask, cu_seqlens, spec, advantages.shape[0])
         sequences = Layout(live, Batch(cu_seqlens=cu_seqlens))
         counts = sequences.sum(live.to(torch.float32))
-    found = [counts.to(torch.int64), cu_seqlens.to(torch.int64), flag]
-    *numbers, told = torch.cat(found).tolist()
-    return tuple(numbers[:n_sequences]), tuple(numbers[n_sequences:]), bool(told)
+    numbers = torch.cat([counts.to(torch.int64), cu_seqlens.to(torch.int64), *told]).tolist()
+    end = 2 * n_sequences + 1
+    return tuple(numbers[:n_sequences]), tuple(numbers[n_sequences:end]), any(numbers[end:])
 
 
 def _denominator(
@@ -345,10 +359,11 @@ def _denominator(
     n_sequences: int,
     spec: LossSpec,
     device: torch.device,
+    n_valid: torch.Tensor | None,
 ) -> torch.Tensor:
     """The batch's denominator [] float64: as given, or its tokens, or its sequences."""
     assert not isinstance(normalizer, str)
     found = Batch(normalizer=normalizer).denominator(spec, n_sequences)
     if found is None:
-        found = count_tokens(mask, cu_seqlens)
+        found = count_tokens(mask, cu_seqlens) if n_valid is None else n_valid.sum()
     return torch.as_tensor(found, dtype=torch.float64, device=device)

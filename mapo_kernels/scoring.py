@@ -61,11 +61,12 @@ def token_logprobs(
     if split is not None:
         share = split.agree(token_ids, Batch(mask=mask), temperature)
     checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
-    with torch.no_grad():
-        rows = RowInputs(token_ids, temperature, share)
-        table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
-        logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
-    return (logprobs, *entropy) if return_entropy else logprobs
+    rows = RowInputs(token_ids, temperature, share)
+    # Nothing here requires grad: what else is floating-point has been checked for that.
+    table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
+    if not return_entropy:
+        return table.view(token_ids.shape)
+    return tuple(table.view(2, *token_ids.shape).unbind(0))
 
 
 @torch.compiler.disable

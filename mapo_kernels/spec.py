@@ -93,6 +93,8 @@ class _Packable:
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _INTEGERS: ClassVar[tuple[str, ...]] = ()
+    _kind: ClassVar[Any]  # of an instance, but no field
+    _numbers: ClassVar[Any]
 
     def _make_canonical(self) -> None:
         """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
@@ -110,6 +112,14 @@ class _Packable:
             else:
                 value = float(value) + 0.0
             object.__setattr__(self, name, value)
+        # Once, and not in every call.
+        kind, numbers = self._split()
+        object.__setattr__(self, "_kind", kind)
+        object.__setattr__(self, "_numbers", numbers)
+
+    def _split(self) -> tuple[Any, Any]:
+        """The compile-time choices and the run-time numbers."""
+        raise NotImplementedError
 
     def pack(self) -> tuple[list[float], str]:
         """The fields in order: numbers (0 for other fields), and their kinds or other values.
@@ -217,12 +227,15 @@ class AdvantageSpec(_Packable):
     @property
     def kind(self) -> AdvantageKind:
         """The compile-time choices."""
-        return AdvantageKind(self.estimator, self.certainty_mode, self.apd)
+        return self._kind
 
     @property
     def numbers(self) -> AdvantageNumbers:
         """The run-time numbers."""
-        return AdvantageNumbers(
+        return self._numbers
+
+    def _split(self) -> tuple[AdvantageKind, AdvantageNumbers]:
+        return AdvantageKind(self.estimator, self.certainty_mode, self.apd), AdvantageNumbers(
             float(self.success_threshold),
             float(self.std_correction),
             float(self.eps),
@@ -337,7 +350,15 @@ class LossSpec(_Packable):
     @property
     def kind(self) -> LossKind:
         """The compile-time choices."""
-        return LossKind(
+        return self._kind
+
+    @property
+    def numbers(self) -> LossNumbers:
+        """The run-time numbers; None where the loss has no such term."""
+        return self._numbers
+
+    def _split(self) -> tuple[LossKind, LossNumbers]:
+        kind = LossKind(
             self.objective,
             self.kl_estimator,
             self.kl_importance_correction,
@@ -345,11 +366,7 @@ class LossSpec(_Packable):
             self.needs_every_token,
             self.how.divisor,
         )
-
-    @property
-    def numbers(self) -> LossNumbers:
-        """The run-time numbers; None where the loss has no such term."""
-        return LossNumbers(
+        return kind, LossNumbers(
             float(self.eps_low),
             float(self.eps_high),
             None if self.dual_clip is None else float(self.dual_clip),

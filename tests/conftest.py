@@ -7,6 +7,7 @@ from parts import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_report_header,
+    pytest_xdist_make_scheduler,
 )
 
 torch.set_num_threads(1)

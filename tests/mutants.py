@@ -108,15 +108,15 @@ MUTANTS = (
         "write_end = end",
         TOKENS,
     ),
-    Mutant("tl.maximum(s.metrics[i], x.metrics[i])", "x.metrics[i]", TOKENS),
+    Mutant("tl.maximum(s.metrics[i], tl.max(x.metrics[i], 1))", "tl.max(x.metrics[i], 1)", TOKENS),
     Mutant(
         "tl.store(Grad + row + offs, grad * scale,",
         "tl.store(Grad + row + offs, grad,",
         TOKENS,
     ),
     Mutant(
-        "tl.sum(slope_sum, 0) / n_valid * scale",
-        "tl.sum(slope_sum, 0) * scale",
+        "tl.sum(slopes, 0) / n_valid * scale",
+        "tl.sum(slopes, 0) * scale",
         TOKENS,
     ),
     Mutant(
@@ -136,11 +136,8 @@ MUTANTS = (
         LOGITS,
     ),
     # eager
-    Mutant(
-        "finite & (given >= spec.success_threshold)",
-        "given >= spec.success_threshold",
-        ADVANTAGES,
-    ),
+    Mutant("reduce((finite & success).to", "reduce(success.to", ADVANTAGES),
+    Mutant("lowest.amin() >= -large and highest", "highest", ADVANTAGES),
     Mutant("ids[1:] != ids[:-1]", "ids[1:] > ids[:-1] + 1", ADVANTAGES),
     Mutant(
         "(positions >= bounds[0]) & (positions < bounds[-1])",
@@ -155,11 +152,12 @@ MUTANTS = (
         LOGITS,
     ),
     Mutant(
-        "temperature if head.softcap is not None else temperature / head.logit_scale",
-        "temperature",
+        "temperature = temperature / head.logit_scale",
+        "temperature = temperature / 1.0",
         LOGITS,
     ),
     Mutant("square_().neg_().add_(1.0)", "neg_().add_(1.0)", LOGITS),
+    Mutant("r = r * (1.0 - r)", "r = 1.0 - r", LOGITS),
     # plan, ranks, checks
     Mutant("cu_seqlens=cu_seqlens - cu_seqlens[0]", "cu_seqlens=cu_seqlens", PLANS),
     Mutant("tokens if self.per_token else rows", "rows", PLANS),

@@ -7,6 +7,9 @@
 | `slow` | none: another test reaches the same branches in less time |
 
 The rest is what the quick part leaves out; `make test` runs the one and `make test-full` the other.
+
+With several processes, the tests of a file stay in one, and those that start ranks, too: ranks take
+longer to start than most of what they do. What takes the longest goes first.
 """
 
 import math
@@ -14,6 +17,17 @@ from collections import defaultdict
 
 import pytest
 from allpairspy import AllPairs
+
+# What one process runs, by its first folders and files; the longest first.
+LONGEST = (
+    "tests/distributed/",
+    "tests/kernels/test_codegen.py",
+    "tests/kernels/test_compile.py",
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/property/test_property_invariants.py",
+    "tests/levels/",
+)
+TOGETHER = "tests/distributed/"
 
 
 def pytest_addoption(parser):
@@ -71,6 +85,24 @@ def quick_of(cases):
     ]
 
 
+def place_of(nodeid):
+    """Where a test comes in the order of `LONGEST`."""
+    return next((i for i, name in enumerate(LONGEST) if nodeid.startswith(name)), len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return TOGETHER if nodeid.startswith(TOGETHER) else nodeid.split("::")[0]
+
+    return Scheduler(config, log)
+
+
 # Before the selections by name and by marker, which would leave no full product.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
@@ -81,8 +113,7 @@ def pytest_collection_modifyitems(config, items):
             tests[item.nodeid.split("[")[0], item.callspec.params.get("device")].append(item)
     cut = {item for item in items if item.get_closest_marker("slow")}
     cut |= {item for cases in tests.values() for item in set(cases) - set(quick_of(cases))}
-    # What takes the longest goes first.
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    items.sort(key=lambda item: place_of(item.nodeid))
     if part == "all":
         return
     config.hook.pytest_deselected(items=[x for x in items if (x in cut) == (part == "quick")])

@@ -58,6 +58,18 @@ def _serve(rank, world_size, backend, rendezvous, jobs):
             jobs.send(answer)
         except BrokenPipeError:  # nobody waits any more
             return
+        if answer[0]:
+            leave_groups()
+
+
+def leave_groups():
+    """End the groups that a job made: each has threads that wake up a hundred times a second."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 class _Ranks:

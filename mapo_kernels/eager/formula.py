@@ -15,6 +15,7 @@ import torch
 
 from mapo_kernels import formula
 from mapo_kernels._triton import is_device_function
+from mapo_kernels.eager.select import only
 
 
 def _clamp(x: torch.Tensor, low: Any, high: Any, propagate_nan: None) -> torch.Tensor:
@@ -27,6 +28,14 @@ def _fma(x: Any, y: Any, z: Any) -> Any:
 
 def _maximum(x: torch.Tensor, y: torch.Tensor, propagate_nan: None) -> torch.Tensor:
     return torch.maximum(x, y)
+
+
+def _where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
+    if isinstance(y, float) and y == 0.0 and isinstance(x, torch.Tensor):
+        return only(x, condition)
+    if isinstance(x, float) and x == 0.0 and isinstance(y, torch.Tensor):
+        return only(y, ~condition)
+    return torch.where(condition, x, y)
 
 
 _TORCH = SimpleNamespace(
@@ -42,7 +51,7 @@ _TORCH = SimpleNamespace(
     log2=torch.log2,
     maximum=_maximum,
     sqrt=torch.sqrt,
-    where=torch.where,
+    where=_where,
 )
 
 # A module of its own, because torch.compile looks up a function's globals by its module's name.

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels import config
-from mapo_kernels.batch import Batch, TokenResults
+from mapo_kernels.batch import Batch, TokenResults, replaced
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.eager import formula
 from mapo_kernels.eager.advantages import eager_advantages
-from mapo_kernels.formula import GROUP_METRICS, LARGEST, SLOTS
+from mapo_kernels.eager.select import Only, only
+from mapo_kernels.eager.sums import top, total
+from mapo_kernels.formula import GROUP_METRICS, LARGEST, RESULTS, SLOTS, TokenMetrics
 from mapo_kernels.groups import group_metrics
 from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -35,60 +37,73 @@ def _score_chunk(
 ) -> _Chunk:
     """Apply the formula to some sequences; `advantages` are theirs, [b] or per token."""
     layout = Layout(logprobs, inputs)
-
-    def clean(x: torch.Tensor | None, where: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
-        # Whatever lies at a token that is not scored, NaN included, stays out of every sum.
-        return default if x is None else x.to(dtype).where(where, 0.0)
-
     advantage = advantages if inputs.per_token else layout.spread(advantages)
-    weight = clean(inputs.token_weights, layout.valid, layout.valid.to(dtype))
+    weight = inputs.token_weights
+    if weight is not None:
+        weight = only(weight.to(dtype), layout.valid)
     scored = layout.contributing(spec, advantage, weight)
-    advantage = formula.signal_behind_weight(advantage.to(dtype).where(scored, 0.0), weight)
-    logp = clean(logprobs, scored, advantage)
-    old = clean(inputs.old_logprobs, scored, logp)
-    ref = clean(inputs.ref_logprobs, scored, logp)
-    entropy = clean(inputs.entropy, scored, torch.zeros_like(logp))
-    if inputs.rollout_logprobs is not None:
-        rollout = clean(inputs.rollout_logprobs, scored, logp)
-        weight = weight * formula.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
+    # Whatever lies at a token that is not scored, NaN included, stays out of every sum.
+    kept = Only(scored, dtype)
+
+    def clean(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else kept(x.to(dtype))
+
+    advantage = kept(advantage.to(dtype))
+    if weight is not None:
+        advantage = formula.signal_behind_weight(advantage, weight)
+    logp = kept(logprobs.to(dtype))
+    old = logp if inputs.old_logprobs is None else kept(inputs.old_logprobs.to(dtype))
+    ref, entropy = clean(inputs.ref_logprobs), clean(inputs.entropy)
+    rollout = clean(inputs.rollout_logprobs)
+    if rollout is not None:
+        factor = formula.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
+        weight = factor if weight is None else weight * factor
 
     n_valid = layout.n_valid().to(dtype)
     log_ratio = logp - old
     level_ratio = log_ratio
     if spec.importance_level == "sequence":
         mean = layout.sum(log_ratio) / n_valid.clamp(min=1.0)
-        level_ratio = layout.spread(mean).where(scored, 0.0)
+        level_ratio = kept(layout.spread(mean))
     found = formula.token_loss(
         logp,
         level_ratio,
-        None if inputs.ref_logprobs is None else ref,
+        ref,
         advantage,
         weight,
-        entropy if inputs.entropy is not None and spec.entropy_coef else None,
+        entropy if spec.entropy_coef else None,
         spec.numbers,
         spec.kind,
     )
-    loss, d_log_ratio, d_logp = found.loss, found.d_log_ratio, found.d_logp
     metrics = formula.token_metrics(found, log_ratio, entropy, scored)
-    if inputs.loss_weights is not None:
-        factor = clean(inputs.loss_weights, scored, logp)
+    if ref is None:
+        metrics = replaced(metrics, ref_kl=None)
+    loss, d_log_ratio, d_logp = found.loss, found.d_log_ratio, found.d_logp
+    factor = clean(inputs.loss_weights)
+    if factor is not None:
         loss, d_log_ratio, d_logp = loss * factor, d_log_ratio * factor, d_logp * factor
     divisor = layout.divisor(spec).to(dtype)
     grad = logprobs.new_empty(0, dtype=dtype)
     if need_grad:
         if spec.importance_level == "sequence":
-            slope = layout.sum(d_log_ratio.where(scored, 0.0)) / n_valid.clamp(min=1.0)
+            slope = layout.sum(kept(d_log_ratio)) / n_valid.clamp(min=1.0)
             d_log_ratio = layout.spread(slope)
-        grad = ((d_log_ratio + d_logp) / layout.spread(divisor)).where(scored, 0.0)
-    values = [x.to(dtype).where(scored, 0.0) for x in metrics]
-    sums = [
-        (layout.sum(loss.where(scored, 0.0)) / divisor).sum(),
-        n_valid.sum(),
-        *(x.sum() for x in (scored.to(dtype), *values[: -len(LARGEST)])),
-    ]
-    # An empty batch has no largest; a leading 0 stands in for it.
-    flat = [torch.nn.functional.pad(x.reshape(-1), (1, 0)) for x in values[-len(LARGEST) :]]
-    return _Chunk(torch.stack(sums), torch.stack([x.amax() for x in flat]), grad)
+        grad = d_log_ratio + d_logp
+        grad = kept(grad if spec.how.divisor == "one" else grad / layout.spread(divisor))
+    return _Chunk(*_sums(layout.sum(kept(loss)) / divisor, n_valid, scored, metrics), grad)
+
+
+def _sums(
+    losses: torch.Tensor, n_valid: torch.Tensor, scored: torch.Tensor, metrics: TokenMetrics
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the losses [b] of sequences and of what metrics say of tokens; None is 0 of each."""
+    nothing = losses.new_zeros(())
+    means, largest = metrics[: -len(LARGEST)], metrics[-len(LARGEST) :]
+    sums = [losses.sum(), n_valid.sum()]
+    sums += [nothing if x is None else total(x, losses.dtype) for x in (scored, *means)]
+    # 0 stands in for the largest of an empty batch.
+    tops = [nothing if x.numel() == 0 else top(x).clamp(min=0.0) for x in largest]
+    return torch.stack(sums), torch.stack(tops)
 
 
 def _chunks(logprobs: torch.Tensor, inputs: Batch) -> list[slice]:
@@ -112,25 +127,34 @@ def eager_token_loss(
     """What the token loss kernel computes; see `TokenResults` for what comes back."""
     dtype = result_dtype(logprobs)
     computed = logprobs.new_empty(0, dtype=dtype)
-    group_values = [logprobs.new_zeros((), dtype=dtype)] * len(GROUP_METRICS)
+    group_values = logprobs.new_zeros(len(GROUP_METRICS), dtype=dtype)
     if inputs.groups is not None:
         computed, table = eager_advantages(inputs.groups, advantage_spec)
-        group_values = [x.to(dtype) for x in group_metrics(table)]
+        group_values = torch.stack(group_metrics(table)).to(dtype)
     given = computed if inputs.advantages is None else inputs.advantages
     pieces = _chunks(logprobs, inputs)
     if len(pieces) <= 1:
-        parts = [_score_chunk(logprobs, inputs, given, spec, dtype, need_grad)]
+        sums, largest, grad = _score_chunk(logprobs, inputs, given, spec, dtype, need_grad)
     else:
-        parts = [
-            _score_chunk(logprobs[r], inputs.of_rows(r), given[r], spec, dtype, need_grad)
-            for r in pieces
-        ]
-    total, active, scored, *sums = torch.stack([part.sums for part in parts]).sum(0)
+        grad = logprobs.new_empty(logprobs.shape if need_grad else 0, dtype=dtype)
+        parts = []
+        for r in pieces:
+            part = _score_chunk(logprobs[r], inputs.of_rows(r), given[r], spec, dtype, need_grad)
+            if need_grad:
+                grad[r] = part.grad
+            parts.append(part[:2])
+        sums = torch.stack([x for x, _ in parts]).sum(0)
+        largest = torch.stack([x for _, x in parts]).amax(0)
+    total, active, scored = sums[:3].unbind(0)
     denominator = loss_denominator(inputs, spec, inputs.n_sequences(logprobs), active)
-    # What is said of no scored token is NaN.
-    means = [x / scored for x in sums]
-    largest = torch.stack([part.largest for part in parts]).amax(0).where(scored > 0, torch.nan)
-    values = [1.0 / denominator, active, scored, *means, *largest, *group_values]
-    results = torch.stack(values + [torch.zeros_like(active)] * (SLOTS - len(values)))
-    grad = parts[0].grad if len(parts) == 1 else torch.cat([part.grad for part in parts])
+    results = torch.cat(
+        [
+            torch.stack([1.0 / denominator, active, scored]),
+            # What is said of no scored token is NaN.
+            sums[3:] / scored,
+            largest.where(scored > 0, torch.nan),
+            group_values,
+            sums.new_zeros(SLOTS - len(RESULTS)),
+        ]
+    )
     return TokenResults(total / denominator, results, computed, grad)

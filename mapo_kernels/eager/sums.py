@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# From as many numbers on, one sum is shared by torch's threads.
+_SHARED = 32768
+
 
 def row_sum(x: torch.Tensor) -> torch.Tensor:
     """Sum of each row of `x` [n, m], [n]: of one row alone, bit for bit that in any batch.
@@ -15,10 +18,25 @@ def row_sum(x: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1:
         # Torch adds columns in another order than rows, and the last columns in yet another.
         x = x.contiguous()
-    if x.shape[0] != 1:
+    if x.shape[0] != 1 or x.shape[1] < _SHARED:
         return x.sum(1)
-    # One sum of 32768 numbers or more is shared by torch's threads; of two, each is one thread's.
+    # Of two sums, each is one thread's.
     return x.expand(2, -1).sum(1)[:1]
+
+
+def total(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum [] of all of `x`; of bools, how many there are."""
+    if torch.compiler.is_compiling():
+        # Along rows first, in the loop that adds up their losses too.
+        x = x.to(dtype)
+        return x.sum() if x.dim() == 1 else x.sum(1).sum()
+    # Counting is exact, and quicker than making numbers of bools.
+    return x.count_nonzero().to(dtype) if x.dtype == torch.bool else x.sum()
+
+
+def top(x: torch.Tensor) -> torch.Tensor:
+    """The largest [] of `x`, which is not empty."""
+    return x.amax(1).amax() if torch.compiler.is_compiling() and x.dim() > 1 else x.amax()
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

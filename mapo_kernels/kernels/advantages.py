@@ -228,3 +228,35 @@ def advantages_kernel(
         stats = (mean / m.unit, std, success_ratio, certainty, m.count, nonfinite, factor)
         for i in tl.static_range(7):
             tl.store(Stats + i * n_groups + groups, stats[i], mask=present)
+
+
+@jit(do_not_specialize=["n_groups"])
+def group_summary_kernel(Stats, Out, n_groups, BLOCK: tl.constexpr):
+    """`groups.group_summary` [6] of the statistics [7, n_groups], by one program."""
+    sums = no_groups()
+    for start in range(0, n_groups, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < n_groups
+        success_ratio = tl.load(Stats + 2 * n_groups + offs, mask=mask, other=0.0)
+        certainty = tl.load(Stats + 3 * n_groups + offs, mask=mask, other=0.0)
+        count = tl.load(Stats + 4 * n_groups + offs, mask=mask, other=0.0)
+        nonfinite = tl.load(Stats + 5 * n_groups + offs, mask=mask, other=0.0)
+        factor = tl.load(Stats + 6 * n_groups + offs, mask=mask, other=0.0)
+        counted = count > 0
+        without_signal = (factor == 0) & (count + nonfinite > 0)
+        some = (
+            tl.sum(tl.where(counted, success_ratio, 0.0), 0),
+            tl.sum(tl.where(counted, certainty, 0.0), 0),
+            tl.sum(without_signal.to(tl.float32), 0),
+            tl.sum(nonfinite, 0),
+            tl.sum(counted.to(tl.float32), 0),
+        )
+        sums = add_groups(sums, some)
+    # The mean over no group is NaN.
+    active = tl.where(sums[4] > 0, sums[4], float("nan"))
+    tl.store(Out, sums[0] / active)
+    tl.store(Out + 1, sums[1] / active)
+    for i in tl.static_range(2, N_GROUP_METRICS):
+        tl.store(Out + i, sums[i])
+    never = (sums[4] > 0) & (sums[0] == 0) & (sums[2] < sums[4])
+    tl.store(Out + N_GROUP_METRICS, never.to(tl.float32))

@@ -58,6 +58,21 @@ def sequence_of(CuSeqlens, row, n_sequences, BLOCK_T: tl.constexpr):
 
 
 @jit
+def sequence_of_row(batch, row, length, n_sequences, n_rows, BLOCK_T: tl.constexpr):
+    """The sequence of a row, and where that begins and ends."""
+    sequence = row // length
+    begin = sequence * length
+    end = begin + length
+    if batch.cu_seqlens is not None:
+        if batch.sequence is not None:
+            sequence = tl.load(batch.sequence + row)
+        else:
+            sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
+        begin, end, _, _ = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, n_rows)
+    return sequence, begin, end
+
+
+@jit
 def batch_divisor(batch, Mask, n_sequences, n_rows, BLOCK_T: tl.constexpr):
     """The batch's denominator, counted here if it is not given."""
     if batch.normalizer is not None:
@@ -163,15 +178,7 @@ def logits_loss_kernel(
     """One row, from its logits to its gradient; the last program to arrive finishes the batch."""
     row = tl.program_id(0)
     n_rows = tl.num_programs(0)
-    sequence = row // length
-    begin = sequence * length
-    end = begin + length
-    if batch.cu_seqlens is not None:
-        if batch.sequence is not None:
-            sequence = tl.load(batch.sequence + row)
-        else:
-            sequence = sequence_of(batch.cu_seqlens, row, n_sequences, BLOCK_T)
-        begin, end, _, _ = sequence_bounds(batch.cu_seqlens, sequence, n_sequences, n_rows)
+    sequence, begin, end = sequence_of_row(batch, row, length, n_sequences, n_rows, BLOCK_T)
     offs = row + tl.arange(0, 1)  # [1], as everything about the token
     inside, valid = valid_tokens(tokens.mask, 0, offs, begin, end, n_rows)
 

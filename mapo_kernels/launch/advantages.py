@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import on_device_of, registers, triton
+from mapo_kernels._triton import next_power_of_2, on_device_of, registers
 from mapo_kernels.batch import GroupInputs
+from mapo_kernels.formula import GROUP_METRICS
 from mapo_kernels.groups import order_by_group
-from mapo_kernels.kernels.advantages import Rewards, advantages_kernel
+from mapo_kernels.kernels.advantages import Rewards, advantages_kernel, group_summary_kernel
+from mapo_kernels.launch.direct import Direct
 from mapo_kernels.spec import AdvantageSpec
+
+_advantages, _summary = Direct(advantages_kernel), Direct(group_summary_kernel)
 
 
 def empty_advantages(
@@ -18,11 +22,8 @@ def empty_advantages(
     """Uninitialised advantages [B] and statistics table [7, Q] ([0, Q] if not wanted)."""
     n_rows = groups.rewards.shape[0]
     n_groups = n_rows // groups.group_size if groups.group_ids is None else n_rows
-    shape = (7 if want_stats else 0, n_groups)
-    return (
-        groups.rewards.new_empty(n_rows, dtype=torch.float32),
-        groups.rewards.new_empty(shape, dtype=torch.float32),
-    )
+    advantages = groups.rewards.new_empty(n_rows, dtype=torch.float32)
+    return advantages, advantages.new_empty((7 if want_stats else 0, n_groups))
 
 
 def launch_advantages(
@@ -37,7 +38,7 @@ def launch_advantages(
     ids = order = starts = None
     if groups.group_ids is None:
         n_groups = n_rows // groups.group_size
-        block_g = triton.next_power_of_2(groups.group_size)
+        block_g = next_power_of_2(groups.group_size)
         tile = max(1, tuning.tile_elements // block_g)
     elif n_rows <= tuning.match_limit and not want_stats:
         n_groups, tile, block_g = n_rows, 1, tuning.match_block
@@ -47,7 +48,7 @@ def launch_advantages(
         order, starts, _ = order_by_group(groups.group_ids)
     advantages, table = out
     with on_device_of(advantages):
-        advantages_kernel[(triton.cdiv(n_groups, tile),)](
+        _advantages[(-(-n_groups // tile),)](
             Rewards(
                 groups.rewards.contiguous(),
                 None if groups.success is None else groups.success.contiguous(),
@@ -65,4 +66,17 @@ def launch_advantages(
             BLOCK_G=block_g,
             num_warps=min(16, max(4, tile * block_g // 128)),
             **registers(tuning.registers),
+        )
+
+
+def empty_summary(table: torch.Tensor) -> torch.Tensor:
+    """Uninitialised [6] of `launch_summary`."""
+    return table.new_empty(len(GROUP_METRICS) + 1)
+
+
+def launch_summary(table: torch.Tensor, out: torch.Tensor) -> None:
+    """What `groups.group_summary` computes, in one launch."""
+    with on_device_of(table):
+        _summary[(1,)](
+            table.contiguous(), out, table.shape[1], BLOCK=config.ADVANTAGES.summary_block
         )

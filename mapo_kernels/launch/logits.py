@@ -17,7 +17,7 @@ from mapo_kernels._triton import (
     registers,
     warp_size,
 )
-from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results, replaced
+from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.advantages import Rewards
 from mapo_kernels.kernels.logits import finish_kernel, logits_loss_kernel, prepare_kernel
@@ -25,6 +25,7 @@ from mapo_kernels.kernels.row import Matrix, Rows, Tile
 from mapo_kernels.kernels.scoring import gradient_kernel, rescale_kernel, score_kernel
 from mapo_kernels.kernels.token import Common
 from mapo_kernels.kernels.vocabulary import share_kernel
+from mapo_kernels.launch.direct import Direct
 from mapo_kernels.launch.logprobs import (
     common_of,
     contiguous,
@@ -34,6 +35,10 @@ from mapo_kernels.launch.logprobs import (
     tokens_of,
 )
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+_loss, _rescale = Direct(logits_loss_kernel), Direct(rescale_kernel)
+_prepare_rows, _finish = Direct(prepare_kernel), Direct(finish_kernel)
+_score, _share, _gradient = Direct(score_kernel), Direct(share_kernel), Direct(gradient_kernel)
 
 
 @cache
@@ -69,7 +74,8 @@ def tile_of(logits: torch.Tensor, scores: bool = False) -> dict[str, Any]:
     from here; and it depends on the shape of the matrix, never on how many rows it has.
     """
     # What Triton specialises on: only then does it know that a row is aligned.
-    wide = all(x % 16 == 0 for x in (logits.data_ptr(), *row_layout(logits)[1:]))
+    _, stride, stride_sequence = row_layout(logits)
+    wide = (logits.data_ptr() | stride | stride_sequence) % 16 == 0
     shape = (logits.shape[-1], logits.element_size(), wide)
     return _tile(*shape, converts_bfloat16(), config.LOGITS, scores)
 
@@ -79,10 +85,16 @@ def row_layout(x: torch.Tensor) -> tuple[int, int, int]:
 
     Zero between sequences of contiguous rows, so that their number does not recompile a kernel.
     """
-    if x.dim() == 2:
-        return max(x.shape[0], 1), x.stride(0), 0
-    length = x.shape[1]
-    return max(length, 1), x.stride(1), x.stride(0) - length * x.stride(1)
+    strides = x.stride()
+    if len(strides) == 2:
+        return x.shape[0] or 1, strides[0], 0
+    length, stride = x.shape[1], strides[1]
+    return length or 1, stride, strides[0] - length * stride
+
+
+def n_rows_of(x: torch.Tensor) -> int:
+    """How many rows `x` [..., V] has."""
+    return x.numel() // x.shape[-1]
 
 
 def columns_together(logits: torch.Tensor) -> torch.Tensor:
@@ -132,7 +144,7 @@ def empty_scores(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
     """Uninitialised table [columns, rows] of `launch_scores`."""
-    return logits.new_empty((columns, logits[..., 0].numel()), dtype=torch.float32)
+    return logits.new_empty((columns, n_rows_of(logits)), dtype=torch.float32)
 
 
 def launch_scores(
@@ -141,7 +153,7 @@ def launch_scores(
     mask: torch.Tensor | None,
     columns: int,
     out: torch.Tensor,
-    kernel: Any = score_kernel,
+    kernel: Direct = _score,
 ) -> None:
     """Table [columns, rows] of log-prob, entropy, and what the gradient needs, in one launch."""
     logits = columns_together(logits)
@@ -171,7 +183,7 @@ def launch_shares(
     out: torch.Tensor,
 ) -> None:
     """Table [columns, rows] of what these columns contribute: see `eager.shares.merge_shares`."""
-    launch_scores(logits, rows, mask, columns, out, share_kernel)
+    launch_scores(logits, rows, mask, columns, out, _share)
 
 
 def launch_gradient(
@@ -195,7 +207,7 @@ def launch_gradient(
         return
     described, exponent = _rows(logits, rows, mask)
     with on_device_of(logits):
-        gradient_kernel[(n,)](
+        _gradient[(n,)](
             described,
             _matrix(out),
             table,
@@ -215,11 +227,11 @@ def launch_gradient(
 def launch_rescale(upstream: torch.Tensor, out: torch.Tensor) -> None:
     """Multiply `out` in place by `upstream` [], unless that is 1: known on the device alone."""
     grad = out
-    n = grad[..., 0].numel()
+    n = n_rows_of(grad)
     if n == 0:
         return
     with on_device_of(grad):
-        rescale_kernel[(min(n, config.LOGITS.rescale_programs),)](
+        _rescale[(min(n, config.LOGITS.rescale_programs),)](
             _matrix(grad),
             upstream,
             n,
@@ -263,7 +275,7 @@ def launch_logits_loss(
                 batch = _prepare(batch, logits, inputs, advantage_spec, out)
             if inputs.groups is not None:
                 advantages, rewards = out.advantages, Rewards(None)
-        logits_loss_kernel[(n,)](
+        _loss[(n,)](
             described,
             _matrix(out.grad) if need_grad else None,
             tokens,
@@ -289,7 +301,7 @@ def launch_logits_loss(
         )
         if not is_fused:
             threads = config.LOGITS.finish_threads
-            finish_kernel[(1,)](
+            _finish[(1,)](
                 batch,
                 n_sums,
                 BLOCK_P=config.LOGITS.partials_per_thread * threads // SLOTS,
@@ -306,18 +318,17 @@ def _prepare(
 ) -> Common:
     """The batch with what a launch has found out for all rows; advantages are in `out`."""
     n_sequences, length = inputs.n_sequences(logits), row_layout(logits)[0]
-    n_rows = logits[..., 0].numel()
+    n_rows = n_rows_of(logits)
     rewards, group_size, block_g = rewards_of(inputs.groups)
-    counts = out.loss.new_empty(n_sequences + 1)
-    n_valid, total = counts[:-1], counts[-1]
-    sequence = None
+    total, sequence = out.loss.new_empty(()), None
     if inputs.cu_seqlens is not None:
         sequence = torch.empty(n_rows, dtype=torch.int32, device=logits.device)
-    prepare_kernel[(n_sequences,)](
+    batch = batch._replace(n_valid=out.loss.new_empty(n_sequences), sequence=sequence)
+    _prepare_rows[(n_sequences,)](
         contiguous(inputs.mask),
         rewards,
         out.advantages,
-        batch._replace(counter=counters.get(logits.device), n_valid=n_valid, sequence=sequence),
+        batch._replace(counter=counters.get(logits.device)),
         total,
         n_sequences,
         length,
@@ -331,12 +342,12 @@ def _prepare(
     )
     if batch.normalizer is batch.denominator is None:
         batch = batch._replace(normalizer=total)
-    return batch._replace(n_valid=n_valid, sequence=sequence)
+    return batch
 
 
 def empty_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
     """Uninitialised contiguous gradient of logits."""
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def empty_loss(
@@ -348,6 +359,7 @@ def empty_loss(
     need_grad: bool,
 ) -> TokenResults:
     """Uninitialised results, with the gradient by the logits."""
-    grad = empty_gradient(logits) if need_grad else logits.new_empty(0)
     found = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
-    return replaced(found, grad=grad)
+    if not need_grad:
+        return found
+    return TokenResults(found.loss, found.results, found.advantages, empty_gradient(logits))

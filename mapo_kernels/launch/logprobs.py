@@ -7,13 +7,23 @@ from ctypes import c_float
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import interprets, on_device_of, registers, triton, warp_size
+from mapo_kernels._triton import (
+    interprets,
+    next_power_of_2,
+    on_device_of,
+    registers,
+    triton,
+    warp_size,
+)
 from mapo_kernels.batch import Batch, GroupInputs, TokenResults
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.advantages import Rewards
 from mapo_kernels.kernels.logprobs import scale_kernel, token_loss_kernel
 from mapo_kernels.kernels.token import Common, Tokens
+from mapo_kernels.launch.direct import Direct
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+
+_token_loss, _scale = Direct(token_loss_kernel), Direct(scale_kernel)
 
 
 class _Counters:
@@ -31,7 +41,8 @@ class _Counters:
             # A graph owns what is allocated while it is captured: such a counter serves it alone.
             if torch.cuda.is_current_stream_capturing():
                 return torch.zeros(1, dtype=torch.int32, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
+            # As Triton asks for it: torch would make an object.
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
         key = (device, stream)
         if key not in self._counters:
             self._counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -41,14 +52,14 @@ class _Counters:
 counters = _Counters()
 
 
-def _programs(n_sequences: int, n_tokens: int, block: int, spec: LossSpec) -> tuple[int, int]:
-    """Programs, and how many of them share a sequence: 1 where that needs its mean first."""
-    tuning = config.LOGPROBS
-    # As many threads in all, whatever the size of a program.
-    most = tuning.programs * (tuning.threads * tuning.tokens_per_thread // block)
+def _programs(n_sequences: int, n_blocks: int, most: int, spec: LossSpec) -> tuple[int, int]:
+    """Programs, and how many of them share a sequence: 1 where that needs its mean first.
+
+    `n_blocks` is what a sequence takes on average, `most` what a GPU can hold.
+    """
     splits = 1
     if spec.importance_level != "sequence":
-        splits = max(1, min(-(-n_tokens // (n_sequences * block)), most // n_sequences))
+        splits = max(1, min(n_blocks, most // n_sequences))
     # As many turns for each program, or one less for some.
     turns = -(-n_sequences * splits // most)
     return -(-n_sequences // turns) * splits, splits
@@ -77,7 +88,7 @@ def rewards_of(groups: GroupInputs | None) -> tuple[Rewards, int, int]:
     rewards = Rewards(*[contiguous(x) for x in (groups.rewards, groups.success, groups.group_ids)])
     if groups.group_ids is not None:
         return rewards, 1, config.ADVANTAGES.match_block
-    return rewards, groups.group_size, triton.next_power_of_2(groups.group_size)
+    return rewards, groups.group_size, next_power_of_2(groups.group_size)
 
 
 def tokens_of(inputs: Batch) -> tuple[Tokens, torch.Tensor | None]:
@@ -123,12 +134,15 @@ def launch_token_loss(
     tuning = config.LOGPROBS
     is_short = logprobs.numel() <= tuning.short_length * n_sequences
     threads = tuning.short_threads if is_short else tuning.threads
-    block = threads * tuning.tokens_per_thread
-    n_programs, n_splits = _programs(n_sequences, logprobs.numel(), block, spec)
+    is_aligned = inputs.cu_seqlens is None and length % 16 == 0
+    room = tuning.registers if is_aligned else tuning.unaligned_registers
+    n_blocks = -(-logprobs.numel() // (n_sequences * threads * tuning.tokens_per_thread))
+    most = tuning.multiprocessors * ((1 << 16) // (threads * room))
+    n_programs, n_splits = _programs(n_sequences, n_blocks, most, spec)
     tokens, advantages = tokens_of(inputs)
     rewards, group_size, block_g = rewards_of(inputs.groups)
     with on_device_of(logprobs):
-        token_loss_kernel[(n_programs,)](
+        _token_loss[(n_programs,)](
             logprobs.contiguous(),
             tokens,
             advantages,
@@ -152,7 +166,7 @@ def launch_token_loss(
             # The default is about to change, and the kernel's instruction budget counts on it.
             enable_fp_fusion=True,
             num_warps=threads // warp_size(),
-            **registers(tuning.registers if inputs.cu_seqlens is None else tuning.packed_registers),
+            **registers(room),
         )
 
 
@@ -168,4 +182,4 @@ def launch_scale(
     if n:
         with on_device_of(grad):
             block = config.LOGPROBS.scale_block
-            scale_kernel[(-(-n // block),)](grad, upstream, results, out, n, BLOCK=block)
+            _scale[(-(-n // block),)](grad, upstream, results, out, n, BLOCK=block)

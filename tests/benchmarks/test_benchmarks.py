@@ -20,9 +20,7 @@ from benchmarks.providers import OURS, PLAIN, PROVIDERS, Provider
 from benchmarks.roofs import Roofs
 from benchmarks.timers import Samples, Work
 from mapo_kernels import files
-
-# The runs that these look at are made once in a process of `pytest -n`.
-pytestmark = pytest.mark.xdist_group("benchmarks")
+from mapo_kernels.__main__ import main
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
@@ -431,7 +429,8 @@ def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
     pytest.importorskip("triton")
     done = bench(
         "--suite=gpu", "--dry-run", f"--level={level}", f"--out={tmp_path}", "--name=dry",
-        "--no-plots",
+        "--no-plots", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        PYTEST_PLUGINS="interpreted",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.read(tmp_path / "dry.json")
@@ -447,11 +446,11 @@ def test_report_redraws_a_file_and_writes_the_readme(found, tmp_path):
     results.write(found, path)
     readme = tmp_path / "README.md"
     readme.write_text("x\n<!-- again: begin -->\n<!-- again: end -->\n")
-    done = bench("report", path, f"--readme={readme}")
-    assert done.returncode == 0, done.stderr
+    assert main(["bench", "report", str(path), f"--readme={readme}"]) == 0
     assert report.markdown(results.read(path)) in readme.read_text()
     assert (tmp_path / "again_time_against_live.png").exists()
-    assert bench("report").returncode == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "report"])
 
 
 @pytest.mark.parametrize(

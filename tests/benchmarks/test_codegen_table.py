@@ -12,6 +12,7 @@ def test_bounds_by_hand():
     assert bounds == pytest.approx({"memory": 1.0, "instructions": 0.5, "exponentials": 0.5})
 
 
+@pytest.mark.slow
 def test_static_table_of_one_architecture():
     pytest.importorskip("triton")
     rows = codegen.compile_for("sm_90")

@@ -28,9 +28,6 @@ from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_prob
 from mapo_kernels.demo.train import success_share
 from mapo_kernels.files import CommandError
 
-# The runs that these look at are made once in a process of `pytest -n`.
-pytestmark = pytest.mark.xdist_group("demo")
-
 ROOT = Path(__file__).parents[2]
 # spell_backward gives partial credit, so that even an untrained model has signal to learn from.
 TINY = Settings(

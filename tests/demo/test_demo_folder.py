@@ -24,9 +24,6 @@ from mapo_kernels.demo import folder, plots
 from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.settings import Settings
 
-# The runs that these look at are made once in a process of `pytest -n`.
-pytestmark = pytest.mark.xdist_group("demo folder")
-
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompts", "4", "--group-size", "2", "--warmup-success", "0", "--steps", "0"]
 QUICK = Settings(

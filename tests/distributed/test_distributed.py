@@ -5,10 +5,9 @@ import pytest
 from backends import HAS_GPU, INTERPRETS
 from spawn import run_ranks
 
-# Every process of `pytest -n` that runs one of these starts ranks of its own.
-pytestmark = pytest.mark.xdist_group("ranks")
-
-SETTINGS = [(2, "eager"), (4, "eager"), (2, "interpreter"), (4, "interpreter")]
+# Interpreted kernels know nothing of ranks: they are quick with two.
+FOUR_INTERPRETED = pytest.param((4, "interpreter"), marks=pytest.mark.slow)
+SETTINGS = [(2, "eager"), (4, "eager"), (2, "interpreter"), FOUR_INTERPRETED]
 
 
 @pytest.fixture(

@@ -5,9 +5,6 @@ import pytest
 from backends import INTERPRETS
 from spawn import run_ranks
 
-# Every process of `pytest -n` that runs one of these starts ranks of its own.
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.fixture(params=["eager-2", "eager-4", "interpreter-2"])
 def on_ranks(request):

@@ -9,9 +9,6 @@ from spawn import run_ranks
 import mapo_kernels as mk
 from mapo_kernels.distributed.agreement import digest_of
 
-# Every process of `pytest -n` that runs one of these starts ranks of its own.
-pytestmark = pytest.mark.xdist_group("ranks")
-
 OTHER_SPEC = mk.LossSpec(eps_low=0.3)
 SEQUENCE = mk.LossSpec(importance_level="sequence")
 # What the last rank does otherwise: the function that all call, its changed arguments, and the
@@ -56,7 +53,19 @@ FIRST = {
 }
 
 
-@pytest.fixture(params=["eager-2", "eager-4", "interpreter-2"])
+# One later call of each function; the check has no kernel, and compares two ranks as it does four.
+QUICK = ("rows", "function of logits", "entropy of scores", "chunks of scores")
+WORLDS = ("eager-2", "eager-4", "interpreter-2")
+LATER_CASES = [
+    pytest.param(
+        name, world, marks=[] if world == "eager-2" or name in QUICK else [pytest.mark.slow]
+    )
+    for name in LATER
+    for world in WORLDS
+]
+
+
+@pytest.fixture(params=WORLDS)
 def on_ranks(request):
     """Runs a function of the worker on gloo ranks."""
     backend, size = request.param.split("-")
@@ -70,7 +79,7 @@ def on_ranks(request):
     return run
 
 
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize(("name", "on_ranks"), LATER_CASES, indirect=["on_ranks"])
 def test_later_calls_that_differ(name, on_ranks):
     for told in on_ranks(ranks.told_later, *LATER[name]):
         assert told.startswith("ValueError: vocab_group: expected") and "every rank" in told

@@ -14,14 +14,15 @@ from mapo_kernels import config, operators
 from mapo_kernels._triton import HAS_TRITON, interprets
 from mapo_kernels.batch import RowInputs, VocabShare
 
-# Every process of `pytest -n` that runs one of these starts ranks of its own.
-pytestmark = pytest.mark.xdist_group("ranks")
-
 # Bytes in which a rank says how it was called.
 HEADER = 216
 
 
-@pytest.fixture(params=["eager-2", "eager-4", "interpreter-2", "interpreter-4"])
+# Four interpreted ranks run what two leave out of the settings, and are slow at it.
+FOUR_INTERPRETED = pytest.param("interpreter-4", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["eager-2", "eager-4", "interpreter-2", FOUR_INTERPRETED])
 def world(request):
     """Number of ranks, their backend, and what carries their messages."""
     backend, size = request.param.split("-")
@@ -142,5 +143,6 @@ def test_the_documented_sizes():
         assert logits == 4 * n_live * vocab * (tp - 1) // tp
 
 
+@pytest.mark.slow
 def test_a_compiled_step():
     run_ranks(2, ranks.compiled, "eager")

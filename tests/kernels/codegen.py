@@ -1,17 +1,18 @@
 """Compiles what the public functions launch, for a GPU that is not there; run as a subprocess.
 
-    python tests/kernels/codegen.py TARGET
+    echo CASE | python tests/kernels/codegen.py TARGET
 
-prints one JSON object: for each case what it launches, and for each kernel its variants' registers,
-stack, memory accesses and instruction counts.
+prints, for each line that names a case, one JSON object: what it launches, and for each kernel its
+variants' registers, stack, memory accesses and instruction counts.
 """
 
 import json
 import sys
+from contextlib import redirect_stdout
 
 import torch
 
-from benchmarks.machine_code import compile_launches, report
+from benchmarks.machine_code import compile_launches, report, scalar_instructions
 
 
 def batch(shape, packed=False):
@@ -85,6 +86,14 @@ def logits(
     out.loss.backward()
 
 
+def many_rows(launch):
+    """The launches of so many rows that what is the same for all of them is found out first."""
+    from mapo_kernels import config
+
+    with config.override({"LOGITS.fused_rows": 0}):
+        launch()
+
+
 def packed_logits():
     import mapo_kernels as mk
 
@@ -96,21 +105,22 @@ def packed_logits():
     mk.mapo_loss_from_logits(x, ids, **given).loss.backward()
 
 
-def hidden_chunk(**settings):
+def hidden_chunk(softcap=None, **settings):
     """What the hidden level launches on a chunk of float32 logits from bfloat16 products."""
     import mapo_kernels as mk
     from mapo_kernels import operators
-    from mapo_kernels.batch import Batch, RowInputs
+    from mapo_kernels.batch import Batch, RowInputs, empty_results
 
     x, ones = torch.zeros((16, 1, V)), torch.ones(16, 1)
+    place = empty_results(ones, Batch(), mk.LossSpec(), mk.AdvantageSpec(), False)
     operators.logits_loss(
         x,
-        RowInputs(torch.zeros((16, 1), dtype=torch.int64)),
+        RowInputs(torch.zeros((16, 1), dtype=torch.int64), softcap=softcap),
         Batch(ones, loss_weights=ones, advantages=ones[:, 0], normalizer=ones[0, 0]),
         mk.LossSpec(**settings),
         mk.AdvantageSpec(),
         True,
-        torch.empty_like(x, dtype=torch.bfloat16),
+        place._replace(grad=torch.empty_like(x, dtype=torch.bfloat16)),
     )
 
 
@@ -128,6 +138,9 @@ CASES = {
     "split rows": split_rows,
     "hidden chunk": hidden_chunk,
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),
+    "hidden chunk, softcap": lambda: hidden_chunk(softcap=30.0),
+    "many rows": lambda: many_rows(lambda: logits((8, 2, V))),
+    "many packed rows": lambda: many_rows(packed_logits),
     "logits": lambda: logits((8, 2, V), scoring=True),
     "logits, ids of a byte": lambda: logits((8, 2, V), scoring=True, id_dtype=torch.uint8),
     "logits view": lambda: logits((8, 2, V), view=True, inplace=False),
@@ -151,6 +164,10 @@ CASES = {
     "ids": lambda: advantages(1000, ids=True),
     "many ids": lambda: advantages(10000, ids=True),
 }
+
+
+# Whose instructions outside the main loops are counted.
+SCALAR = ("many rows", "logits")
 
 
 def ten_lengths():
@@ -180,19 +197,26 @@ CASES["ten shapes of logits"] = ten_shapes_of_logits
 
 
 def main(target):
-    compiled = compile_launches(target)
-    results = {}
-    for case, launch in CASES.items():
+    compiled, reports = compile_launches(target), {}
+    for case in map(str.rstrip, sys.stdin):
         compiled.clear()
-        launch()
+        with redirect_stdout(sys.stderr):
+            CASES[case]()
         variants = {}
         for name, kernel in compiled:
-            variants.setdefault(name, {})[kernel.hash] = kernel
-        results[case] = {
+            if kernel.hash not in reports:
+                reports[kernel.hash] = report(kernel)
+            variants.setdefault(name, {})[kernel.hash] = reports[kernel.hash]
+        found = {
+            "scalar": [
+                scalar_instructions(kernel, tiles=4)
+                for name, kernel in compiled
+                if case in SCALAR and name == "logits_loss_kernel" and "cubin" in kernel.asm
+            ],
             "launches": [name for name, _ in compiled],
-            "kernels": {k: [report(v) for v in found.values()] for k, found in variants.items()},
+            "kernels": {name: list(reported.values()) for name, reported in variants.items()},
         }
-    print(json.dumps(results))
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

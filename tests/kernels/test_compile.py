@@ -86,7 +86,7 @@ def test_metrics_of_a_compiled_loss(device):
 
     found = torch.compile(metrics, fullgraph=True, backend="aot_eager")(logp)
     expected = metrics(logp)
-    assert type(expected) is mk.Metrics and found == expected
+    assert found == expected and type(expected) is mk.Metrics
     version = tuple(int(x) for x in torch.__version__.split(".")[:2])
     assert isinstance(found, mk.Metrics) == (version >= (2, 11))
 
@@ -200,15 +200,17 @@ def logits_arguments(device, length=3):
     return logits.requires_grad_(), ids, old, mask, rewards
 
 
-# Between them every value; each takes seconds to trace.
-QUICK = [(True, "token", False), (False, "sequence", True)]
-SETTINGS = itertools.product((False, True), ("token", "sequence"), (False, True))
+# Between them every value, one on each backend; each takes seconds to trace.
+QUICK = {"eager": (True, "token", False), "interpreter": (False, "sequence", True)}
+SETTINGS = [
+    pytest.param(*x, name, marks=[] if QUICK.get(name, x) == x else [pytest.mark.slow])
+    for x in itertools.product((False, True), ("token", "sequence"), (False, True))
+    for name in ("eager", "interpreter")
+]
+SETTINGS += [pytest.param(*x.values[:3], "gpu", marks=pytest.mark.gpu) for x in SETTINGS[::2]]
 
 
-@pytest.mark.parametrize(
-    ("dynamic", "level", "inplace"),
-    [pytest.param(*x, marks=[] if x in QUICK else pytest.mark.slow) for x in SETTINGS],
-)
+@pytest.mark.parametrize(("dynamic", "level", "inplace", "device"), SETTINGS, indirect=["device"])
 def test_fullgraph_from_logits(dynamic, level, inplace, device):
     spec = mk.LossSpec(importance_level=level, entropy_coef=0.1, aggregation="seq-mean-token-mean")
 

@@ -20,6 +20,8 @@ VARIED = {
     "tokens": [(6, t) for _, t in SIZES],
     "both": SIZES,
 }
+# Packed batches have a number of tokens and one of sequences, padded ones as many rows a sequence.
+LAYOUTS = [pytest.param("padded", marks=pytest.mark.slow), "packed"]
 TOKEN = mk.LossSpec(aggregation="seq-mean-token-mean")
 NORM = mk.LossSpec(aggregation="seq-mean-token-sum-norm")
 SEQUENCE = mk.LossSpec(importance_level="sequence")
@@ -87,7 +89,7 @@ def source(name, n, tokens=()):
         ("group_size", "padded", "tokens", NORM),
         pytest.param("plan", "padded", "both", SEQUENCE, marks=pytest.mark.slow),
         ("plan", "packed", "both", SEQUENCE),
-        ("per_token", "packed", "both", mk.LossSpec()),
+        pytest.param("per_token", "packed", "both", mk.LossSpec(), marks=pytest.mark.slow),
     ],
 )
 def test_mapo_loss(where, layout, varied, spec):
@@ -107,7 +109,7 @@ def test_mapo_loss(where, layout, varied, spec):
     check_two_graphs(step, calls())
 
 
-@pytest.mark.parametrize("where", ["success", "group_ids"])
+@pytest.mark.parametrize("where", [pytest.param("success", marks=pytest.mark.slow), "group_ids"])
 def test_group_advantages(where):
     def step(given):
         return (mk.group_advantages(**given),)
@@ -122,7 +124,7 @@ def rows(n, length, packed):
     return logits, torch.randint(0, VOCAB, logp.shape), old, mask, bounds
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_logits(layout):
     def step(logits, ids, old, given):
         out = mk.mapo_loss_from_logits(logits * 1.5, ids, old_logprobs=old, **given)
@@ -137,7 +139,7 @@ def test_from_logits(layout):
     check_two_graphs(step, calls())
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_token_logprobs(layout):
     def step(logits, ids, mask):
         return mk.token_logprobs(logits, ids, mask=mask, temperature=0.7, return_entropy=True)

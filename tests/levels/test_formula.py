@@ -125,6 +125,14 @@ def test_certainty_functions(certainty):
     assert actual.min() >= 0 and actual.max() <= 1
 
 
+def test_a_denominator_is_positive_unless_no_token_is_active():
+    denominator = torch.tensor([2.0, 0.0, -1.0, 0.0, -1.0, float("nan")])
+    active = torch.tensor([1, 1, 1, 0, 0, 0])
+    found = twin.loss_denominator(denominator, active)
+    expected = torch.tensor([2.0, float("nan"), float("nan"), 1.0, 1.0, float("nan")])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_formula_has_no_loads_no_stores_and_no_assignment_in_place():
     import ast
     import inspect

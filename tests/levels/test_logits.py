@@ -291,7 +291,7 @@ def test_a_temperature_per_sequence(device):
     assert torch.equal(flat.view(4, 3), logp)
 
 
-@pytest.mark.parametrize("fused_rows", [0, 600])
+@pytest.mark.parametrize("fused_rows", [0, 2048])
 def test_micro_batches_with_a_normalizer_add_up(fused_rows, device, monkeypatch):
     tune(monkeypatch, "LOGITS", fused_rows=fused_rows)
     for aggregation in AGGREGATIONS:

@@ -6,6 +6,7 @@ from backends import with_two_threads_too
 from support import assert_close, make_batch, pack
 
 import mapo_kernels as mk
+from mapo_kernels import config
 from mapo_kernels.spec import AGGREGATIONS
 
 REWARDS = torch.tensor([1, 0, 0, 0.0, 1, 1, 1, 1, 0.1, 0, 0, 1])
@@ -186,3 +187,36 @@ def test_as_many_packed_tokens_as_sequences(level, device):
     ):
         assert_close(loss.loss, expected, 1e-6)
         assert loss.metrics["scored_tokens"] == 3
+
+
+@pytest.mark.parametrize("limit", [0, 1000], ids=["torch", "launched"])
+def test_metrics_of_many_groups(limit, device):
+    """Groups of one member, without a success, without a finite reward; in more than one step."""
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.rand(120, generator=generator).round(decimals=1)
+    rewards[::7] = float("nan")
+    rewards[60:64] = float("inf")
+    ids = torch.arange(120) // 4 * (torch.arange(120) % 5 != 0)
+    given = {"group_ids": ids.to(device), "mask": torch.ones(120, 3, device=device)}
+    with config.override({"ADVANTAGES.summary_block": 16, "ADVANTAGES.summary_limit": limit}):
+        plan = mk.make_plan(rewards=rewards.to(device), **given)
+    _, stats = mk.group_advantages(rewards, group_ids=ids, return_stats=True)
+    active = stats.size > 0
+    assert float(plan.metrics["active_groups"]) == int(active.sum())
+    assert float(plan.metrics["nonfinite_rewards"]) == int((~rewards.isfinite()).sum())
+    for name, values in (("success_ratio_mean", "success_ratio"), ("lambda_mean", "certainty")):
+        expected = getattr(stats, values)[active].double().mean()
+        assert_close(plan.metrics[name], expected, 1e-6)
+
+
+@pytest.mark.parametrize("limit", [0, 1000], ids=["torch", "launched"])
+def test_metrics_of_no_active_group_are_nan(limit, device):
+    rewards = torch.full((4,), float("nan"), device=device)
+    mask = torch.ones(4, 3, device=device)
+    with config.override({"ADVANTAGES.summary_limit": limit}):
+        plan = mk.make_plan(rewards=rewards, group_size=2, mask=mask)
+    found = {name: float(value) for name, value in plan.metrics.items()}
+    assert found["success_ratio_mean"] != found["success_ratio_mean"]
+    assert found["lambda_mean"] != found["lambda_mean"]
+    assert found["active_groups"] == 0 and found["zero_advantage_groups"] == 2
+    assert found["nonfinite_rewards"] == 4

@@ -69,7 +69,7 @@ for command in ("--help", "doctor --help", "demo --help", "bench --help", "--ver
 """
 
 
-@pytest.mark.parametrize("value", ["garbage", "TRITON"])
+@pytest.mark.parametrize("value", ["garbage", pytest.param("TRITON", marks=pytest.mark.slow)])
 def test_help_and_version_need_no_backend(value):
     here = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run(

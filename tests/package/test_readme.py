@@ -1,14 +1,13 @@
-"""The README's code runs, alone and on ranks; its numbers are those of the result files."""
+"""The README's code runs, and its numbers are those of the result files."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
-import readme_ranks
+import readme
 import torch
-from readme_ranks import BLOCKS, README, TinyModel, batch_for, scope_of
-from spawn import run_ranks
+from readme import BLOCKS, README, TinyModel, batch_for, scope_of
 
 from benchmarks import report, results
 
@@ -38,7 +37,7 @@ def test_the_trainer_example_trains():
 def test_the_hugging_face_example_trains(family):
     model = tiny_transformer(family)
     scope = scope_of(1)
-    batch = readme_ranks.for_all_positions(batch_for())
+    batch = readme.for_all_positions(batch_for())
     batch["old_logprobs"] = scope["score_from_hidden"](model, batch)
     metrics = scope["step_from_hidden"](scope["Policy"](model), batch)
     assert metrics["ratio_max"] == 1 and metrics["active_tokens"] == batch["mask"].sum()
@@ -72,19 +71,13 @@ def test_padded_prompts_score_as_each_alone(family):
     length = batch["mask"].shape[1]
     for block, name in ((0, "score"), (1, "score_from_hidden")):
         scope = scope_of(block)
-        whole = batch if block == 0 else readme_ranks.for_all_positions(batch)
+        whole = batch if block == 0 else readme.for_all_positions(batch)
         together = scope[name](model, whole)[:, -length:]
         for row in range(len(together)):
-            alone = readme_ranks.without_padding(batch, row)
-            alone = alone if block == 0 else readme_ranks.for_all_positions(alone)
+            alone = readme.without_padding(batch, row)
+            alone = alone if block == 0 else readme.for_all_positions(alone)
             expected = scope[name](model, alone)[0, -length:]
             torch.testing.assert_close(together[row], expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("check", ["check_logits", "check_hidden_states"])
-def test_gradients_on_ranks_are_those_of_one_process(check):
-    run_ranks(2, getattr(readme_ranks, check))
 
 
 def test_a_plain_loop_with_the_hugging_face_example_learns():

@@ -27,6 +27,7 @@ METRIC_VALUE = (
 )
 LEVELS = """
 import sys
+import interpreted
 import torch
 import mapo_kernels as mk
 
@@ -56,40 +57,34 @@ def close(found, expected):
 """
 
 
-def run(tmp_path, edits, script, backend):
-    if backend == "triton" and not INTERPRETS:
-        pytest.skip("needs Triton's interpreter")
-    copy = tmp_path / "mapo_kernels"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, old, new in edits:
-        text = (copy / name).read_text()
-        assert text.count(old) == 1
-        (copy / name).write_text(text.replace(old, new))
-    done = subprocess.run(
-        [sys.executable, "-c", LEVELS + script, backend],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_an_aggregation_is_a_line(tmp_path, backend):
-    script = """
+AGGREGATED = """
 known = mk.mapo_loss(logp, spec=mk.LossSpec(aggregation="seq-mean-token-mean"), **given)
 for out in losses("new"):
     close(out.loss, known.loss * B / mask.sum())
 """
-    run(tmp_path, [AGGREGATION], script, backend)
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_a_metric_is_a_field_and_its_value(tmp_path, backend):
-    script = """
+MEASURED = """
 for out in losses("token-mean"):
     close(out.metrics["log_ratio_mean"], (logp - given["old_logprobs"])[mask].mean())
     assert "ratio_mean" in out.metrics and "ratio_max" in out.metrics
 """
-    run(tmp_path, [METRIC, METRIC_VALUE], script, backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_an_aggregation_is_a_line_and_a_metric_a_field_and_its_value(tmp_path, backend):
+    if backend == "triton" and not INTERPRETS:
+        pytest.skip("needs Triton's interpreter")
+    copy = tmp_path / "mapo_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, old, new in (AGGREGATION, METRIC, METRIC_VALUE):
+        text = (copy / name).read_text()
+        assert text.count(old) == 1
+        (copy / name).write_text(text.replace(old, new))
+    path = [str(tmp_path), str(PACKAGE.parent / "tests")]
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS + AGGREGATED + MEASURED, backend],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

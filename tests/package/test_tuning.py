@@ -14,7 +14,7 @@ BAD = {
     "LOGITS.tile": (2, ValueError, "LOGITS.tile: expected a field among .*'tiles'.*, got 'tile'"),
     "LOGITS.given": (2, ValueError, "got 'given'"),
     "LOGITS.tiles": ("2", TypeError, "LOGITS.tiles: expected int, got '2'"),
-    "LOGITS.steps": (0, ValueError, "LOGITS.steps: expected a positive number, got 0"),
+    "LOGITS.steps": (0, ValueError, "LOGITS.steps: expected at least 1, got 0"),
     "LOGITS.backwards": (1, TypeError, "LOGITS.backwards: expected bool, got 1"),
     "HIDDEN.gpu_chunk": (True, TypeError, "HIDDEN.gpu_chunk: expected int, got True"),
 }

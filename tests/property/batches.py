@@ -26,7 +26,7 @@ CONSTANTS = {
     "LOGITS.fused_rows": (0, 4),
     "HIDDEN.cpu_chunk": (1, 3000),
     "HIDDEN.multiple": (1, 2, 3),
-    "LOGPROBS.programs": (1, 4),
+    "LOGPROBS.multiprocessors": (1, 2),
 }
 
 

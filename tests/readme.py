@@ -1,4 +1,4 @@
-"""The README's snippets for `test_readme.py`: a model and batches, and what ranks do with them."""
+"""The README's snippets: a model and batches for them, and what ranks do with them."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 GROUP_SIZE = 8
 
