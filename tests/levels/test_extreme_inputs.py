@@ -114,6 +114,16 @@ def test_what_a_weight_of_0_leaves_out(level, beta, device):
         assert actual.metrics["clip_fraction_high"] == 1 and actual.metrics["scored_tokens"] == 2
 
 
+def test_an_advantage_whose_loss_overflows_behind_a_weight_of_0(device):
+    spec = mk.LossSpec(objective="sapo")
+    leaf = torch.tensor([[-1.0, -2.0]], device=device, requires_grad=True)
+    weights = torch.tensor([[0.0, 1.0]], device=device)
+    advantages = torch.tensor([[LARGEST, 1.0]], device=device)
+    out = mk.mapo_loss(leaf, advantages=advantages, token_weights=weights, spec=spec)
+    out.loss.backward()
+    assert out.loss.isfinite() and leaf.grad[0, 0] == 0 and leaf.grad[0, 1] != 0
+
+
 @pytest.mark.parametrize("low", [-1e12, -1e31, -1e35, -2e38, -LARGEST, 1e12, 1e36])
 def test_rows_that_lie_wholly_far_below_0(low, device):
     batch = make_logits(3, 2, 40, torch.float32, mask="none")
