@@ -1,8 +1,10 @@
-"""`mapo-kernels bench`: run a suite, redraw its report, read machine code, time the host."""
+"""`mapo-kernels bench`: run a suite, redraw its report, read machine code, time the host, tune."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import re
 import sys
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(ACTIONS),
         help="run a suite (default); report: plots and tables of result files again; "
         "codegen: what the compiler makes of the kernels for A100, H100, H200 and B200; "
-        "host: what each call costs its caller, over a driver that does nothing",
+        "host: what each call costs its caller, over a driver that does nothing; "
+        "warm: compile what tune measures into TRITON_CACHE_DIR, without a GPU; "
+        "tune: measure values of the fields in config.py, and write the fastest to a file",
     )
     add("files", nargs="*", type=Path, help="report: result files (JSON)")
     add(
@@ -42,14 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dry-run",
         action="store_true",
-        help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU",
+        help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU; "
+        "tune: every point, compiled and interpreted",
     )
     add("--level", action="append", default=[], choices=LEVELS, help="only this one; repeatable")
     add("--commit", help="where the code has no git history to ask")
     add("--notes", help="kept in the result file: what was predicted, and found")
-    add("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
+    add("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS}); tune: or a file")
     add("--name", help="of the files (default: suite, device and time)")
     add("--no-plots", action="store_true", help="tables only")
+    add("--minutes", type=float, default=math.inf, help="tune: stop after so many (default: never)")
+    add("--family", action="append", default=[], help="tune, warm: only this one; repeatable")
+    add("--target", default="sm_90", help="warm, tune --dry-run: architecture (default: sm_90)")
+    add("--jobs", type=int, default=1, help="warm, tune --dry-run: processes (default: 1)")
     add("--readme", type=Path, help="report: write its tables between its markers")
 
 
@@ -58,6 +67,8 @@ def _name(given: argparse.Namespace) -> str:
     from .environment import device_name
 
     device = re.sub(r"\W+", "_", device_name()).strip("_").lower()
+    if given.action == "tune":  # which goes on with what it finds there
+        return given.name or f"tune_{'dry' if given.dry_run else device}"
     kind = "host" if given.action == "host" else "dry" if given.dry_run else given.suite
     return given.name or f"{kind}_{device}_{time.strftime('%Y%m%d_%H%M%S')}"
 
@@ -172,7 +183,66 @@ def _host(given: argparse.Namespace) -> int:
     )
 
 
+def _check_points(given: argparse.Namespace) -> None:
+    """Raise a CommandError unless families and target are known; imports what knows them."""
+    from .machine_code import TARGETS
+    from .tune import FAMILIES
+
+    for name, found, known in (
+        *[("--family", x, FAMILIES) for x in given.family],
+        ("--target", given.target, TARGETS),
+    ):
+        if found not in known:
+            raise CommandError(f"{name}: expected one of {list(known)}, got {found!r}")
+    if given.jobs < 1:
+        raise CommandError(f"--jobs: expected a positive number, got {given.jobs}")
+
+
+def _warm(given: argparse.Namespace) -> int:
+    _check_points(given)
+    from . import tune
+
+    print(tune.build(), flush=True)
+    rows = tune.compile_points(given.target, given.family, given.jobs)
+    failed, spills = (sum(bool(x.get(k)) for x in rows.values()) for k in ("reason", "spills"))
+    print(f"{len(rows)} points for {given.target}: {spills} spill, {failed} failed")
+    return 0
+
+
+def _tune(given: argparse.Namespace) -> int:
+    if given.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # as in `_run`
+    import torch
+
+    _check_points(given)
+    import mapo_kernels
+
+    from . import tune
+
+    if not given.dry_run and not torch.cuda.is_available():
+        raise CommandError("tune: expected a GPU, or --dry-run, which needs none")
+    mapo_kernels.set_backend("triton")
+    path = given.out if given.out.suffix else given.out / f"{_name(given)}.jsonl"
+    found = tune.Tuning(path, given.dry_run)
+    print(found.about["build"], flush=True)
+    known = {}
+    if given.dry_run:
+        known = tune.compile_points(given.target, given.family, given.jobs)
+    finished = found.measure(given.family, given.minutes, known)
+    rows = list(found.rows.values())
+    text, chosen = tune.winners(rows)
+    _print(text)
+    for status in ("left out", "wrong", "failed"):
+        print(f"{status}: {sum(row['status'] == status for row in rows)}")
+    if not finished:
+        print("The time was not enough for all points: run it again to go on.")
+    print(f"{path}\nMAPO_KERNELS_TUNING={path.with_suffix('.tuning.json')}")
+    write_whole(path.with_suffix(".tuning.json"), (json.dumps(chosen, indent=1) + "\n").encode())
+    return int(any(row["status"] == "wrong" for row in rows))
+
+
 ACTIONS = {"run": _run, "report": _report, "codegen": _codegen, "host": _host}
+ACTIONS |= {"warm": _warm, "tune": _tune}
 
 
 def main(arguments: list[str] | argparse.Namespace | None = None) -> int:

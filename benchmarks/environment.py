@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import mapo_kernels
+from mapo_kernels import config
 from mapo_kernels.doctor import versions
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,7 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "commit": known or commit,
         "dirty": bool(output_of("git", "status", "--porcelain")) if known else None,
         "backend": mapo_kernels.describe_backend(),
+        "tuning": config.changed(),
         "versions": versions(),
         "gpu_state": gpu_state(),
     }

@@ -78,9 +78,11 @@ def relative_error(actual: Any, expected: list[torch.Tensor]) -> float:
 class CaseRun:
     """One case, its inputs drawn and its truth computed once for all providers."""
 
-    def __init__(self, case: Case, roofs: Roofs, effort: Effort) -> None:
+    def __init__(
+        self, case: Case, roofs: Roofs, effort: Effort, inputs: Inputs | None = None
+    ) -> None:
         self.case, self.roofs, self.effort = case, roofs, effort
-        self.inputs = [draw(case, roofs.device)]
+        self.inputs = [draw(case, roofs.device) if inputs is None else inputs]
         self.truth = truth(case, self.inputs[0])
 
     def fill_cache(self) -> None:

@@ -65,8 +65,11 @@ def on_cpu(work: Work, effort: Effort, benchmark: Any) -> Samples:
     return Samples([x * 1e3 for x in benchmark.stats.stats.data], "wall")
 
 
-def on_gpu(work: Work, effort: Effort) -> Samples:
-    """By events around each call with the cache overwritten before it, or by graph replay."""
+def on_gpu(work: Work, effort: Effort, graph_below: float = SHORT_MS) -> Samples:
+    """By graph replay what is shorter than some milliseconds and can be captured.
+
+    Else by events around each call, with the cache overwritten before it.
+    """
     from triton import testing
 
     def measure(milliseconds: float) -> list[float]:
@@ -75,7 +78,7 @@ def on_gpu(work: Work, effort: Effort) -> Samples:
         )
 
     launched = statistics.median(measure(10))
-    if launched < SHORT_MS and work.repeatable and _never_waits(work):
+    if launched < graph_below and work.repeatable and _never_waits(work):
         # What cannot be captured for another reason is timed as the rest is.
         with suppress(RuntimeError):
             replayed = testing.do_bench_cudagraph(work, rep=GRAPH_MS, return_mode="all")

@@ -76,6 +76,15 @@ def warp_size() -> int:
 
 
 @cache
+def architecture() -> str:
+    """What the GPU at hand is compiled for, such as sm_90 or gfx942."""
+    if interprets():
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+@cache
 def converts_bfloat16() -> bool:
     """Whether the GPU at hand has an instruction that rounds to bfloat16; CDNA3 does not."""
     if interprets():

@@ -1,14 +1,18 @@
 """Every constant that tunes something, in a frozen record per kernel or step.
 
 None of them changes a number but by the order of sums, and none depends on how much memory is free.
-Read them through this module (`config.LOGITS.max_threads`), so that `override` reaches everyone.
+Read them through this module (`config.LOGITS.max_threads`), so that `override` reaches everyone,
+and so does a file (`load`) that the environment variable MAPO_KERNELS_TUNING may name.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -91,6 +95,7 @@ class Logits:
         match_limit: rows above which finding a row's group among all ids takes more than one step.
         rescale_programs: programs of the launch that multiplies a gradient.
         large_copy: bytes of logits from which on a copy is worth a warning.
+        given: fields that `override` or a file has set, which no measured one replaces.
     """
 
     max_threads: int = 512
@@ -110,6 +115,16 @@ class Logits:
     match_limit: int = 1024
     rescale_programs: int = 1024
     large_copy: int = 1 << 26
+    given: frozenset[str] = frozenset()
+
+    def tuned(self, architecture: str, itemsize: int, vocab: int) -> Logits:
+        """The record for logits of `itemsize` bytes in rows of V: with what `TUNED` has for them.
+
+        What is written does not enter, nor the number of rows: a score and a loss of the same
+        logits take the same record, and so add in the same order.
+        """
+        found = TUNED.get((architecture, itemsize, vocab.bit_length()), {})
+        return replace(self, **{k: x for k, x in found.items() if k not in self.given})
 
 
 @dataclass(frozen=True)
@@ -125,12 +140,15 @@ class Hidden:
         multiple: of rows per chunk.
         invariant_chunk: rows of every chunk at the most where their number must not depend on the
             batch.
+        one_product: whether chunks of a narrow dtype wait for one product by the weight, as long as
+            their gradients take no more room than one of the weight in float32.
     """
 
     gpu_chunk: int = 1 << 31
     cpu_chunk: int = 1 << 26
     multiple: int = 128
     invariant_chunk: int = 1024
+    one_product: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,21 +168,82 @@ class Eager:
 
 ADVANTAGES, LOGPROBS, LOGITS = Advantages(), Logprobs(), Logits()
 HIDDEN, EAGER = Hidden(), Eager()
+# How the names of fields end that may be 0.
+_LIMITS = ("limit", "rows", "length", "copy")
+RECORDS = ("ADVANTAGES", "LOGPROBS", "LOGITS", "HIDDEN", "EAGER")
+# What GPUs were measured to want of the fields of LOGITS that say how a row is read, in place of
+# the defaults: by architecture, bytes of a logit, and bits of V. None has been measured yet.
+TUNED: dict[tuple[str, int, int], dict[str, Any]] = {}
+
+
+def changed() -> dict[str, Any]:
+    """What differs from the defaults, as `override` takes it."""
+    return {
+        f"{name}.{field.name}": getattr(globals()[name], field.name)
+        for name in RECORDS
+        for field in fields(globals()[name])
+        if field.name != "given" and getattr(globals()[name], field.name) != field.default
+    }
+
+
+def _set(values: Mapping[str, Any]) -> None:
+    """Set values by record and field, all or none."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, field = key.partition(".")
+        if name not in RECORDS:
+            raise ValueError(f"{key}: expected a record among {list(RECORDS)}, got {name!r}")
+        record = found.get(name, globals()[name])
+        known: dict[str, Any] = {x.name: x.default for x in fields(record)}
+        known.pop("given", None)
+        if field not in known:
+            raise ValueError(f"{key}: expected a field among {list(known)}, got {field!r}")
+        wanted = type(known[field])
+        if type(value) is not wanted:
+            raise TypeError(f"{key}: expected {wanted.__name__}, got {value!r}")
+        # Beyond a limit of 0 is everything.
+        least = 0 if field.endswith(_LIMITS) else 1
+        if wanted is int and value < least:
+            raise ValueError(f"{key}: expected at least {least}, got {value}")
+        found[name] = replace(record, **{field: value})
+        if isinstance(record, Logits):
+            found[name] = replace(found[name], given=record.given | {field})
+    globals().update(found)
 
 
 @contextmanager
 def override(values: Mapping[str, Any]) -> Iterator[None]:
-    """With other values, by record and field: `override({"LOGITS.count_limit": 4})`.
+    """With other values, by record and field: `override({"LOGITS.tiles": 2})`.
 
     Raises:
-        TypeError: a field that the record does not have.
-        KeyError: a record that there is not.
+        ValueError: a record or a field that there is not, or a number that makes no sense.
+        TypeError: a value of another type than the field's.
     """
-    before = {name: globals()[name] for name in {key.partition(".")[0] for key in values}}
+    before = {name: globals()[name] for name in RECORDS}
     try:
-        for key, value in values.items():
-            name, _, field = key.partition(".")
-            globals()[name] = replace(globals()[name], **{field: value})
+        _set(values)
         yield
     finally:
         globals().update(before)
+
+
+def load(path: str | Path) -> None:
+    """Other values for this process from a JSON file, such as {"LOGITS": {"tiles": 2}}.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else, or what `override` does not take.
+        TypeError: a value of another type than the field's.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
+            raise ValueError(f'expected {{"RECORD": {{"field": value}}}}, got {content!r:.100}')
+        _set({f"{name}.{key}": x for name, some in content.items() for key, x in some.items()})
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {error}") from error
+
+
+if os.environ.get("MAPO_KERNELS_TUNING"):
+    load(os.environ["MAPO_KERNELS_TUNING"])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import operators
+from mapo_kernels import config, operators
 from mapo_kernels.batch import (
     Batch,
     HeadInputs,
@@ -61,7 +61,8 @@ class _Live:
             self._hidden = hidden.view(-1, hidden.shape[-1])
         self._pads = head.batch_invariant
         self.step = head.chunk_rows or chunk_rows_of(head, self.n, rows.share)
-        most = 2 * head.weight.shape[1] if self.head.mixed else self.step
+        waits = self.head.mixed and config.HIDDEN.one_product
+        most = 2 * head.weight.shape[1] if waits else self.step
         self.block = max(self.step, most // self.step * self.step)
         temperature = rows.temperature
         if isinstance(temperature, torch.Tensor):

@@ -166,7 +166,11 @@ def advantage_of_sequence(
 @jit
 def no_groups():
     """The metrics of no group, in the order of `GroupMetrics`."""
-    return (tl.full([], 0.0, tl.float32),) * N_GROUP_METRICS
+    # The interpreter of Triton 3.6 makes no tuple of a tuple times a number.
+    sums = ()
+    for _ in tl.static_range(N_GROUP_METRICS):
+        sums = sums + (tl.full([], 0.0, tl.float32),)
+    return sums
 
 
 @jit

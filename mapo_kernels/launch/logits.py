@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from mapo_kernels import config
-from mapo_kernels._triton import converts_bfloat16, on_device_of, registers, warp_size
+from mapo_kernels._triton import (
+    architecture,
+    converts_bfloat16,
+    on_device_of,
+    registers,
+    warp_size,
+)
 from mapo_kernels.batch import Batch, RowInputs, TokenResults, empty_results
 from mapo_kernels.formula import SLOTS
 from mapo_kernels.kernels.advantages import Rewards
@@ -40,6 +46,7 @@ def _tile(
     vocab: int, itemsize: int, wide: bool, converts: bool, tuning: config.Logits, scores: bool
 ) -> dict[str, Any]:
     """Launch options of a kernel that goes over rows."""
+    tuning = tuning.tuned(architecture(), itemsize, vocab)
     vector = 16 // itemsize
     wanted = vocab // (tuning.steps * tuning.tiles * vector)
     power = 1 << max(wanted - 1, 0).bit_length()

@@ -169,11 +169,11 @@ def test_budgets_of_the_two_passes_over_a_row(target):
     with_entropy, gradient = passes(loss)
     assert with_entropy["instructions"] <= 8.8 * LOGITS_PER_STEP
     # CDNA3 has no instruction that rounds to bfloat16.
-    per_gradient = 6.5 if target == "gfx942" else 6
+    per_gradient, per_bonus = (7, 8.5) if target == "gfx942" else (6, 8)
     assert gradient["instructions"] <= per_gradient * LOGITS_PER_STEP
     bonus = compile_case(target, "entropy bonus")["kernels"]["logits_loss_kernel"][0]
     with_bonus = passes(bonus)[1]
-    assert with_bonus["instructions"] <= 8 * LOGITS_PER_STEP
+    assert with_bonus["instructions"] <= per_bonus * LOGITS_PER_STEP
     share = compile_case(target, "split rows")["kernels"]["share_kernel"][0]
     assert passes(share)[0]["instructions"] <= 8.8 * LOGITS_PER_STEP
     for loop in (statistics, with_entropy):

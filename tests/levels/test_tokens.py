@@ -190,9 +190,14 @@ def test_packed_tokens_outside_every_sequence_do_not_count(device):
 def test_lengths_around_the_block_size(length, device):
     batch = make_batch(n_sequences=2, length=length, dtype=torch.float32, mask="random")
     batch["advantages"] = torch.tensor([0.7, -1.3])
+    # The largest ratio comes first, to be kept over all blocks that follow.
+    batch["mask"][:, 0] = True
+    for name, value in {"logp": -1.0, "old": -4.0, "ref": -1.0, "weights": 1.0}.items():
+        batch[name][:, 0] = value
     spec = mk.LossSpec(beta=0.1)
     given = tensors_of(batch, spec)
     loss, grad, metrics = run(batch, spec, device, **given)
+    assert_close(metrics["ratio_max"], torch.tensor(3.0).exp(), 1e-6)
     plain_loss, plain_grad = plain(batch, spec, **given)
     assert_close(loss, plain_loss, 2e-6)
     assert_close(grad, plain_grad, 2e-6)

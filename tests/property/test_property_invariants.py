@@ -117,7 +117,9 @@ def check_company(batch, chosen, device):
         part = replace(part, advantages=batch.advantages[chosen])
     alone = run(part, device)
     for name, grad in alone.gradients.items():
-        same = grad == whole.gradients[name][chosen]
+        wanted = whole.gradients[name][chosen]
+        # A float16 gradient that overflowed before an upstream gradient of 0 is NaN in both.
+        same = (grad == wanted) | (grad.isnan() & wanted.isnan())
         assert same.all(), f"{name}.grad at {(~same).nonzero()[:5].tolist()}"
 
 

@@ -1,0 +1,238 @@
+"""`mapo-kernels bench warm` and `bench tune`: points are compiled, checked, kept, and compared."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backends import INTERPRETS
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+pytest.importorskip("jsonschema")
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import cli, tune
+from benchmarks.cases import LOGITS, LOGPROBS
+from benchmarks.timers import Samples
+from mapo_kernels import config
+
+ROOT = Path(__file__).parents[2]
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="nothing interprets Triton here")
+# On a driver that does nothing, the points of a family on another batch; prints who compiled.
+ON_ANOTHER_BATCH = """
+import sys, tempfile, triton
+from dataclasses import replace
+from pathlib import Path
+import torch
+from benchmarks import host, tune
+from benchmarks.harness import work_of
+from benchmarks.providers import Provider
+from mapo_kernels import config
+
+def listen(src, cache_hit, **_):
+    print(src.name, cache_hit)
+
+triton.knobs.compilation.listener = listen
+with tempfile.TemporaryDirectory() as folder:
+    host.install_driver(Path(folder))
+    family = tune.FAMILIES[sys.argv[1]]
+    case = replace(family.cases[0], n_sequences=32, length=16)
+    inputs = family.inputs(case, torch.device("cpu"))
+    for point in family.points():
+        with config.override(point):
+            work_of(Provider(family.call), [inputs], case.direction)()
+"""
+
+
+def without_interpreter(**more):
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    import mapo_kernels
+
+    yield mapo_kernels.set_backend("triton" if INTERPRETS else None)
+    mapo_kernels.set_backend(None)
+
+
+def test_points_begin_with_the_defaults_and_come_once():
+    for name, family in tune.FAMILIES.items():
+        first, *others = points = family.points()
+        with config.override(first):
+            assert config.changed() == {}, name
+        assert len({json.dumps(point) for point in points}) == len(points)
+        changes = [sum(point[key] != first[key] for key in point) for point in others]
+        assert changes == sorted(changes) and 0 not in changes
+        for point in others:
+            with config.override(point):
+                assert config.changed() == {k: x for k, x in point.items() if x != first[k]}
+
+
+def test_small_cases_are_launched_as_the_whole_ones_are():
+    """By what decides which kernels are launched, and with how many threads."""
+    for family in tune.FAMILIES.values():
+        for case in family.cases:
+            small = tune.small(case)
+            if case.level == LOGPROBS:
+                assert small == case
+            rows = [x.n_sequences * (x.length + (x.level == LOGITS)) for x in (case, small)]
+            limits = (1, *tune.FAMILIES["final sum"].values["LOGITS.fused_rows"][:3])
+            assert [[n > limit for limit in limits] for n in rows][1:] == [
+                [rows[0] > limit for limit in limits]
+            ]
+            assert rows[0] % 16 == rows[1] % 16 == 0
+
+
+def test_chunks_of_the_hidden_level_have_the_rows_that_they_are_to_have():
+    from mapo_kernels.batch import HeadInputs
+    from mapo_kernels.head import chunk_rows_of
+
+    family = tune.FAMILIES["hidden"]
+    (case,) = family.cases
+    weight = torch.empty((case.head.vocab, case.head.width), dtype=case.dtype, device="meta")
+    found = set()
+    for size in family.values["HIDDEN.gpu_chunk"]:
+        with config.override({"HIDDEN.cpu_chunk": size}):
+            found.add(chunk_rows_of(HeadInputs(weight, None, None), case.tokens))
+    assert found == {1024, 2048, 4096, 8192}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_what_is_warm_is_found_by_the_driver_of_a_gpu(tmp_path):
+    environ = without_interpreter(TRITON_CACHE_DIR=str(tmp_path))
+    command = [sys.executable, "-m", "mapo_kernels", "bench", "warm"]
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environ}
+    done = subprocess.run([*command, "--family=scoring"], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    build, *rows, summary = done.stdout.splitlines()
+    n_points = len(tune.FAMILIES["scoring"].points())
+    assert len(rows) == n_points and "build" in build
+    assert summary == f"{n_points} points for sm_90: 0 spill, 0 failed"
+    assert 0 < json.loads(rows[0])["registers"]["score_kernel"] <= 128
+    done = subprocess.run([sys.executable, "-c", ON_ANOTHER_BATCH, "scoring"], **options)
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.split("\n")[:-1]
+    assert kernels == ["score_kernel True"] * n_points
+
+
+@interpreted
+def test_a_dry_run_goes_through_its_points_and_goes_on_where_it_ended(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    command = ["tune", "--dry-run", "--family=scoring", f"--out={path}"]
+    assert cli.main(command) == 0
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    assert [row["status"] for row in rows] == ["ok"] * len(tune.FAMILIES["scoring"].points())
+    assert all(row["error"] < 1e-4 and row["ms"] is None for row in rows)
+    chosen = json.loads((tmp_path / "x.tuning.json").read_text())
+    assert chosen == {"LOGITS": {"score_hint": config.LOGITS.score_hint}}
+    # Killed in the middle of a line: only that point is measured again.
+    path.write_text("".join(lines[:-1]) + lines[-1][:20])
+    capsys.readouterr()
+    tuning = tune.Tuning(path, dry_run=True)
+    assert not tuning.measure(["scoring"], -1.0, {})  # no time for it
+    assert len(tuning.rows) == len(rows) - 1
+    assert tuning.measure(["scoring"], 1.0, {})
+    assert capsys.readouterr().out.count(" ok ") == 1
+    assert [json.loads(line)["point"] for line in path.open()] == [row["point"] for row in rows]
+    # Of another commit nothing is taken over.
+    tuning.about["commit"] = "another"
+    path.write_text("".join(json.dumps(row | {"about": tuning.about}) + "\n" for row in rows))
+    assert not tune.Tuning(path, dry_run=True).rows
+
+
+@interpreted
+def test_points_that_spill_are_wrong_or_fail_are_not_timed(tmp_path, monkeypatch):
+    family = tune.FAMILIES["scoring"]
+    values = {"LOGITS.score_hint": ("evict_first", "", "evict_last", "nonsense")}
+
+    def scores(logits, rest):
+        hint = config.LOGITS.score_hint
+        if hint == "nonsense":
+            raise ValueError("no such hint")
+        return family.call(logits, rest) + (hint == "evict_last")
+
+    changed = {"scoring": family._replace(call=scores, values=values)}
+    monkeypatch.setattr(tune, "FAMILIES", changed)
+    monkeypatch.setattr(tune, "on_gpu", lambda work, effort, graph_below: timed.append(work()))
+    tuning, timed = tune.Tuning(tmp_path / "x.jsonl", dry_run=True), []
+    _, case, (_, row, *_) = next(tune.items([]))
+    spills = {tune.key_of(row): {"spills": 3, "registers": {}}}
+    assert tuning.measure([], 1.0, spills)
+    found = {x["point"]["LOGITS.score_hint"]: x for x in tuning.rows.values()}
+    assert {hint: x["status"] for hint, x in found.items()} == {
+        "evict_first": "ok",
+        "": "left out",
+        "evict_last": "wrong",
+        "nonsense": "failed",
+    }
+    assert found[""]["reason"] == "its kernels spill" and "no such hint" in str(found["nonsense"])
+    assert not timed
+
+
+@interpreted
+def test_logits_are_timed_on_a_copy_of_what_is_compared(tmp_path, monkeypatch):
+    (case, *_) = tune.FAMILIES["rows"].cases
+    values = {"LOGITS.backwards": (True, False)}
+    changed = {"rows": tune.FAMILIES["rows"]._replace(values=values)}
+    monkeypatch.setattr(tune, "FAMILIES", changed)
+
+    def timer(work, effort, graph_below):
+        assert work.repeatable
+        for _ in range(2):
+            (grad,) = work()
+        # In place: the gradient is where the logits of one of the copies were.
+        assert grad.data_ptr() in {x.leaves[0].data_ptr() for x in tuning._timed}
+        return Samples([3.0, 1.0, 2.0], "graph")
+
+    monkeypatch.setattr(tune, "on_gpu", timer)
+    monkeypatch.setattr(tune.Tuning, "_prepared", of_tiny_cases(tune.Tuning._prepared))
+    tuning = tune.Tuning(tmp_path / "x.jsonl", dry_run=True)
+    tuning.dry_run = False
+    assert tuning.measure([], 1.0, {})
+    assert [(row["status"], row["ms"]) for row in tuning.rows.values()] == [("ok", 2.0)] * 2
+
+
+def of_tiny_cases(prepared):
+    return lambda self, family, case: prepared(self, family, tune.tiny(case))
+
+
+def test_winners():
+    first, second, *_, last = tune.FAMILIES["log-probs"].points()
+    shapes = [case.shape for case in tune.FAMILIES["log-probs"].cases]
+
+    def row(point, case, ms, status="ok"):
+        given = {"family": "log-probs", "case": shapes[case], "point": point}
+        return given | {"ms": ms, "status": status}
+
+    rows = [row(first, 0, 2.0), row(first, 1, 8.0), row(second, 0, 1.0), row(second, 1, 9.0)]
+    # Faster, but not known on both cases.
+    rows += [row(last, 0, 0.5), row(last, 1, 0.1, "wrong")]
+    text, chosen = tune.winners(rows)
+    assert "| log-probs | 2 | 4 | 3 |" in text
+    assert chosen["LOGPROBS"] == {k.partition(".")[2]: x for k, x in second.items()}
+    # A difference within the noise decides nothing.
+    text, chosen = tune.winners([row(first, 0, 1.0), row(second, 0, 0.995)])
+    assert "the defaults" in text
+    assert chosen["LOGPROBS"] == {k.partition(".")[2]: x for k, x in first.items()}
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--family=row", "--family: expected one of ['rows', "),
+        ("--target=sm_1", "--target: expected one of ['sm_80', "),
+        ("--jobs=0", "--jobs: expected a positive number, got 0"),
+        ("--minutes=1", "tune: expected a GPU, or --dry-run, which needs none"),
+    ],
+)
+def test_wrong_usage_is_named(option, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune", option]) == 2
+    assert f"mapo-kernels bench: {message}" in capsys.readouterr().err
