@@ -25,6 +25,7 @@ from mapo_kernels.distributed import vocabulary
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.formula import LARGEST, RESULTS, SLOTS
 from mapo_kernels.head import Head, chunk_rows_of
+from mapo_kernels.kept_rows import KeptRows, keep_only, select_kept, takes_few
 from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -55,7 +56,8 @@ class _Live:
     ) -> None:
         """Rows that are not `scored` [N], if that is given, count as hidden states of 0."""
         self.n, self.chosen = chosen.shape[0], chosen
-        self.head = Head(head)
+        self.head = Head(head, rows.kept is None)
+        self.is_all = True
         self._hidden, self._scored = hidden, scored
         if hidden.is_contiguous():
             self._hidden = hidden.view(-1, hidden.shape[-1])
@@ -74,7 +76,12 @@ class _Live:
         # Without a softcap between them, the product's scale and the temperature are one factor.
         if head.softcap is None:
             temperature = temperature / head.logit_scale
-        self._rows = rows._replace(token_ids=self.take(rows.token_ids), temperature=temperature)
+        self._rows = rows._replace(
+            token_ids=self.take(rows.token_ids), temperature=temperature, kept=None
+        )
+        self._kept = None
+        if rows.kept is not None:
+            self._kept = [select_kept(rows.kept, some) for some in chosen.split(self.step)]
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """What a token tensor has for the live rows, [n]."""
@@ -114,12 +121,20 @@ class _Live:
             taken = torch.cat([taken, taken.new_zeros((missing, taken.shape[1]))])
         return taken
 
+    def logits(self, span: slice, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the rows of a chunk, from their hidden states; -inf where one is not kept."""
+        logits = self.head.logits(hidden)
+        if self._kept is not None:
+            found = self._kept[span.start // self.step]
+            keep_only(logits[: span.stop - span.start], found, self._rows.share)
+        return logits
+
     def score(self, columns: int) -> torch.Tensor:
         """Table [columns, n] of `operators.score_rows`."""
         table = self._hidden.new_empty((columns, self.n), dtype=result_dtype(self._hidden))
         for span in self.spans(self.step):
             rows = self.rows(span)
-            logits = self.head.logits(self.hidden(span))[: rows.token_ids.shape[0]]
+            logits = self.logits(span, self.hidden(span))[: rows.token_ids.shape[0]]
             table[:, span] = operators.score_rows(logits, rows, None, columns)
             del logits
         return table
@@ -155,7 +170,7 @@ class _Live:
                 rows, n = self.rows(span), span.stop - span.start
                 first = span.start - block.start
                 padded = slice(first, min(first + self.step, hidden.shape[0]))
-                logits = head.logits(hidden[padded])
+                logits = self.logits(span, hidden[padded])
                 place = head.place(logits) if kept is None else kept[padded]
                 gradient(span, logits[:n], rows, place[:n])
                 place[n:].zero_()
@@ -168,7 +183,9 @@ class _Live:
                 del logits, place
             if wanted.weight:
                 grads = grad if kept is None else kept
-                d_weight = head.weight_gradient(grads, hidden, d_weight, self.n <= size)
+                d_weight = head.weight_gradient(
+                    grads, hidden, d_weight, self.is_all and self.n <= size
+                )
                 del grads
             del grad, kept
         return d_hidden, d_weight, d_bias
@@ -195,18 +212,25 @@ def linear_loss(
     if live_rows is None:
         assert scored is not None
         live_rows, scored = scored.nonzero().squeeze(1), None
+    few: KeptRows | None = None
+    if rows.kept is not None:
+        if scored is not None:
+            live_rows, scored = live_rows[scored[live_rows]], None
+        live_rows, few, rows = _split(hidden, head, rows, live_rows)
     live = _Live(hidden, head, rows, live_rows, scored)
     # Each rank has what its columns contribute: one sum over ranks, then one rounding.
     dtype = hidden.dtype if rows.share is None else result_dtype(hidden)
-    if any(wanted) and spec.importance_level == "token":
+    if any(wanted) and spec.importance_level == "token" and few is None:
         found, gradients = _token_level(live, inputs, spec, layout, advantage, wanted, dtype)
     else:
-        found, gradients = _in_two_passes(live, inputs, spec, layout, wanted, dtype)
+        found, gradients = _in_two_passes(live, few, inputs, spec, layout, wanted, dtype)
     d_hidden, d_weight, d_bias = gradients
     if d_hidden is not None:
         if rows.share is not None:
             d_hidden = vocabulary.sum_over_ranks(d_hidden, rows.share).to(hidden.dtype)
-        d_hidden = _in_place(d_hidden, live_rows, hidden)
+        if few is not None:
+            live_rows = torch.cat([live_rows, few.chosen])
+        d_hidden = _in_place(d_hidden, live_rows, hidden, few is None)
     if wanted.weight and d_weight is None:
         d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
     if wanted.bias and d_bias is None:
@@ -215,9 +239,27 @@ def linear_loss(
     return HeadResults(found.loss, found.results, none, d_hidden, d_weight, d_bias)
 
 
-def _in_place(d_hidden: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _split(
+    hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, live: torch.Tensor
+) -> tuple[torch.Tensor, KeptRows | None, RowInputs]:
+    """The live rows that go through the whole head, those of few columns, what the first are like.
+
+    Waits for the device.
+    """
+    assert rows.kept is not None
+    is_few = takes_few(rows, head)[live]
+    few, live = live[is_few], live[~is_few]
+    parts = KeptRows(hidden, head, rows, few) if few.shape[0] else None
+    if not bool((rows.kept.counts[live] > 0).any()):
+        rows = rows._replace(kept=None)
+    return live, parts, rows
+
+
+def _in_place(
+    d_hidden: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor, in_order: bool
+) -> torch.Tensor:
     """The gradient of all hidden states, contiguous, from that of the live ones."""
-    if d_hidden.numel() == hidden.numel():
+    if in_order and d_hidden.numel() == hidden.numel():
         return d_hidden.view(hidden.shape)
     whole = hidden.new_zeros(hidden.shape)
     whole.view(-1, hidden.shape[-1]).index_copy_(0, live, d_hidden)
@@ -292,18 +334,29 @@ def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tenso
 
 
 def _in_two_passes(
-    live: _Live, inputs: Batch, spec: LossSpec, layout: Layout, wanted: Wanted, dtype: torch.dtype
+    live: _Live,
+    few: KeptRows | None,
+    inputs: Batch,
+    spec: LossSpec,
+    layout: Layout,
+    wanted: Wanted,
+    dtype: torch.dtype,
 ) -> tuple[TokenResults, _Gradients]:
     """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
-    table = live.score(5 if any(wanted) else 2)
-    shape = layout.valid.shape
-    logprobs, entropy = live.spread(table[:2], layout.valid.numel()).view(2, *shape).unbind(0)
+    columns, shape = 5 if any(wanted) else 2, layout.valid.shape
+    table = live.score(columns)
+    scores = live.spread(table[:2], layout.valid.numel())
+    if few is not None:
+        few_table = few.score(columns)
+        scores.index_copy_(1, few.chosen, few_table[:2])
+    logprobs, entropy = scores.view(2, *shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
     found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), any(wanted))
     if not any(wanted):
         return found, (None, None, None)
-    slope, bonus = live.take(found.grad), layout.entropy_weights(spec, table)
-    bonus = None if bonus is None else live.take(bonus)
+    slopes, bonuses = found.grad, layout.entropy_weights(spec, table)
+    slope, bonus = live.take(slopes), None if bonuses is None else live.take(bonuses)
+    live.is_all = few is None
 
     def gradient(span: slice, logits: torch.Tensor, rows: RowInputs, place: torch.Tensor) -> None:
         operators.row_gradient(
@@ -317,7 +370,30 @@ def _in_two_passes(
             place,
         )
 
-    return found, live.differentiate(gradient, wanted, dtype)
+    gradients = live.differentiate(gradient, wanted, dtype)
+    if few is not None:
+        bonus = None if bonuses is None else few.take(bonuses)
+        few.differentiate(few_table, few.take(slopes), bonus, found.results)
+        gradients = _with_few(few, gradients, wanted, dtype)
+    return found, gradients
+
+
+def _with_few(
+    few: KeptRows, gradients: _Gradients, wanted: Wanted, dtype: torch.dtype
+) -> _Gradients:
+    """The gradients with those of rows that keep few columns, behind or on top of the others'."""
+    weight = few.weight
+    d_hidden, d_weight, d_bias = gradients
+    if d_hidden is not None:
+        d_hidden = torch.cat([d_hidden, few.hidden_gradient(dtype)])
+    is_new = d_weight is None
+    if wanted.weight and d_weight is None:
+        # Every column's sum is complete, and rounded once.
+        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if wanted.bias and d_bias is None:
+        d_bias = weight.new_zeros(weight.shape[0], dtype=result_dtype(weight))
+    few.add_weight_gradients(d_weight, d_bias, is_new)
+    return d_hidden, d_weight, d_bias
 
 
 def linear_scores(
@@ -332,5 +408,9 @@ def linear_scores(
     chosen = torch.arange(n, device=hidden.device)
     if mask is not None:
         chosen = chosen[mask.reshape(-1) != 0]
+    few = None
+    if rows.kept is not None:
+        chosen, few, rows = _split(hidden, head, rows, chosen)
     live = _Live(hidden, head, rows, chosen)
-    return live.spread(live.score(columns), n)
+    table = live.spread(live.score(columns), n)
+    return table if few is None else table.index_copy_(1, few.chosen, few.score(columns))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from mapo_kernels.distributed import data
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
 from mapo_kernels.layout import Layout
+from mapo_kernels.masks import SamplingMask, check_sampling_mask
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
@@ -49,6 +51,8 @@ class Plan:
             float64; None where those above are float32 already.
         advantage_spec: how its rewards became advantages.
         wide_normalizer: [] float64, the same for a loss in float64.
+        sampling_mask: the columns that each token could have been sampled from, or None.
+        kept_bounds: where in it each sequence begins, and the last one ends, on the host.
     """
 
     spec: LossSpec
@@ -64,6 +68,8 @@ class Plan:
     narrow: Signal | None = None
     advantage_spec: AdvantageSpec = AdvantageSpec()
     wide_normalizer: torch.Tensor | None = None
+    sampling_mask: SamplingMask | None = None
+    kept_bounds: tuple[int, ...] = ()
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
@@ -126,8 +132,13 @@ class Plan:
         chosen = select(sequences, self.n_sequences)
         if self.cu_seqlens is None:
             mask = None if self.mask is None else self.mask[chosen.rows]
-            counts = tuple(self.live_counts[i] for i in chosen.which)
-            return replace(self, mask=mask, live_counts=counts, **self._advantages_of(chosen.rows))
+            return replace(
+                self,
+                mask=mask,
+                live_counts=tuple(self.live_counts[i] for i in chosen.which),
+                **self._advantages_of(chosen.rows),
+                **self._kept_of(chosen.which, chosen.rows),
+            )
         rows = chosen.as_slice()
         if rows is None or isinstance(sequences, torch.Tensor):
             raise ValueError(
@@ -145,12 +156,32 @@ class Plan:
             mask=None if self.mask is None else self.mask[tokens],
             cu_seqlens=cu_seqlens - cu_seqlens[0],
             live_counts=self.live_counts[rows],
+            **self._kept_of(range(start, stop), tokens),
             bounds=tuple(bound - first for bound in self.bounds[start : stop + 1]),
         )
 
     def _advantages_of(self, rows: Any) -> dict[str, Any]:
         narrow = self.narrow and self.narrow.of_rows(rows)
         return {"advantages": self.advantages[rows], "narrow": narrow}
+
+    def _kept_of(self, which: Sequence[int], rows: Any) -> dict[str, Any]:
+        """The sampling mask of some sequences, for which nothing is waited for.
+
+        `rows` indexes the sequences of a padded batch, or the tokens of a packed one.
+        """
+        kept, bounds = self.sampling_mask, self.kept_bounds
+        if kept is None:
+            return {}
+        counts = kept.counts
+        if self.cu_seqlens is None and self.mask is not None:
+            counts = counts.view(self.mask.shape)
+        ids = [kept.token_ids[bounds[i] : bounds[i + 1]] for i in which]
+        ids = torch.cat([kept.token_ids[:0], *ids])
+        lengths = [bounds[i + 1] - bounds[i] for i in which]
+        return {
+            "sampling_mask": SamplingMask.from_counts(ids, counts[rows].reshape(-1)),
+            "kept_bounds": tuple(accumulate(lengths, initial=0)),
+        }
 
 
 class Source(NamedTuple):
@@ -188,15 +219,18 @@ def groups_of(
 
 
 @takes(BatchArguments)
-def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
+def make_plan(
+    *, sampling_mask: SamplingMask | None = None, **arguments: Unpack[BatchArguments]
+) -> Plan:
     """Compute once per optimizer batch what its micro-batches share.
 
     Args:
         **arguments: those that all losses share, in `arguments.BatchArguments`.
+        sampling_mask: as in `mapo_loss_from_logits`; micro-batches cut it as they cut the mask.
 
     Returns:
         A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
-        live; with `process_group` a second time where the collective has to be waited for, which is
+        live (with a sampling mask twice); with `process_group` a second time where the collective has to be waited for, which is
         whenever there are rewards.
 
     Raises:
@@ -239,6 +273,10 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         shared = data.share(part, call, process_group, device)
         groups, own = shared.groups, shared.own
         normalizer = normalizer if shared.normalizer is None else shared.normalizer
+    if sampling_mask is not None:
+        # Without a mask of tokens their number is on the device, and the loss checks it.
+        n_tokens = getattr(sampling_mask, "n_tokens", 0) if mask is None else mask.numel()
+        check_sampling_mask(sampling_mask, n_tokens, device, "tokens of the batch")
     narrow = None
     if groups is not None:
         signal, narrow = operators.group_signals(groups, advantage_spec)
@@ -270,7 +308,22 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         narrow,
         advantage_spec,
         count,
+        sampling_mask,
+        _kept_bounds(sampling_mask, n_sequences, bounds),
     )
+
+
+def _kept_bounds(
+    mask: SamplingMask | None, n_sequences: int, bounds: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Where each sequence begins in the columns that its tokens keep: on the host, which waits."""
+    if mask is None:
+        return ()
+    if bounds is None:
+        length = mask.n_tokens // max(1, n_sequences)
+        bounds = tuple(i * length for i in range(n_sequences + 1))
+    places = torch.tensor(bounds, device=mask.offsets.device).clamp(0, mask.n_tokens)
+    return tuple(mask.offsets[places].tolist())
 
 
 def require_plan(plan: object) -> None:
