@@ -111,19 +111,15 @@ def test_on_policy_the_ratio_is_exactly_one(level, saved_model, tmp_path):
 def test_weights_by_entropy_are_of_the_kept_columns(saved_model, tmp_path):
     losses = []
     for level in LEVELS:
-        options = {"fused": level, "top_entropy_quantile": 0.4, **FILTERS, **STEPS}
-        trainer = new_trainer(tmp_path, model=saved_model, rewards=reward, **options)
+        options = {"fused": level, "top_entropy_quantile": 0.4, **STEPS}
+        trainer = new_trainer(tmp_path, model=saved_model, rewards=reward, top_k=2, **options)
         trainer.current_gradient_accumulation_steps = 1
         seen = []
         trainer.get_high_entropy_mask = lambda x, mask, q: seen.append(x * mask) or mask  # noqa: B023
         torch.manual_seed(0)
         batch = trainer._generate_and_score_completions(new_inputs())
         losses.append(loss_and_gradients(trainer, trainer._compute_loss, batch)[0])
-        certain = torch.nn.utils.rnn.pad_sequence(
-            [mask.counts == 1 for mask in batch["sampling_mask"]], batch_first=True
-        )
-        assert certain.any() and not seen[0][certain].any()
-        assert 0 < seen[0].max() < torch.tensor(9.0).log()
+        assert 0 < seen[0].max() < torch.tensor(2.0).log() + 1e-6
     assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[0] != 0
 
 
@@ -312,7 +308,7 @@ def test_without_replay_a_warning_comes_once(tmp_path):
         batch = trainer._generate_and_score_completions(new_inputs())
     assert "sampling_mask" not in batch
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="replay_sampling_mask")
         trainer._generate(["ab"])
         trl_replay.forget_warnings()
         whole = new_trainer(tmp_path)
