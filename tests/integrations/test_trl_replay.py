@@ -15,6 +15,7 @@ from trl_support import (
     new_model,
     new_tokenizer,
     new_trainer,
+    norm,
     prompts,
     relative_gap,
 )
@@ -109,7 +110,7 @@ def test_on_policy_the_ratio_is_exactly_one(level, saved_model, tmp_path):
 
 
 def test_weights_by_entropy_are_of_the_kept_columns(saved_model, tmp_path):
-    losses = []
+    grads = []
     for level in LEVELS:
         options = {"fused": level, "top_entropy_quantile": 0.4, **STEPS}
         trainer = new_trainer(tmp_path, model=saved_model, rewards=reward, top_k=2, **options)
@@ -118,9 +119,9 @@ def test_weights_by_entropy_are_of_the_kept_columns(saved_model, tmp_path):
         trainer.get_high_entropy_mask = lambda x, mask, q: seen.append(x * mask) or mask  # noqa: B023
         torch.manual_seed(0)
         batch = trainer._generate_and_score_completions(new_inputs())
-        losses.append(loss_and_gradients(trainer, trainer._compute_loss, batch)[0])
+        grads.append(loss_and_gradients(trainer, trainer._compute_loss, batch)[1])
         assert 0 < seen[0].max() < torch.tensor(2.0).log() + 1e-6
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[0] != 0
+    assert relative_gap(*grads) < 1e-5 and norm(grads[0]) > 0
 
 
 class CheckedTrainer(MAPOTrainer):
