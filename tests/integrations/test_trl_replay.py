@@ -119,6 +119,7 @@ def test_weights_by_entropy_are_of_the_kept_columns(saved_model, tmp_path):
         trainer.get_high_entropy_mask = lambda x, mask, q: seen.append(x * mask) or mask  # noqa: B023
         torch.manual_seed(0)
         batch = trainer._generate_and_score_completions(new_inputs())
+        batch["advantages"] = torch.linspace(-1, 2, 8)
         grads.append(loss_and_gradients(trainer, trainer._compute_loss, batch)[1])
         assert 0 < seen[0].max() < torch.tensor(2.0).log() + 1e-6
     assert relative_gap(*grads) < 1e-5 and norm(grads[0]) > 0
