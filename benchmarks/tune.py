@@ -35,7 +35,7 @@ from mapo_kernels.files import CommandError, naming, one_line, write_whole
 from mapo_kernels.head import chunk_rows_of
 
 from . import cases, environment
-from .cases import BF16, LOGITS, LOGPROBS, Case, Head
+from .cases import BF16, LOGITS, LOGPROBS, Case
 from .harness import DRY, TOLERANCE, CaseRun, relative_error, work_of
 from .levels import Inputs, draw
 from .providers import Provider, our_scores, ours_from_hidden, ours_from_logprobs, ours_in_place
@@ -94,7 +94,6 @@ ROWS = {
     "LOGITS.second_hint": ("evict_first", ""),
     "LOGITS.backwards": (True, False),
 }
-QWEN3_8B = Head("Qwen3-8B", 4096, cases.QWEN3.vocab)
 WHOLE = Case(LOGITS, 16, 512, 8, head=cases.QWEN2, dtype=BF16)
 SCORES = replace(WHOLE, level=cases.SCORING)
 # In the order of what they decide: of two families with one field the first decides it for the
@@ -118,7 +117,7 @@ FAMILIES = {
     # Bytes that make chunks of 1024, 2048, 4096 and 8192 of these rows.
     "hidden": Family(
         ours_from_hidden,
-        (Case(cases.HIDDEN, 16, 512, 8, head=QWEN3_8B, dtype=BF16),),
+        (Case(cases.HIDDEN, 16, 512, 8, head=cases.QWEN3_8B, dtype=BF16),),
         {
             "HIDDEN.gpu_chunk": tuple(1 << power for power in (30, 31, 32, 33)),
             "HIDDEN.one_product": (True, False),
