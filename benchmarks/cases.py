@@ -181,6 +181,7 @@ def quick_cases() -> list[Case]:
         Case(SCORING, 8, 16, head=LAPTOP),
         *hidden,
         *live(hidden[0], 0.0, 0.5),
+        kept(LAPTOP, 16)[0],
     ]
 
 
