@@ -160,7 +160,7 @@ def score_rows(
 def _kept_scores(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
-    """The table of `score_rows` for rows that keep some columns; anything for those that keep all."""
+    """The table of `score_rows` for rows that keep some columns; anything for the others."""
     entries = kept.entries_of(rows, logits.shape[-1], mask)
     table = score_kept(kept.gather(logits, rows, entries), rows, entries, columns)
     return table if mask is None else table.where(mask.reshape(-1) != 0, 0.0)

@@ -175,8 +175,8 @@ class Plan:
         counts = kept.counts
         if self.cu_seqlens is None and self.mask is not None:
             counts = counts.view(self.mask.shape)
-        ids = [kept.token_ids[bounds[i] : bounds[i + 1]] for i in which]
-        ids = torch.cat([kept.token_ids[:0], *ids])
+        parts = [kept.token_ids[bounds[i] : bounds[i + 1]] for i in which]
+        ids = torch.cat([kept.token_ids[:0], *parts])
         lengths = [bounds[i + 1] - bounds[i] for i in which]
         return {
             "sampling_mask": SamplingMask.from_counts(ids, counts[rows].reshape(-1)),
@@ -230,8 +230,8 @@ def make_plan(
 
     Returns:
         A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
-        live (with a sampling mask twice); with `process_group` a second time where the collective has to be waited for, which is
-        whenever there are rewards.
+        live; with a sampling mask once more, and with `process_group` where the collective has to
+        be waited for, which is whenever there are rewards.
 
     Raises:
         ValueError: arguments that contradict each other, or whose shapes or devices do not fit.

@@ -42,7 +42,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(rows: RowInputs, vocab: int, wanted: torch.Tensor | None) -> Entries:
-    """The entries of whole rows or of this rank's `vocab` columns; of `wanted` [n] rows, if given."""
+    """The entries in the `vocab` columns that are here; of `wanted` rows [n], if that is given."""
     kept = rows.kept
     assert kept is not None
     columns, ids = kept.columns, rows.token_ids.reshape(-1).long()

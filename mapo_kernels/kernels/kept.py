@@ -56,10 +56,11 @@ def gather_sums_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Sum of some rows of a matrix, each times a factor, one after the other."""
-    which = tl.program_id(0)
+    n_blocks = tl.cdiv(width, BLOCK_H)
+    which = tl.program_id(0) // n_blocks
     begin = tl.load(Bounds + which)
     end = tl.load(Bounds + which + 1)
-    offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs = tl.program_id(0) % n_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = offs < width
     total = tl.zeros([BLOCK_H], tl.float32)
     for first in range(begin, end, UNROLL):

@@ -84,7 +84,7 @@ def launch_gather_sums(
     tuning = config.KEPT
     block = _width(tuning.width, width)
     with on_device_of(matrix):
-        _sums[(n, -(-width // block))](
+        _sums[(n * -(-width // block),)](
             matrix,
             index,
             factor,

@@ -31,7 +31,10 @@ def world(request):
     return int(size), backend
 
 
-JOBS = [ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_tokens, ranks.odd_rows]
+JOBS = [
+    ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_tokens, ranks.odd_rows,
+    ranks.sampling_masks,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
