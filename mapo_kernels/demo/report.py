@@ -120,7 +120,7 @@ def _compare(estimator: str, baseline: str, final: Final) -> str:
             "--seeds 5 shows how far seeds differ."
         )
     verdict = "within the spread of the seeds: no ranking"
-    of_one_sign = len({difference > 0 for difference in differences}) == 1
+    of_one_sign = min(differences) > 0 or max(differences) < 0
     if of_one_sign and abs(mean(differences)) > stdev(differences):
         verdict = "larger than the spread and of one sign in every seed, on this task and settings"
     return f"{estimator} - {baseline}: {_mean_and_spread(differences, '+')}; {verdict}."

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -45,6 +47,7 @@ TINY = Settings(
     layers=1,
     heads=2,
 )
+MEANS = ("on_policy_ratio", "kept_columns")  # over steps, of runs that sample with top-p
 PLOTS = ("success", "groups_without_signal", "advantages")
 
 
@@ -435,11 +438,27 @@ def test_unfinished_answers_decode_to_none():
     assert characters.decode(rows) == ["ab", None, None, ""]
 
 
+def test_the_table_of_replay_is_that_of_the_result_file():
+    name = "benchmarks/results/demo_sampling_masks_3_seeds.json"
+    log, text = json.loads((ROOT / name).read_text()), (ROOT / "docs/demo.md").read_text()
+    assert name in text and "(demo_sampling_masks.png)" in text
+    for phase, row in (("mapo", "| without replay |"), ("mapo-replay", "| with replay |")):
+        runs = [run for run in log["runs"] if run["phase"] == phase]
+        before, after = ([run["evals"][i]["success_sampled"] for run in runs] for i in (0, -1))
+        ratio, kept = (mean(run["means"][x] for run in runs) for x in MEANS)
+        numbers = [f"{ratio:.3f}", *(f"{x:.2f}" for x in before + after), f"{mean(after):.3f}"]
+        (line,) = (line for line in text.splitlines() if line.startswith(row))
+        assert re.findall(r"\d\.\d+", line) == [*numbers, f"{kept:.2f}"]
+        assert ratio == 1 or phase == "mapo"
+
+
 def test_conclusion_claims_only_what_the_seeds_show():
     (one,) = report.conclusion({"mapo": {0: 0.9}, "grpo": {0: 0.1}})
     assert "one seed cannot rank" in one
     noisy = {"mapo": {0: 0.9, 1: 0.6, 2: 0.8}, "grpo": {0: 0.7, 1: 0.8, 2: 0.7}}
     assert report.conclusion(noisy)[-1].endswith("no ranking.")
+    equal_once = {"mapo": {0: 0.8, 1: 0.78, 2: 0.78}, "grpo": {0: 0.8, 1: 0.8, 2: 0.8}}
+    assert report.conclusion(equal_once)[-1].endswith("no ranking.")
     clear = {"mapo": {0: 0.9, 1: 0.88, 2: 0.91}, "grpo": {0: 0.7, 1: 0.71, 2: 0.7}}
     *_, verdict = report.conclusion(clear)
     assert "larger than the spread" in verdict and "grpo: mean +0.193, standard dev" in verdict
