@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,35 @@ def _kept(
         p = x.masked_fill(~kept, -torch.inf).softmax(-1)
         kept &= p >= min_p * p.amax(-1, keepdim=True)
     return kept & ~kept.all(-1, keepdim=True)
+
+
+def sequence_starts(
+    mask: SamplingMask | None, n_sequences: int, bounds: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Where in a mask each sequence begins, and the last one ends: on the host, which waits.
+
+    `bounds` are those of the tokens of packed sequences; None for padded ones.
+    """
+    if mask is None:
+        return ()
+    if bounds is None:
+        length = mask.n_tokens // max(1, n_sequences)
+        bounds = tuple(i * length for i in range(n_sequences + 1))
+    places = torch.tensor(bounds, device=mask.offsets.device).clamp(0, mask.n_tokens)
+    return tuple(mask.offsets[places].tolist())
+
+
+def cut(
+    mask: SamplingMask, starts: Sequence[int], which: Sequence[int], counts: torch.Tensor
+) -> tuple[SamplingMask, tuple[int, ...]]:
+    """The mask of some sequences, whose tokens have these `counts`, and its own starts.
+
+    Waits for nothing.
+    """
+    parts = [mask.token_ids[starts[i] : starts[i + 1]] for i in which]
+    lengths = [starts[i + 1] - starts[i] for i in which]
+    ids = torch.cat([mask.token_ids[:0], *parts])
+    return SamplingMask.from_counts(ids, counts.reshape(-1)), tuple(accumulate(lengths, initial=0))
 
 
 def check_sampling_mask(

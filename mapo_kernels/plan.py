@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from mapo_kernels.distributed import data
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
 from mapo_kernels.layout import Layout
-from mapo_kernels.masks import SamplingMask, check_sampling_mask
+from mapo_kernels.masks import SamplingMask, check_sampling_mask, cut, sequence_starts
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
@@ -165,23 +164,14 @@ class Plan:
         return {"advantages": self.advantages[rows], "narrow": narrow}
 
     def _kept_of(self, which: Sequence[int], rows: Any) -> dict[str, Any]:
-        """The sampling mask of some sequences, for which nothing is waited for.
-
-        `rows` indexes the sequences of a padded batch, or the tokens of a packed one.
-        """
-        kept, bounds = self.sampling_mask, self.kept_bounds
-        if kept is None:
+        """The sampling mask of some sequences, whose tokens (padded: sequences) are `rows`."""
+        if self.sampling_mask is None:
             return {}
-        counts = kept.counts
+        counts = self.sampling_mask.counts
         if self.cu_seqlens is None and self.mask is not None:
             counts = counts.view(self.mask.shape)
-        parts = [kept.token_ids[bounds[i] : bounds[i + 1]] for i in which]
-        ids = torch.cat([kept.token_ids[:0], *parts])
-        lengths = [bounds[i + 1] - bounds[i] for i in which]
-        return {
-            "sampling_mask": SamplingMask.from_counts(ids, counts[rows].reshape(-1)),
-            "kept_bounds": tuple(accumulate(lengths, initial=0)),
-        }
+        found, bounds = cut(self.sampling_mask, self.kept_bounds, which, counts[rows])
+        return {"sampling_mask": found, "kept_bounds": bounds}
 
 
 class Source(NamedTuple):
@@ -309,21 +299,8 @@ def make_plan(
         advantage_spec,
         count,
         sampling_mask,
-        _kept_bounds(sampling_mask, n_sequences, bounds),
+        sequence_starts(sampling_mask, n_sequences, bounds),
     )
-
-
-def _kept_bounds(
-    mask: SamplingMask | None, n_sequences: int, bounds: tuple[int, ...] | None
-) -> tuple[int, ...]:
-    """Where each sequence begins in the columns that its tokens keep: on the host, which waits."""
-    if mask is None:
-        return ()
-    if bounds is None:
-        length = mask.n_tokens // max(1, n_sequences)
-        bounds = tuple(i * length for i in range(n_sequences + 1))
-    places = torch.tensor(bounds, device=mask.offsets.device).clamp(0, mask.n_tokens)
-    return tuple(mask.offsets[places].tolist())
 
 
 def require_plan(plan: object) -> None:
