@@ -52,7 +52,7 @@ def entries_of(rows: RowInputs, vocab: int, wanted: torch.Tensor | None) -> Entr
         is_target &= (columns >= 0) & (columns < vocab)
     counts = (columns >= 0) & (columns < vocab)
     if wanted is not None:
-        counts = counts & wanted.reshape(-1)[kept.row]
+        counts = counts & (wanted.reshape(-1)[kept.row] != 0)
     alone = (kept.counts == 1)[kept.row]
     return Entries(columns.where(counts, 0), kept.row, kept.bounds, counts, is_target, alone)
 

@@ -19,6 +19,7 @@ import transformers
 from transformers.utils import ModelOutput
 
 from mapo_kernels.losses import mapo_loss_from_hidden, mapo_loss_from_logits
+from mapo_kernels.masks import SamplingMask
 from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
 
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -50,8 +51,9 @@ class FusedOutput(ModelOutput):
     Attributes:
         loss: [] differentiable.
         metrics: of the loss, 0-d each.
-        log_probs: [B, S - 1], without gradient; where there is a loss, a placeholder.
-        entropy: [B, S - 1], in nats.
+        log_probs: [B, S - 1], or [B, T] with a sampling mask; without gradient; where there is a
+            loss, a placeholder.
+        entropy: as `log_probs`, in nats.
         aux_loss: [], of a mixture of experts.
     """
 
@@ -85,7 +87,9 @@ def patch_forward(model: Any, *, level: str, temperature: float, float32_head: b
 
     At level `hidden`, `model(..., labels=..., fused_lm_head=True)` without gradients (TRL's way to
     ask for log-probs) is answered from hidden states too, so that old log-probs and those inside
-    the loss are of one kind. Every other call goes to the forward that the model has now.
+    the loss are of one kind. So is, at either level, such a call with `sampling_mask=`: of the last
+    T tokens of its B sequences, whose log-probs and entropies [B, T] it returns. Every other call
+    goes to the forward that the model has now.
 
     Args:
         model: a causal LM with `get_output_embeddings`; patched in place, before it is wrapped.
@@ -99,18 +103,28 @@ def patch_forward(model: Any, *, level: str, temperature: float, float32_head: b
 
     # `generate` checks its arguments against this signature.
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, loss_call: LossCall | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        loss_call: LossCall | None = None,
+        sampling_mask: SamplingMask | None = None,
+        **kwargs: Any,
+    ) -> Any:
         scores = kwargs.get("fused_lm_head", False) and not torch.is_grad_enabled()
-        if loss_call is None and not (scores and level == "hidden"):
+        scores = scores and (level == "hidden" or sampling_mask is not None)
+        if loss_call is None and not scores:
             return before(*args, **kwargs)
         labels = kwargs.pop("labels", None)
         kwargs.pop("fused_lm_head", None)
-        if loss_call is not None and level == "logits":
-            return head.loss_from_logits(before, loss_call, args, kwargs)
+        if level == "logits":
+            if loss_call is not None:
+                return head.loss_from_logits(before, loss_call, args, kwargs)
+            assert sampling_mask is not None  # else `scores` is of level hidden
+            return head.scores_from_logits(before, labels, sampling_mask, args, kwargs)
         hidden, aux_loss = head.hidden_states(self, args, kwargs)
         if loss_call is not None:
             return head.loss_from_hidden(self, hidden, loss_call, aux_loss)
-        return head.scores(self, hidden, labels, aux_loss)
+        return head.scores(self, hidden, labels, aux_loss, sampling_mask)
 
     model.forward = MethodType(forward, model)
 
@@ -185,6 +199,7 @@ class _Head:
                     call.token_ids,
                     bias=bias,
                     mask=arguments["mask"],
+                    sampling_mask=arguments.get("sampling_mask"),
                     return_entropy=True,
                     **self.options,
                 )
@@ -198,28 +213,21 @@ class _Head:
         self, forward: Callable[..., Any], call: LossCall, args: Any, kwargs: dict[str, Any]
     ) -> FusedOutput:
         """The same from the logits of the model's own forward."""
-        n_tokens = call.token_ids.shape[1]
-        if self._keeps_some:
-            kwargs["logits_to_keep"] = n_tokens + 1
-        outputs = forward(*args, **{**kwargs, "use_cache": False})
+        outputs = self._run(forward, call.token_ids.shape[1], args, kwargs)
         logits = outputs.logits
         # All positions go in, those that predict no completion token masked: slicing logits would
         # cost a gradient of the full size.
-        before = logits.shape[1] - 1 - n_tokens
+        before = logits.shape[1] - 1 - call.token_ids.shape[1]
         ids, arguments = _pad(call.token_ids, before), dict(call.arguments)
         for name, x in arguments.items():
             if isinstance(x, torch.Tensor) and x.dim() == 2:
                 arguments[name] = _pad(x, before)
+        kept = arguments.get("sampling_mask")
+        if kept is not None:
+            arguments["sampling_mask"] = _pad_mask(kept, ids.shape[0], before)
         if call.weigh is not None:
-            found = token_logprobs(
-                logits,
-                ids,
-                mask=arguments["mask"],
-                temperature=self.temperature,
-                return_entropy=True,
-            )
-            tokens = slice(before, before + n_tokens)
-            weights = call.weigh(found[0][:, tokens], found[1][:, tokens])
+            given = call.arguments
+            weights = call.weigh(*self._scored(logits, call.token_ids, given["mask"], kept))
             arguments["token_weights"] = None if weights is None else _pad(weights, before)
         # A softcap's backward reads its own result, so that must not be overwritten.
         inplace = self.options["softcap"] is None and torch.is_grad_enabled()
@@ -228,16 +236,69 @@ class _Head:
         )
         return _output(out, getattr(outputs, "aux_loss", None))
 
+    def _run(
+        self, forward: Callable[..., Any], n_tokens: int, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Outputs of the model's own forward, with the logits that predict the last tokens."""
+        if self._keeps_some:
+            kwargs["logits_to_keep"] = n_tokens + 1
+        return forward(*args, **{**kwargs, "use_cache": False})
+
+    def _scored(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        mask: torch.Tensor,
+        sampling_mask: SamplingMask | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the last T tokens, [B, T] each."""
+        n_tokens = token_ids.shape[1]
+        before = logits.shape[1] - 1 - n_tokens
+        if sampling_mask is not None:
+            sampling_mask = _pad_mask(sampling_mask, token_ids.shape[0], before)
+        log_probs, entropy = token_logprobs(
+            logits,
+            _pad(token_ids, before),
+            mask=_pad(mask, before),
+            temperature=self.temperature,
+            return_entropy=True,
+            sampling_mask=sampling_mask,
+        )
+        tokens = slice(before, before + n_tokens)
+        return log_probs[:, tokens], entropy[:, tokens]
+
+    def scores_from_logits(
+        self,
+        forward: Callable[..., Any],
+        labels: torch.Tensor,
+        sampling_mask: SamplingMask,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> FusedOutput:
+        """Log-probs and entropies of the tokens that the mask speaks of, by the model's logits."""
+        labels = labels[:, -(sampling_mask.n_tokens // labels.shape[0]) :]
+        outputs = self._run(forward, labels.shape[1], args, kwargs)
+        found = self._scored(outputs.logits, labels.clamp(min=0), labels != -100, sampling_mask)
+        aux_loss = getattr(outputs, "aux_loss", None)
+        return FusedOutput(log_probs=found[0], entropy=found[1], aux_loss=aux_loss)
+
     def scores(
         self,
         model: Any,
         hidden: torch.Tensor,
         labels: torch.Tensor,
         aux_loss: torch.Tensor | None,
+        sampling_mask: SamplingMask | None,
     ) -> FusedOutput:
-        """Log-probs and entropies of every labelled token but the first position's."""
-        hidden, weight, bias = self._matrices(model, hidden[:, :-1])
-        labels = labels[:, 1:]
+        """Log-probs and entropies of every labelled token but the first position's.
+
+        With a sampling mask, of the last T tokens, of which it speaks.
+        """
+        n_tokens = labels.shape[1] - 1
+        if sampling_mask is not None:
+            n_tokens = sampling_mask.n_tokens // labels.shape[0]
+        hidden, weight, bias = self._matrices(model, hidden[:, -n_tokens - 1 : -1])
+        labels = labels[:, -n_tokens:]
         with self._precision(hidden):
             log_probs, entropy = token_logprobs_from_hidden(
                 hidden,
@@ -245,6 +306,7 @@ class _Head:
                 labels.clamp(min=0),
                 bias=bias,
                 mask=labels != -100,
+                sampling_mask=sampling_mask,
                 return_entropy=True,
                 **self.options,
             )
@@ -254,6 +316,12 @@ class _Head:
 def _pad(x: torch.Tensor, before: int) -> torch.Tensor:
     """[B, T] with zeros before it and one after it."""
     return torch.nn.functional.pad(x, (before, 1))
+
+
+def _pad_mask(mask: SamplingMask, n_rows: int, before: int) -> SamplingMask:
+    """The same for a mask of [n_rows, T] tokens: those around them have no columns listed."""
+    counts = _pad(mask.counts.view(n_rows, -1), before)
+    return SamplingMask.from_counts(mask.token_ids, counts.flatten())
 
 
 def _output(out: Any, aux_loss: torch.Tensor | None) -> FusedOutput:

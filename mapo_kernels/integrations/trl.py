@@ -2,7 +2,7 @@
 
 Three overrides: rewards are kept as TRL gathered them, advantages replaced by those of
 `group_advantages`, and the loss computed by this package, inside the model's forward where the
-lm_head is fused. Generation, reference model, data and logging stay TRL's.
+lm_head is fused. The rest stays TRL's, but that `ReplayTrainer` notes what tokens were drawn from.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from packaging.version import Version
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from mapo_kernels.advantages import group_advantages
 from mapo_kernels.groups import warn_of_threshold
 from mapo_kernels.integrations import trl_options as options
 from mapo_kernels.integrations.fused_forward import FusedOutput, LossCall, patch_forward
+from mapo_kernels.integrations.trl_replay import ReplayTrainer, padded
 from mapo_kernels.losses import mapo_loss
 from mapo_kernels.metrics import sum_behind
 
@@ -50,6 +51,8 @@ class MAPOConfig(GRPOConfig):
             training; loss and gradients are unchanged.
         score_all: compute metrics over all tokens, as TRL does, not only over those that change
             the loss.
+        replay_sampling_mask: where sampling is truncated (top_p, top_k, min_p), compute all
+            log-probs over the columns that each token was sampled from.
 
     Raises:
         ValueError: an option, or a combination, that cannot work; it names the option.
@@ -70,6 +73,9 @@ class MAPOConfig(GRPOConfig):
         default=False, metadata={"help": "Leave sequences without signal out of the forward."}
     )
     score_all: bool = field(default=False, metadata={"help": "Metrics over all tokens."})
+    replay_sampling_mask: bool = field(
+        default=True, metadata={"help": "Log-probs over the columns that sampling kept."}
+    )
 
     def __post_init__(self) -> None:
         """Settle TRL's options, then refuse what cannot work."""
@@ -85,7 +91,7 @@ class MAPOConfig(GRPOConfig):
         options.check_config(self)
 
 
-class MAPOTrainer(GRPOTrainer):
+class MAPOTrainer(ReplayTrainer):
     """`GRPOTrainer` that trains by MAPO, with the loss fused into the model's forward.
 
     Takes what `GRPOTrainer` takes; `args` is a `MAPOConfig`.
@@ -126,9 +132,13 @@ class MAPOTrainer(GRPOTrainer):
         self._gathered_rewards = torch.empty(0)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._check_model(base)
-        if args.fused != "logprobs":
+        if args.fused == "logprobs":
+            return
+        for patched in (base, self.ref_model):
+            if patched is None:
+                continue
             patch_forward(
-                base,
+                self.accelerator.unwrap_model(patched),
                 level=args.fused,
                 temperature=self.temperature,
                 float32_head=args.cast_lm_head_to_fp32,
@@ -237,7 +247,7 @@ class MAPOTrainer(GRPOTrainer):
         normalizer: torch.Tensor | float,
     ) -> FusedOutput:
         """Loss, metrics and auxiliary loss, at the level that the config asks for."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "advantages": inputs["advantages"],
             "mask": mask,
             "old_logprobs": inputs.get("old_per_token_logps"),
@@ -246,6 +256,9 @@ class MAPOTrainer(GRPOTrainer):
             # In evaluation metrics are the point: they speak of every token.
             "spec": self._loss_spec if self.model.training else self._evaluation_spec,
         }
+        if "sampling_mask" in inputs:
+            kept = padded(inputs["sampling_mask"], mask.shape[1])
+            arguments["sampling_mask"] = kept.to(mask.device)
 
         def weigh(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor | None:
             return self._token_weights(inputs, mask, log_probs, entropy)

@@ -39,6 +39,12 @@ def check_config(args: Any) -> None:
     require_choice("fused", args.fused, LEVELS)
     require_bool("drop_zero_signal", args.drop_zero_signal)
     require_bool("score_all", args.score_all)
+    require_bool("replay_sampling_mask", args.replay_sampling_mask)
+    if args.fused == "logprobs" and args.replay_sampling_mask and truncates(args):
+        raise ValueError(
+            "fused: expected 'hidden' or 'logits' where replay_sampling_mask is on and sampling is "
+            "truncated (TRL's own log-probs are over the whole vocabulary), got 'logprobs'"
+        )
     if args.loss_type not in AGGREGATIONS:
         raise ValueError(
             f"loss_type: expected one of {sorted(AGGREGATIONS)}, got {args.loss_type!r} (use TRL's "
@@ -72,6 +78,24 @@ def _expect(args: Any, name: str, value: object, why: str) -> None:
     given = getattr(args, name)
     if given != value:
         raise ValueError(f"{name}: expected {value!r} ({why}), got {given!r}")
+
+
+def truncates(args: Any) -> bool:
+    """Whether the settings of generation leave columns out of the vocabulary.
+
+    Args:
+        args: a `MAPOConfig`, or anything with its attributes. `generation_kwargs` come last, as
+            they do in TRL.
+    """
+    settings = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p")}
+    settings |= args.generation_kwargs or {}
+
+    def value(name: str, default: float) -> float:
+        return default if settings.get(name) is None else settings[name]
+
+    return any(value(name, 1.0) < 1.0 for name in ("top_p", "typical_p", "top_h")) or any(
+        value(name, 0.0) > 0.0 for name in ("top_k", "min_p", "epsilon_cutoff", "eta_cutoff")
+    )
 
 
 def loss_spec_of(args: Any) -> LossSpec:
@@ -252,11 +276,16 @@ def take_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """The batch with only some of its sequences; what belongs to all of them stays.
 
     Args:
-        inputs: tensors [B, ...], 0-d tensors, or None.
+        inputs: tensors [B, ...], 0-d tensors, lists of B, or None.
         rows: [n] positions.
 
     Returns:
         A new dict; the tensors [n, ...] are copies.
     """
     per_row = {key: x for key, x in inputs.items() if isinstance(x, torch.Tensor) and x.dim() > 0}
-    return {**inputs, **{key: x[rows] for key, x in per_row.items()}}
+    lists = {key: x for key, x in inputs.items() if isinstance(x, list)}
+    return {
+        **inputs,
+        **{key: x[rows] for key, x in per_row.items()},
+        **{key: [x[n] for n in rows.tolist()] for key, x in lists.items()},
+    }

@@ -25,6 +25,10 @@ DEFAULTS = {
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
     "top_entropy_quantile": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "generation_kwargs": None,
     "estimator": "mapo",
     "certainty": "quadratic",
     "success_threshold": 1.0,
@@ -33,6 +37,7 @@ DEFAULTS = {
     "fused": "hidden",
     "drop_zero_signal": False,
     "score_all": False,
+    "replay_sampling_mask": True,
 }
 
 
@@ -71,6 +76,7 @@ def test_the_loss_of_each_of_trls_types():
         ({"entropy_coef": 0.01}, "entropy_coef"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
         ({"fused": "head"}, "fused: expected one of"),
+        ({"fused": "logprobs", "top_p": 0.9}, "fused: expected 'hidden' or 'logits' where replay"),
         ({"estimator": "gae"}, "estimator: expected one of"),
         ({"certainty": "cubic"}, "certainty: expected one of"),
         ({"certainty": "1.5"}, r"certainty: expected a number in \[0, 1\], got 1.5"),
@@ -87,10 +93,20 @@ def test_what_cannot_work_is_named(changes, message):
         options.check_config(config(**changes))
 
 
-@pytest.mark.parametrize("name", ("drop_zero_signal", "score_all"))
+@pytest.mark.parametrize("name", ("drop_zero_signal", "score_all", "replay_sampling_mask"))
 def test_switches_are_bools(name):
     with pytest.raises(TypeError, match=f"{name}: expected a bool"):
         options.check_config(config(**{name: "yes"}))
+
+
+def test_which_settings_truncate():
+    for off in ({}, {"top_k": -1}, {"min_p": 0.0}, {"generation_kwargs": {"top_p": None}}):
+        assert not options.truncates(config(**off)), off
+    filters = ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"typical_p": 0.9}, {"top_h": 0.5})
+    for name, value in (item for found in filters for item in found.items()):
+        assert options.truncates(config(generation_kwargs={name: value})), name
+    assert not options.truncates(config(top_p=0.9, generation_kwargs={"top_p": 1.0}))
+    options.check_config(config(fused="logprobs", top_p=0.9, replay_sampling_mask=False))
 
 
 def test_a_certainty_may_come_from_a_command_line():
@@ -140,10 +156,11 @@ def test_rows_without_signal_are_found_but_never_all_of_them():
     per_token = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     assert options.rows_with_signal(per_token, mask).tolist() == [0]
     assert options.rows_with_signal(torch.zeros(4), mask).tolist() == [0]
-    batch = {"mask": mask, "count": torch.tensor(5), "absent": None, "names": ["a"]}
+    batch = {"mask": mask, "count": torch.tensor(5), "absent": None, "names": list("abcd")}
     taken = options.take_rows(batch, rows)
     assert taken["mask"].tolist() == [[1, 0], [1, 1]]
-    assert taken["count"] == 5 and taken["absent"] is None and taken["names"] == ["a"]
+    assert taken["count"] == 5 and taken["absent"] is None
+    assert taken["names"] == ["abcd"[n] for n in rows]
 
 
 FAMILIES = {

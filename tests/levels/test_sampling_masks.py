@@ -337,3 +337,14 @@ def test_dense_logits_of_minus_infinity_give_the_same(device):
         batch["logits"].to(device), batch["ids"].to(device), sampling_mask=mask
     )
     assert_close(logp, exact, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.float32, torch.uint8), ids=str)
+def test_a_token_mask_may_have_any_dtype(dtype):
+    logits, ids = torch.randn(2, 3, 11), torch.randint(0, 11, (2, 3))
+    mask = torch.tensor([[1, 0, 1], [0, 2, 1]])
+    kept = mk.SamplingMask.from_lists([[int(y), (int(y) + 1) % 11] for y in ids.flatten()])
+    arguments = {"sampling_mask": kept, "return_entropy": True}
+    expected = mk.token_logprobs(logits, ids, mask=mask != 0, **arguments)
+    found = mk.token_logprobs(logits, ids, mask=mask.to(dtype), **arguments)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
