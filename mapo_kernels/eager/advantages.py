@@ -115,6 +115,7 @@ def _of_ordinary(
     large = _large_rewards(dtype)[0]
     is_within = (lowest.amin() >= -large) & (highest.amax() <= large)
     limit = torch.finfo(dtype).max if spec.max_abs is None else spec.max_abs
+    limit = formula.operand(limit, deviation)
     # Of finite numbers: where one is 0 so is the product, but for its sign.
     advantages = deviation.mul_(factor[:, None]).clamp_(-limit, limit).add_(0.0)
     columns = [mean, *statistics, count, torch.zeros_like(mean), factor]

@@ -42,7 +42,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
                 _copy(function), backend=ENGINE, dynamic=True, fullgraph=True
             )
         with torch.no_grad():
-            return _compiled[kind](*arguments, **named)
+            return _compiled[kind](*_apart(arguments), **named)
 
     return call
 
@@ -53,6 +53,16 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
     own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
     own.__module__ = function.__module__
     return own
+
+
+def _apart(value: Any) -> Any:
+    """`value` with no tensor that torch knows as a view: a graph is for one shape of the base."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if not isinstance(value, tuple):
+        return value
+    parts = [_apart(x) for x in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def _kind(value: Any) -> Any:

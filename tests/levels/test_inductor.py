@@ -3,6 +3,8 @@
 Most tests trace and run the graphs without compiling them to machine code, which takes long.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from support import make_batch, make_logits, pack
@@ -54,7 +56,7 @@ def assert_same(function, rtol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-6, equal_nan=True)
 
 
-def token_loss(spec, layout, n=6, length=9, source="advantages"):
+def token_loss(spec, layout, n=6, length=9, source="advantages", **specs):
     torch.manual_seed(n)
     batch = make_batch(n, length, torch.float32)
     names = ("logp", "old", "mask", "ref")
@@ -75,6 +77,7 @@ def token_loss(spec, layout, n=6, length=9, source="advantages"):
         mask=some["mask"],
         cu_seqlens=bounds,
         spec=spec,
+        **specs,
         **given,
     )
     (grad,) = torch.autograd.grad(out.loss * 3, leaf)
@@ -134,6 +137,26 @@ def test_twenty_sizes_and_other_numbers_take_two_graphs_of_a_function(graphs):
         spec = mk.LossSpec(eps_low=n / 100, eps_high=n / 50)
         on("inductor", lambda n=n, spec=spec: token_loss(spec, "padded", n, n + 3, "rewards"))
     # Advantages, loss, and the scaling of backward.
+    assert len(compiled._compiled) == 3 and len(graphs) <= 6
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"dual_clip": 2.0, "beta": 0.1, "eps_low": 0.1, "eps_high": 0.3},
+        pytest.param({"objective": "cispo", "eps_high_cispo": 2.0}, marks=pytest.mark.slow),
+        pytest.param(
+            {"objective": "sapo", "sapo_tau_pos": 0.5, "sapo_tau_neg": 1.5}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda numbers: numbers.get("objective", "clip"),
+)
+def test_every_number_of_a_spec_may_change(numbers, graphs):
+    for step in (1.0, 1.1, 1.2, 1.3):
+        some = {k: v * step if isinstance(v, float) else v for k, v in numbers.items()}
+        own = mk.AdvantageSpec(eps=1e-6 * step, max_abs=step, success_threshold=0.5 * step)
+        call = partial(token_loss, mk.LossSpec(**some), "padded", source="rewards")
+        assert_same(partial(call, advantage_spec=own))
     assert len(compiled._compiled) == 3 and len(graphs) <= 6
 
 
