@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         mapo_loss_from_hidden,
         mapo_loss_from_logits,
     )
+    from mapo_kernels.masks import SamplingMask
     from mapo_kernels.metrics import Metrics
     from mapo_kernels.plan import Plan, make_plan
     from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
@@ -46,6 +47,7 @@ __all__ = [
     "MapoLossFunction",
     "Metrics",
     "Plan",
+    "SamplingMask",
     "__version__",
     "describe_backend",
     "group_advantages",
@@ -71,6 +73,7 @@ _HOMES = {
     "MapoLossFunction": "autograd",
     "Metrics": "metrics",
     "Plan": "plan",
+    "SamplingMask": "masks",
     "describe_backend": "backend",
     "group_advantages": "advantages",
     "make_plan": "plan",

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from mapo_kernels import hidden as hidden_level
 from mapo_kernels import operators
 from mapo_kernels.batch import Batch, HeadInputs, RowInputs, empty_results
+from mapo_kernels.live_rows import Wanted
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -162,7 +163,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
         advantage_spec: AdvantageSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, results and advantages; keeps the gradients that will be asked for."""
-        wanted = hidden_level.Wanted(*ctx.needs_input_grad[:3])
+        wanted = Wanted(*ctx.needs_input_grad[:3])
         head = head._replace(weight=weight, bias=bias)
         # Products choose their dtypes themselves.
         with torch.autocast(hidden.device.type, enabled=False):

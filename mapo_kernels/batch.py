@@ -170,6 +170,25 @@ class VocabShare(NamedTuple):
         return sum(self.sizes)
 
 
+class Kept(NamedTuple):
+    """The columns that N rows keep: the entries of a sparse matrix, row by row.
+
+    Attributes:
+        columns: [nnz] int64 in [0, V); -1 for an entry that does not count.
+        row: [nnz] int64 in [0, N), ascending.
+        bounds: [N + 1] int64, where each row's entries begin, and where the last one's end.
+    """
+
+    columns: torch.Tensor
+    row: torch.Tensor
+    bounds: torch.Tensor
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Kept columns of each row, [N]; 0 where it keeps all."""
+        return self.bounds.diff()
+
+
 class RowInputs(NamedTuple):
     """What turns rows of logits into log-probs.
 
@@ -180,6 +199,7 @@ class RowInputs(NamedTuple):
         bias: [V] that a kernel adds to a row, or None.
         softcap: c of the `c tanh(scale x / c)` that it then makes of it, or None.
         scale: see there.
+        kept: the columns that each row keeps, where some keep less than all; else None.
     """
 
     token_ids: torch.Tensor
@@ -188,6 +208,7 @@ class RowInputs(NamedTuple):
     bias: torch.Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    kept: Kept | None = None
 
 
 class HeadInputs(NamedTuple):

@@ -17,6 +17,7 @@ from mapo_kernels.distributed.vocabulary import Split
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
+from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
 from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -63,6 +64,7 @@ class LossCall(NamedTuple):
         advantage_spec: how rewards become advantages.
         known: metrics about groups that were known before.
         planned: whether they come from a plan.
+        sampling_mask: of the plan, if that has one.
     """
 
     batch: Batch
@@ -70,6 +72,7 @@ class LossCall(NamedTuple):
     advantage_spec: AdvantageSpec
     known: KnownMetrics
     planned: bool
+    sampling_mask: SamplingMask | None = None
 
     def rows(
         self,
@@ -77,23 +80,35 @@ class LossCall(NamedTuple):
         temperature: torch.Tensor | float,
         vocab: int,
         split: Split | None = None,
+        sampling_mask: SamplingMask | None = None,
     ) -> RowInputs:
-        """Validated token ids and temperatures, one of these per token where packed.
+        """Validated token ids, temperatures, one of these per token where packed, and kept columns.
 
         `vocab` is the number of columns here: all of them unless rows are split over ranks.
         """
         batch = self.batch
         checks_rows.check_temperature(temperature, batch.n_sequences(token_ids), token_ids.device)
+        if self.sampling_mask is not None:
+            if sampling_mask is not None:
+                raise ValueError("sampling_mask: expected None with a plan that has one, got one")
+            sampling_mask = self.sampling_mask
+        if sampling_mask is not None:
+            check_sampling_mask(sampling_mask, token_ids.numel(), token_ids.device)
         share = None
         if split is not None:
             split = split._replace(
                 spec=self.spec, advantage_spec=self.advantage_spec, planned=self.planned
             )
-            share = split.agree(token_ids, batch, temperature)
-        checks_rows.check_token_ids(token_ids, batch.mask, vocab if share is None else share.vocab)
+            share = split.agree(token_ids, batch, temperature, sampling_mask)
+            vocab = share.vocab
+        checks_rows.check_token_ids(token_ids, batch.mask, vocab)
+        kept = None
+        if sampling_mask is not None:
+            check_kept(sampling_mask, token_ids, batch.mask, vocab)
+            kept, token_ids = sampling_mask.resolve(token_ids, vocab)
         if isinstance(temperature, torch.Tensor) and batch.cu_seqlens is not None:
             temperature = Layout(token_ids, batch).spread(temperature)
-        return RowInputs(token_ids, temperature, share)
+        return RowInputs(token_ids, temperature, share, kept=kept)
 
     def output(
         self,
@@ -154,7 +169,8 @@ def resolve(
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, batch, spec, is_part)
     checks.check_denominator(normalizer, mask, torch.float64 if is_double else torch.float32)
-    call = LossCall(batch, spec, advantage_spec, known, plan is not None)
+    kept = None if plan is None else plan.sampling_mask
+    call = LossCall(batch, spec, advantage_spec, known, plan is not None, kept)
     if process_group is not None:
         return _among_ranks(call, tokens, process_group)
     if groups is not None:

@@ -46,15 +46,16 @@ def mixes_dtypes(weight: torch.Tensor) -> bool:
 class Head:
     """The head's products. They come in float32, whatever the inputs; so do sums of gradients.
 
-    On Triton bias and softcap are the row kernel's, on the eager backend they are applied here.
+    On Triton bias and softcap are the row kernel's, if it may see to them (`in_kernel`); on the
+    eager backend they are applied here.
     """
 
-    def __init__(self, head: HeadInputs) -> None:
+    def __init__(self, head: HeadInputs, in_kernel: bool) -> None:
         """Widens the weight, once, where products of narrow inputs do not come in float32."""
         self.bias, self.softcap, self.scale = head.bias, head.softcap, head.logit_scale
         self.mixed = mixes_dtypes(head.weight)
         self.weight = head.weight if self.mixed else head.weight.to(result_dtype(head.weight))
-        self._in_kernel = not backend.is_eager(head.weight)
+        self._in_kernel = in_kernel and not backend.is_eager(head.weight)
 
     def described(self, rows: RowInputs) -> RowInputs:
         """The rows with what the kernel has to make of products."""
@@ -84,8 +85,8 @@ class Head:
     def before_softcap(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Gradient by the product from that by the logits, which are overwritten."""
         if self.softcap is not None and not self._in_kernel:
-            # d c tanh(s x / c) / dx = s (1 - tanh^2)
-            logits.div_(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+            # d c tanh(s x / c) / dx = s (1 - tanh^2); a column that is not kept is -inf here.
+            logits.div_(self.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0).mul_(self.scale)
             grad = grad.mul_(logits)
         return grad.to(self.weight.dtype)
 

@@ -1,19 +1,17 @@
 """Hidden level: hidden states times lm_head to loss, chunk by chunk of live rows.
 
-A chunk has the full vocabulary, so its gradient is closed-form while its logits are there: three
-matrix products a chunk (logits, d hidden, d weight), and no row that is not live enters any. Where
-a row's gradient waits for its sequence (GSPO), the logits are computed a second time.
+No row that is not live enters any product. `live_rows` has those that go through the whole head,
+`kept_rows` those that a sampling mask leaves few columns of. Where a row's gradient waits for its
+sequence (GSPO), or some rows keep few columns, logits of whole rows are computed a second time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
-from mapo_kernels import config, operators
+from mapo_kernels import operators
 from mapo_kernels.batch import (
     Batch,
     HeadInputs,
@@ -24,154 +22,10 @@ from mapo_kernels.batch import (
 from mapo_kernels.distributed import vocabulary
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.formula import LARGEST, RESULTS, SLOTS
-from mapo_kernels.head import Head, chunk_rows_of
+from mapo_kernels.kept_rows import KeptRows, takes_few
 from mapo_kernels.layout import Layout, loss_denominator
+from mapo_kernels.live_rows import LiveRows, Wanted
 from mapo_kernels.spec import AdvantageSpec, LossSpec
-
-
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
-class _Live:
-    """The live rows of a batch, in order: what belongs to each, in chunks and blocks of them.
-
-    A block is some chunks whose gradients are kept for one product by the weight. With mixed dtypes
-    it has at most 2 H rows, whose narrow gradients take no more than one float32 gradient of the
-    weight; elsewhere it is one chunk.
-    """
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        head: HeadInputs,
-        rows: RowInputs,
-        chosen: torch.Tensor,
-        scored: torch.Tensor | None = None,
-    ) -> None:
-        """Rows that are not `scored` [N], if that is given, count as hidden states of 0."""
-        self.n, self.chosen = chosen.shape[0], chosen
-        self.head = Head(head)
-        self._hidden, self._scored = hidden, scored
-        if hidden.is_contiguous():
-            self._hidden = hidden.view(-1, hidden.shape[-1])
-        self._pads = head.batch_invariant
-        self.step = head.chunk_rows or chunk_rows_of(head, self.n, rows.share)
-        waits = self.head.mixed and config.HIDDEN.one_product
-        most = 2 * head.weight.shape[1] if waits else self.step
-        self.block = max(self.step, most // self.step * self.step)
-        temperature = rows.temperature
-        if isinstance(temperature, torch.Tensor):
-            # A narrow dtype is widened before anything is divided by it.
-            temperature = temperature.to(result_dtype(hidden))
-            if rows.token_ids.dim() == 2:
-                temperature = temperature[:, None].expand(rows.token_ids.shape)
-            temperature = self.take(temperature)
-        # Without a softcap between them, the product's scale and the temperature are one factor.
-        if head.softcap is None:
-            temperature = temperature / head.logit_scale
-        self._rows = rows._replace(token_ids=self.take(rows.token_ids), temperature=temperature)
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """What a token tensor has for the live rows, [n]."""
-        return x.reshape(-1)[self.chosen]
-
-    def spans(self, size: int, first: int = 0, last: int | None = None) -> Iterator[slice]:
-        """The live rows from `first` to `last`, so many at a time."""
-        last = self.n if last is None else last
-        return (slice(i, min(i + size, last)) for i in range(first, last, size))
-
-    def rows(self, span: slice) -> RowInputs:
-        """Token ids and temperatures of some live rows."""
-        temperature = self._rows.temperature
-        if isinstance(temperature, torch.Tensor):
-            temperature = temperature[span]
-        some = self._rows._replace(token_ids=self._rows.token_ids[span], temperature=temperature)
-        return self.head.described(some)
-
-    def hidden(self, span: slice) -> torch.Tensor:
-        """Hidden states [n, H] of some live rows; a strided batch is not copied as a whole.
-
-        For batch-invariant products zeros fill the last chunk.
-        """
-        chosen = self.chosen[span]
-        if self._hidden.dim() == 2 and self.n == self._hidden.shape[0] and self._scored is None:
-            taken = self._hidden[span]  # all rows are live, in order
-        elif self._hidden.dim() == 2:
-            taken = self._hidden.index_select(0, chosen)
-        else:
-            length = self._hidden.shape[1]
-            taken = self._hidden[chosen // length, chosen % length]
-        if self._scored is not None:
-            # A plan knows no token weights: where one is 0 there may be anything, NaN too.
-            taken.masked_fill_(~self._scored[chosen][:, None], 0.0)
-        missing = -taken.shape[0] % self.step
-        if self._pads and missing:
-            taken = torch.cat([taken, taken.new_zeros((missing, taken.shape[1]))])
-        return taken
-
-    def score(self, columns: int) -> torch.Tensor:
-        """Table [columns, n] of `operators.score_rows`."""
-        table = self._hidden.new_empty((columns, self.n), dtype=result_dtype(self._hidden))
-        for span in self.spans(self.step):
-            rows = self.rows(span)
-            logits = self.head.logits(self.hidden(span))[: rows.token_ids.shape[0]]
-            table[:, span] = operators.score_rows(logits, rows, None, columns)
-            del logits
-        return table
-
-    def spread(self, x: torch.Tensor, n: int) -> torch.Tensor:
-        """Values [..., live rows] in their places among n rows, the others 0."""
-        whole = x.new_zeros((*x.shape[:-1], n))
-        return whole.index_copy_(-1, self.chosen, x)
-
-    def differentiate(
-        self,
-        gradient: Callable[[slice, torch.Tensor, RowInputs, torch.Tensor], object],
-        wanted: Wanted,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients by the live hidden states [n, H] in `dtype`, by weight and bias.
-
-        `gradient(span, logits, rows, place)` writes the gradient of some live rows' logits to
-        `place`, which may be the logits.
-        """
-        head, weight = self.head, self.head.weight
-        d_hidden = d_weight = d_bias = None
-        if wanted.hidden:
-            d_hidden = self._hidden.new_empty((self.n, weight.shape[1]), dtype=dtype)
-        # Without a product by the weight there is nothing to wait for.
-        size = self.block if wanted.weight else self.step
-        for block in self.spans(size):
-            hidden = self.hidden(block)
-            kept = None
-            if head.mixed:
-                kept = hidden.new_empty((hidden.shape[0], weight.shape[0]))
-            for span in self.spans(self.step, block.start, block.stop):
-                rows, n = self.rows(span), span.stop - span.start
-                first = span.start - block.start
-                padded = slice(first, min(first + self.step, hidden.shape[0]))
-                logits = head.logits(hidden[padded])
-                place = head.place(logits) if kept is None else kept[padded]
-                gradient(span, logits[:n], rows, place[:n])
-                place[n:].zero_()
-                grad = head.before_softcap(place, logits)
-                if d_hidden is not None:
-                    d_hidden[span] = head.hidden_gradient(grad, dtype)[:n]
-                if wanted.bias:
-                    sums = grad.sum(0, dtype=result_dtype(weight))
-                    d_bias = sums if d_bias is None else d_bias.add_(sums)
-                del logits, place
-            if wanted.weight:
-                grads = grad if kept is None else kept
-                d_weight = head.weight_gradient(grads, hidden, d_weight, self.n <= size)
-                del grads
-            del grad, kept
-        return d_hidden, d_weight, d_bias
 
 
 def linear_loss(
@@ -195,18 +49,25 @@ def linear_loss(
     if live_rows is None:
         assert scored is not None
         live_rows, scored = scored.nonzero().squeeze(1), None
-    live = _Live(hidden, head, rows, live_rows, scored)
+    few: KeptRows | None = None
+    if rows.kept is not None:
+        if scored is not None:
+            live_rows, scored = live_rows[scored[live_rows]], None
+        live_rows, few, rows = _split(hidden, head, rows, live_rows)
+    live = LiveRows(hidden, head, rows, live_rows, scored)
     # Each rank has what its columns contribute: one sum over ranks, then one rounding.
     dtype = hidden.dtype if rows.share is None else result_dtype(hidden)
-    if any(wanted) and spec.importance_level == "token":
+    if any(wanted) and spec.importance_level == "token" and few is None:
         found, gradients = _token_level(live, inputs, spec, layout, advantage, wanted, dtype)
     else:
-        found, gradients = _in_two_passes(live, inputs, spec, layout, wanted, dtype)
+        found, gradients = _in_two_passes(live, few, inputs, spec, layout, wanted, dtype)
     d_hidden, d_weight, d_bias = gradients
     if d_hidden is not None:
         if rows.share is not None:
             d_hidden = vocabulary.sum_over_ranks(d_hidden, rows.share).to(hidden.dtype)
-        d_hidden = _in_place(d_hidden, live_rows, hidden)
+        if few is not None:
+            live_rows = torch.cat([live_rows, few.chosen])
+        d_hidden = _in_place(d_hidden, live_rows, hidden, few is None)
     if wanted.weight and d_weight is None:
         d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
     if wanted.bias and d_bias is None:
@@ -215,9 +76,27 @@ def linear_loss(
     return HeadResults(found.loss, found.results, none, d_hidden, d_weight, d_bias)
 
 
-def _in_place(d_hidden: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _split(
+    hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, live: torch.Tensor
+) -> tuple[torch.Tensor, KeptRows | None, RowInputs]:
+    """The live rows that go through the whole head, those of few columns, what the first are like.
+
+    Waits for the device.
+    """
+    assert rows.kept is not None
+    is_few = takes_few(rows, head)[live]
+    few, live = live[is_few], live[~is_few]
+    parts = KeptRows(hidden, head, rows, few) if few.shape[0] else None
+    if not bool((rows.kept.counts[live] > 0).any()):
+        rows = rows._replace(kept=None)
+    return live, parts, rows
+
+
+def _in_place(
+    d_hidden: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor, in_order: bool
+) -> torch.Tensor:
     """The gradient of all hidden states, contiguous, from that of the live ones."""
-    if d_hidden.numel() == hidden.numel():
+    if in_order and d_hidden.numel() == hidden.numel():
         return d_hidden.view(hidden.shape)
     whole = hidden.new_zeros(hidden.shape)
     whole.view(-1, hidden.shape[-1]).index_copy_(0, live, d_hidden)
@@ -228,7 +107,7 @@ _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
 
 
 def _token_level(
-    live: _Live,
+    live: LiveRows,
     inputs: Batch,
     spec: LossSpec,
     layout: Layout,
@@ -292,18 +171,29 @@ def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tenso
 
 
 def _in_two_passes(
-    live: _Live, inputs: Batch, spec: LossSpec, layout: Layout, wanted: Wanted, dtype: torch.dtype
+    live: LiveRows,
+    few: KeptRows | None,
+    inputs: Batch,
+    spec: LossSpec,
+    layout: Layout,
+    wanted: Wanted,
+    dtype: torch.dtype,
 ) -> tuple[TokenResults, _Gradients]:
     """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
-    table = live.score(5 if any(wanted) else 2)
-    shape = layout.valid.shape
-    logprobs, entropy = live.spread(table[:2], layout.valid.numel()).view(2, *shape).unbind(0)
+    columns, shape = 5 if any(wanted) else 2, layout.valid.shape
+    table = live.score(columns)
+    scores = live.spread(table[:2], layout.valid.numel())
+    if few is not None:
+        few_table = few.score(columns)
+        scores.index_copy_(1, few.chosen, few_table[:2])
+    logprobs, entropy = scores.view(2, *shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
     found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), any(wanted))
     if not any(wanted):
         return found, (None, None, None)
-    slope, bonus = live.take(found.grad), layout.entropy_weights(spec, table)
-    bonus = None if bonus is None else live.take(bonus)
+    slopes, bonuses = found.grad, layout.entropy_weights(spec, table)
+    slope, bonus = live.take(slopes), None if bonuses is None else live.take(bonuses)
+    live.is_all = few is None
 
     def gradient(span: slice, logits: torch.Tensor, rows: RowInputs, place: torch.Tensor) -> None:
         operators.row_gradient(
@@ -317,7 +207,30 @@ def _in_two_passes(
             place,
         )
 
-    return found, live.differentiate(gradient, wanted, dtype)
+    gradients = live.differentiate(gradient, wanted, dtype)
+    if few is not None:
+        bonus = None if bonuses is None else few.take(bonuses)
+        few.differentiate(few_table, few.take(slopes), bonus, found.results)
+        gradients = _with_few(few, gradients, wanted, dtype)
+    return found, gradients
+
+
+def _with_few(
+    few: KeptRows, gradients: _Gradients, wanted: Wanted, dtype: torch.dtype
+) -> _Gradients:
+    """The gradients with those of rows that keep few columns, behind or on top of the others'."""
+    weight = few.weight
+    d_hidden, d_weight, d_bias = gradients
+    if d_hidden is not None:
+        d_hidden = torch.cat([d_hidden, few.hidden_gradient(dtype)])
+    is_new = d_weight is None
+    if wanted.weight and d_weight is None:
+        # Every column's sum is complete, and rounded once.
+        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if wanted.bias and d_bias is None:
+        d_bias = weight.new_zeros(weight.shape[0], dtype=result_dtype(weight))
+    few.add_weight_gradients(d_weight, d_bias, is_new)
+    return d_hidden, d_weight, d_bias
 
 
 def linear_scores(
@@ -332,5 +245,9 @@ def linear_scores(
     chosen = torch.arange(n, device=hidden.device)
     if mask is not None:
         chosen = chosen[mask.reshape(-1) != 0]
-    live = _Live(hidden, head, rows, chosen)
-    return live.spread(live.score(columns), n)
+    few = None
+    if rows.kept is not None:
+        chosen, few, rows = _split(hidden, head, rows, chosen)
+    live = LiveRows(hidden, head, rows, chosen)
+    table = live.spread(live.score(columns), n)
+    return table if few is None else table.index_copy_(1, few.chosen, few.score(columns))

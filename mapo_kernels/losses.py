@@ -16,6 +16,7 @@ from mapo_kernels.autograd import (
 from mapo_kernels.batch import HeadInputs
 from mapo_kernels.calls import LossOutput, resolve
 from mapo_kernels.keywords import require_names, settings_checked
+from mapo_kernels.masks import SamplingMask
 from mapo_kernels.plan import bounds_of
 from mapo_kernels.scoring import checked_head, head_description, split_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -70,6 +71,7 @@ def mapo_loss_from_logits(
     temperature: torch.Tensor | float = 1.0,
     inplace: bool = False,
     vocab_group: Any = None,
+    sampling_mask: SamplingMask | None = None,
     **arguments: Unpack[LossArguments],
 ) -> LossOutput:
     """The loss of `mapo_loss` from logits: log-probs, entropy, loss and gradient in one launch.
@@ -100,9 +102,13 @@ def mapo_loss_from_logits(
         vocab_group: a `torch.distributed` process group over whose ranks each row is split: then
             `logits` are this rank's adjacent columns, [B, T, V / ranks] or any other share, and the
             rest of the arguments is the same on every rank (token ids too, in [0, V)): ranks first
-            exchange 216 bytes that say how each was called, for which the host waits. One
-            collective gathers 16 bytes a row and rank; loss and metrics are those of the whole
-            rows, the gradient is that of the columns here.
+            exchange 224 bytes that say how each was called, for which the host waits. One
+            collective gathers 16 bytes a row and rank (with a sampling mask there are two); loss
+            and metrics are those of the whole rows, the gradient is that of the columns here.
+        sampling_mask: the columns that each token could have been sampled from, [B * T] or [total]
+            tokens of them: log-prob, entropy and gradient are those of the distribution over these
+            columns, and no other is read. The gradient elsewhere is exactly 0. A token that its
+            mask does not keep makes the loss NaN.
 
     Returns:
         `LossOutput` as of `mapo_loss`; metrics also have `entropy`, the mean over the scored tokens
@@ -120,7 +126,7 @@ def mapo_loss_from_logits(
     split = split_of(logits, vocab_group, "mapo_loss_from_logits")
     if split is not None:
         split = split._replace(wanted=(_needs_grad(logits),))
-    rows = call.rows(token_ids, temperature, logits.shape[-1], split)
+    rows = call.rows(token_ids, temperature, logits.shape[-1], split, sampling_mask)
     if not torch.is_grad_enabled():
         logits = logits.detach()
     apply = MapoLogitsLossFunction.apply
@@ -143,6 +149,7 @@ def mapo_loss_from_hidden(
     chunk_rows: int | None = None,
     batch_invariant: bool = False,
     vocab_group: Any = None,
+    sampling_mask: SamplingMask | None = None,
     **arguments: Unpack[LossArguments],
 ) -> LossOutput:
     """The loss of `mapo_loss` from hidden states and the lm_head, without the [N, V] logits.
@@ -180,9 +187,13 @@ def mapo_loss_from_hidden(
         vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
             then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
             other share, and the rest of the arguments is the same on every rank (token ids too, in
-            [0, V)): ranks first exchange 216 bytes that say how each was called, for which the host
+            [0, V)): ranks first exchange 224 bytes that say how each was called, for which the host
             waits. A chunk takes one collective of 16 bytes a row and rank; the gradient by `hidden`
             is summed over ranks once, in float32, that by the weight stays here.
+        sampling_mask: as in `mapo_loss_from_logits`. Rows of which few columns are kept (see
+            `config.KEPT`) take products with these columns alone, and a row of a single one takes
+            none; the other rows go through chunks of the whole vocabulary, in two readings. Sorting
+            rows out waits for the device, with a plan too.
 
     Returns:
         `LossOutput` as of `mapo_loss_from_logits`. Gradients reach `hidden`, `lm_head_weight`
@@ -207,7 +218,7 @@ def mapo_loss_from_hidden(
             head=head_description(softcap, logit_scale, bias, batch_invariant),
             wanted=tuple(_needs_grad(x) for x in (hidden, weight, bias)),
         )
-    rows = call.rows(token_ids, temperature, weight.shape[0], split)
+    rows = call.rows(token_ids, temperature, weight.shape[0], split, sampling_mask)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
@@ -269,7 +280,7 @@ class MapoLinearLoss(torch.nn.Module):
         spec: which loss, and how it is aggregated.
         advantage_spec: how rewards become advantages.
         **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows,
-            batch_invariant, temperature, vocab_group.
+            batch_invariant, temperature, vocab_group. (A `sampling_mask` comes with each batch.)
 
     Raises:
         TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of

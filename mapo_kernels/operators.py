@@ -11,8 +11,8 @@ from mapo_kernels import backend, config
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, TokenResults, empty_results, replaced
 from mapo_kernels.dispatch import dispatched
 from mapo_kernels.distributed.agreement import all_gather
+from mapo_kernels.eager import kept, shares
 from mapo_kernels.eager import logits as eager_logits
-from mapo_kernels.eager import shares
 from mapo_kernels.eager.advantages import eager_advantages
 from mapo_kernels.eager.compiled import fused
 from mapo_kernels.eager.logprobs import eager_token_loss
@@ -20,6 +20,7 @@ from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import Signal, decide_rewards
 from mapo_kernels.groups import group_summary as eager_summary
 from mapo_kernels.launch import advantages as launch_groups
+from mapo_kernels.launch import kept as launch_kept
 from mapo_kernels.launch import logits as launch_logits
 from mapo_kernels.launch import logprobs as launch_logprobs
 from mapo_kernels.layout import Layout
@@ -70,6 +71,8 @@ _gradient = dispatched(
     launch_logits.launch_gradient, eager_logits.eager_gradient, launch_logits.empty_gradient
 )
 _rescale = dispatched(launch_logits.launch_rescale, _eager_rescale, None)
+gather_products = dispatched(launch_kept.launch_gather_products, kept.eager_gather_products, None)
+gather_sums = dispatched(launch_kept.launch_gather_sums, kept.eager_gather_sums, None)
 scale_gradient = dispatched(launch_logprobs.launch_scale, _eager_scale, _empty_scaled)
 
 
@@ -136,6 +139,11 @@ def score_rows(
     All of it is 0 where `mask` is, and nothing is read there. Where rows are split over ranks this
     takes one collective, and every rank gets the same table.
     """
+    if rows.kept is not None:
+        is_whole = (rows.kept.counts == 0).view(rows.token_ids.shape)
+        of_whole = is_whole if mask is None else is_whole & (mask != 0)
+        table = score_rows(logits, replaced(rows, kept=None), of_whole, columns)
+        return table.where(is_whole.view(-1), _kept_scores(logits, rows, mask, columns))
     if rows.share is None:
         return _scores(logits, rows, mask, columns)
     local = shares.local_rows(rows)
@@ -143,6 +151,25 @@ def score_rows(
     sums = all_gather(sums, rows.share.group)
     in_powers_of_2 = not backend.is_eager(logits)
     return shares.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
+
+
+def _kept_scores(
+    logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
+) -> torch.Tensor:
+    """The table of `score_rows` for rows that keep some columns; anything for the others."""
+    entries = kept.entries_of(rows, logits.shape[-1], mask)
+    table = score_kept(kept.gather(logits, rows, entries), rows, entries, columns)
+    return table if mask is None else table.where(mask.reshape(-1) != 0, 0.0)
+
+
+def score_kept(
+    x: torch.Tensor, rows: RowInputs, entries: kept.Entries, columns: int
+) -> torch.Tensor:
+    """Table [columns, n] of `score_rows` from the tempered logits [nnz] of what rows keep."""
+    if rows.share is None:
+        return kept.scores(x, rows, entries, columns)
+    sums = all_gather(kept.shares(x, rows, entries, 3 if columns == 1 else 4), rows.share.group)
+    return shares.merge_shares(sums, rows, None, columns, powers_of_2=False)
 
 
 def row_gradient(
@@ -163,8 +190,19 @@ def row_gradient(
     if torch.compiler.is_compiling():
         # A compiled graph decides by itself which of its buffers it reuses.
         out = None
-    rows = shares.local_rows(rows)
-    return _gradient(logits, rows, mask, table, slope, bonus, results, out=out)
+    if rows.kept is None:
+        rows = shares.local_rows(rows)
+        return _gradient(logits, rows, mask, table, slope, bonus, results, out=out)
+    entries = kept.entries_of(rows, logits.shape[-1], mask)
+    x = kept.gather(logits, rows, entries)
+    x = kept.gradient(x, rows, entries, table, slope, bonus, results)
+    of_whole = (rows.kept.counts == 0).view(rows.token_ids.shape)
+    if mask is not None:
+        of_whole = of_whole & (mask != 0)
+    rows = replaced(rows, kept=None)
+    out = row_gradient(logits, rows, of_whole, table, slope, bonus, results, out)
+    # Adding to a 0: an entry that does not count adds another one.
+    return out.index_put_(kept.place_of(out, entries), x.to(out.dtype), accumulate=True)
 
 
 def logits_loss(
@@ -181,7 +219,7 @@ def logits_loss(
     They go to `out` where it is given; its gradient may be the logits. The gradient comes with the
     batch's scale and lacks only the upstream gradient. One launch, or three of many rows, where a
     row's gradient depends on no other row; else statistics, loss and gradient are three; so it is
-    where rows are split over ranks.
+    where rows are split over ranks, or keep some of their columns.
     """
     if torch.compiler.is_compiling():
         # A compiled graph decides by itself which of its buffers it reuses.
@@ -189,8 +227,8 @@ def logits_loss(
     if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
-    fused = spec.importance_level == "token" and rows.token_ids.numel() > 0 and rows.share is None
-    if fused and not backend.is_eager(logits):
+    fused = spec.importance_level == "token" and rows.token_ids.numel() > 0
+    if fused and rows.share is None and rows.kept is None and not backend.is_eager(logits):
         return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=out)
     return _scored_then_differentiated(logits, rows, inputs, spec, advantage_spec, need_grad, out)
 
@@ -200,7 +238,7 @@ def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: Lo
     groups = inputs.groups
     if backend.is_eager(logits) or groups is None or rows.token_ids.numel() == 0:
         return False
-    if spec.importance_level == "sequence" or rows.share is not None:
+    if spec.importance_level == "sequence" or rows.share is not None or rows.kept is not None:
         return False
     n_rows = groups.rewards.shape[0]
     in_reach = groups.group_ids is None or n_rows <= config.LOGITS.match_limit

@@ -17,6 +17,7 @@ from mapo_kernels.distributed import data
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
 from mapo_kernels.layout import Layout
+from mapo_kernels.masks import SamplingMask, check_sampling_mask, cut, sequence_starts
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
@@ -49,6 +50,8 @@ class Plan:
             float64; None where those above are float32 already.
         advantage_spec: how its rewards became advantages.
         wide_normalizer: [] float64, the same for a loss in float64.
+        sampling_mask: the columns that each token could have been sampled from, or None.
+        kept_bounds: where in it each sequence begins, and the last one ends, on the host.
     """
 
     spec: LossSpec
@@ -64,6 +67,8 @@ class Plan:
     narrow: Signal | None = None
     advantage_spec: AdvantageSpec = AdvantageSpec()
     wide_normalizer: torch.Tensor | None = None
+    sampling_mask: SamplingMask | None = None
+    kept_bounds: tuple[int, ...] = ()
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
@@ -126,8 +131,13 @@ class Plan:
         chosen = select(sequences, self.n_sequences)
         if self.cu_seqlens is None:
             mask = None if self.mask is None else self.mask[chosen.rows]
-            counts = tuple(self.live_counts[i] for i in chosen.which)
-            return replace(self, mask=mask, live_counts=counts, **self._advantages_of(chosen.rows))
+            return replace(
+                self,
+                mask=mask,
+                live_counts=tuple(self.live_counts[i] for i in chosen.which),
+                **self._advantages_of(chosen.rows),
+                **self._kept_of(chosen.which, chosen.rows),
+            )
         rows = chosen.as_slice()
         if rows is None or isinstance(sequences, torch.Tensor):
             raise ValueError(
@@ -145,12 +155,23 @@ class Plan:
             mask=None if self.mask is None else self.mask[tokens],
             cu_seqlens=cu_seqlens - cu_seqlens[0],
             live_counts=self.live_counts[rows],
+            **self._kept_of(range(start, stop), tokens),
             bounds=tuple(bound - first for bound in self.bounds[start : stop + 1]),
         )
 
     def _advantages_of(self, rows: Any) -> dict[str, Any]:
         narrow = self.narrow and self.narrow.of_rows(rows)
         return {"advantages": self.advantages[rows], "narrow": narrow}
+
+    def _kept_of(self, which: Sequence[int], rows: Any) -> dict[str, Any]:
+        """The sampling mask of some sequences, whose tokens (padded: sequences) are `rows`."""
+        if self.sampling_mask is None:
+            return {}
+        counts = self.sampling_mask.counts
+        if self.cu_seqlens is None and self.mask is not None:
+            counts = counts.view(self.mask.shape)
+        found, bounds = cut(self.sampling_mask, self.kept_bounds, which, counts[rows])
+        return {"sampling_mask": found, "kept_bounds": bounds}
 
 
 class Source(NamedTuple):
@@ -188,16 +209,19 @@ def groups_of(
 
 
 @takes(BatchArguments)
-def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
+def make_plan(
+    *, sampling_mask: SamplingMask | None = None, **arguments: Unpack[BatchArguments]
+) -> Plan:
     """Compute once per optimizer batch what its micro-batches share.
 
     Args:
         **arguments: those that all losses share, in `arguments.BatchArguments`.
+        sampling_mask: as in `mapo_loss_from_logits`; micro-batches cut it as they cut the mask.
 
     Returns:
         A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
-        live; with `process_group` a second time where the collective has to be waited for, which is
-        whenever there are rewards.
+        live; with a sampling mask once more, and with `process_group` where the collective has to
+        be waited for, which is whenever there are rewards.
 
     Raises:
         ValueError: arguments that contradict each other, or whose shapes or devices do not fit.
@@ -239,6 +263,10 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         shared = data.share(part, call, process_group, device)
         groups, own = shared.groups, shared.own
         normalizer = normalizer if shared.normalizer is None else shared.normalizer
+    if sampling_mask is not None:
+        # Without a mask of tokens their number is on the device, and the loss checks it.
+        n_tokens = getattr(sampling_mask, "n_tokens", 0) if mask is None else mask.numel()
+        check_sampling_mask(sampling_mask, n_tokens, device, "tokens of the batch")
     narrow = None
     if groups is not None:
         signal, narrow = operators.group_signals(groups, advantage_spec)
@@ -270,6 +298,8 @@ def make_plan(**arguments: Unpack[BatchArguments]) -> Plan:
         narrow,
         advantage_spec,
         count,
+        sampling_mask,
+        sequence_starts(sampling_mask, n_sequences, bounds),
     )
 
 

@@ -13,6 +13,7 @@ from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.distributed import vocabulary
 from mapo_kernels.distributed.vocabulary import Split, local_head
 from mapo_kernels.keywords import names_checked
+from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
 from mapo_kernels.spec import require_bool
 
 
@@ -25,6 +26,7 @@ def token_logprobs(
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
     vocab_group: Any = None,
+    sampling_mask: SamplingMask | None = None,
 ) -> Any:
     """Log-probs of sampled tokens from logits, for old and reference policies: no gradient.
 
@@ -40,6 +42,7 @@ def token_logprobs(
         mask: nonzero where a token counts, shape of `token_ids`. Other rows are not read.
         return_entropy: also return the entropy of each row's distribution, in nats.
         vocab_group: see `mapo_loss_from_logits`.
+        sampling_mask: see there.
 
     Returns:
         Log-probs in the shape of `token_ids`, float32 (float64 for float64 logits), 0 where masked,
@@ -57,11 +60,7 @@ def token_logprobs(
         checks.check_mask(mask, token_ids, "token_ids")
     function = "token_logprobs, with entropies" if return_entropy else "token_logprobs"
     split = split_of(logits, vocab_group, function)
-    share = None
-    if split is not None:
-        share = split.agree(token_ids, Batch(mask=mask), temperature)
-    checks_rows.check_token_ids(token_ids, mask, logits.shape[-1] if share is None else share.vocab)
-    rows = RowInputs(token_ids, temperature, share)
+    rows = _rows(token_ids, temperature, mask, logits.shape[-1], split, sampling_mask)
     # Nothing here requires grad: what else is floating-point has been checked for that.
     table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
     if not return_entropy:
@@ -85,6 +84,7 @@ def token_logprobs_from_hidden(
     chunk_rows: int | None = None,
     batch_invariant: bool = False,
     vocab_group: Any = None,
+    sampling_mask: SamplingMask | None = None,
 ) -> Any:
     """Log-probs of sampled tokens from hidden states, for old and reference policies: no gradient.
 
@@ -105,6 +105,7 @@ def token_logprobs_from_hidden(
             do, which depends on how a matrix library treats the number of rows.
         batch_invariant: as there: it makes them equal, where the loss has it too.
         vocab_group: as there.
+        sampling_mask: as there.
 
     Returns:
         Log-probs in the shape of `token_ids`, float32 (float64 for float64 inputs), 0 where masked;
@@ -123,23 +124,42 @@ def token_logprobs_from_hidden(
     require_bool("return_entropy", return_entropy)
     if mask is not None:
         checks.check_mask(mask, token_ids, "token_ids")
-    share = None
     if split is not None:
         split = split._replace(
             function=f"token_logprobs_from_hidden{', with entropies' if return_entropy else ''}",
             chunk_rows=chunk_rows or 0,
             head=head_description(softcap, logit_scale, bias, batch_invariant),
         )
-        share = split.agree(token_ids, Batch(mask=mask), temperature)
-    checks_rows.check_token_ids(token_ids, mask, weight.shape[0] if share is None else share.vocab)
+    rows = _rows(token_ids, temperature, mask, weight.shape[0], split, sampling_mask)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = HeadInputs(
             weight, bias, softcap, logit_scale, chunk_rows, batch_invariant=batch_invariant
         )
-        rows = RowInputs(token_ids, temperature, share)
         table = hidden_level.linear_scores(hidden, head, rows, mask, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
     return (logprobs, *entropy) if return_entropy else logprobs
+
+
+def _rows(
+    token_ids: torch.Tensor,
+    temperature: torch.Tensor | float,
+    mask: torch.Tensor | None,
+    vocab: int,
+    split: Split | None,
+    sampling_mask: SamplingMask | None,
+) -> RowInputs:
+    """Validated rows; `vocab` columns of them are here."""
+    if sampling_mask is not None:
+        check_sampling_mask(sampling_mask, token_ids.numel(), token_ids.device)
+    share = kept = None
+    if split is not None:
+        share = split.agree(token_ids, Batch(mask=mask), temperature, sampling_mask)
+        vocab = share.vocab
+    checks_rows.check_token_ids(token_ids, mask, vocab)
+    if sampling_mask is not None:
+        check_kept(sampling_mask, token_ids, mask, vocab)
+        kept, token_ids = sampling_mask.resolve(token_ids, vocab)
+    return RowInputs(token_ids, temperature, share, kept=kept)
 
 
 def split_of(logits: torch.Tensor, vocab_group: Any, function: str) -> Split | None:

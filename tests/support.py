@@ -209,6 +209,20 @@ def pack(batch, lengths):
     return packed, cu_seqlens, keep
 
 
+def keep(ids, vocab, sizes=(1, 2, 5), others=()):
+    """Columns that each token keeps: lists of these sizes in turn, the token at a random place.
+
+    `others` come right after it, any other columns later.
+    """
+    lists = []
+    for n, y in enumerate(ids.reshape(-1).tolist()):
+        y = y if 0 <= y < vocab else 0
+        kept = dict.fromkeys([y, *others, *torch.randperm(vocab).tolist()])
+        kept = list(kept)[: sizes[n % len(sizes)]]
+        lists.append([kept[i] for i in torch.randperm(len(kept)).tolist()])
+    return lists
+
+
 def tune(monkeypatch, record, **fields):
     """Sets some constants of a record of `mapo_kernels.config` for one test."""
     from mapo_kernels import config

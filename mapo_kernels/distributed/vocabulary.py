@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from mapo_kernels.batch import Batch, VocabShare
 from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of, meeting_place
+from mapo_kernels.masks import SamplingMask
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
 
@@ -71,6 +72,7 @@ class Split(NamedTuple):
         token_ids: torch.Tensor,
         inputs: Batch,
         temperature: torch.Tensor | float,
+        sampling_mask: SamplingMask | None = None,
     ) -> VocabShare:
         """This rank's share, after making sure that all ranks were called alike.
 
@@ -80,7 +82,7 @@ class Split(NamedTuple):
             ValueError: the ranks disagree; on every rank alike.
         """
         settings = self._settings(token_ids, inputs, temperature)
-        tensors = _tensors(token_ids, inputs, temperature)
+        tensors = _tensors(token_ids, inputs, temperature, sampling_mask)
         place = meeting_place(self.group, token_ids.device)
         facts = facts_of(settings, tensors, place)
         message = torch.cat([facts.new_full((1,), self.columns), facts])
@@ -134,7 +136,10 @@ def _number(x: torch.Tensor | float | None) -> str | None:
 
 
 def _tensors(
-    token_ids: torch.Tensor, inputs: Batch, temperature: torch.Tensor | float
+    token_ids: torch.Tensor,
+    inputs: Batch,
+    temperature: torch.Tensor | float,
+    sampling_mask: SamplingMask | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """What every rank has to be called with alike, and the host does not know.
 
@@ -146,8 +151,12 @@ def _tensors(
     if inputs.mask is not None:
         ids = ids.where(inputs.mask != 0, 0)
     groups, weights, normalizer = inputs.groups, inputs.token_weights, inputs.normalizer
+    kept = None
+    if sampling_mask is not None:
+        kept = torch.cat([sampling_mask.token_ids.long(), sampling_mask.offsets.long()])
     return {
         "token ids where the mask is not 0": ids,
+        "sampling_mask": kept,
         "cu_seqlens": inputs.cu_seqlens,
         "temperature of each sequence": _if_tensor(temperature),
         "advantages": inputs.advantages,

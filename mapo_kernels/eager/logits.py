@@ -83,14 +83,14 @@ def eager_scores(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int, out: None = None
 ) -> torch.Tensor:
     """What `launch_scores` computes; the table's rows differ from it past the first two."""
-    return _tabulate(logits, rows, mask, columns, columns > 1, _scores)
+    return _tabulate(logits, rows, mask, columns, columns > 1, scores_of)
 
 
 def eager_shares(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int, out: None = None
 ) -> torch.Tensor:
     """What `launch_shares` computes, but for the unit of the references: nats."""
-    return _tabulate(logits, rows, mask, columns, columns > 3, _shares)
+    return _tabulate(logits, rows, mask, columns, columns > 3, shares_of)
 
 
 def _tabulate(
@@ -166,7 +166,7 @@ def _tail(powers: torch.Tensor, others: torch.Tensor, gap: torch.Tensor) -> torc
     return tail
 
 
-def _shares(sums: _Sums, known: torch.Tensor) -> _Sums:
+def shares_of(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Reference, the others' sum, gap of the target, entropy of the others."""
     top, others, gap, weighted, tail = sums
     log_others = formula.log1p(tail).where(formula.certain_elsewhere(others, gap), others.log())
@@ -175,7 +175,7 @@ def _shares(sums: _Sums, known: torch.Tensor) -> _Sums:
     return top, others, gap, entropy
 
 
-def _scores(sums: _Sums, known: torch.Tensor) -> _Sums:
+def scores_of(sums: _Sums, known: torch.Tensor) -> _Sums:
     """Log-prob, entropy, reference, sum over all columns, probability of the others."""
     top, others, gap, weighted, tail = sums
     logp, rest, total, entropy = formula.row_summary(others, tail, weighted, gap)
@@ -203,7 +203,7 @@ def eager_gradient(
         g = slope.reshape(-1)[positions] * factor
         b = None if bonus is None else bonus.reshape(-1)[positions] * factor
         x = pieces.tempered(positions, index, dtype)
-        x = _gradient(x, *pieces.targets(index), table[:, positions], g, b).to(out.dtype)
+        x = gradient_of(x, *pieces.targets(index), table[:, positions], g, b).to(out.dtype)
         if flat is not None:
             flat.index_copy_(0, positions, x)
         else:
@@ -217,7 +217,7 @@ def eager_gradient(
 
 
 @fused
-def _gradient(
+def gradient_of(
     x: torch.Tensor,
     token: torch.Tensor,
     known: torch.Tensor,

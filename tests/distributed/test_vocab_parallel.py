@@ -15,7 +15,7 @@ from mapo_kernels._triton import HAS_TRITON, interprets
 from mapo_kernels.batch import RowInputs, VocabShare
 
 # Bytes in which a rank says how it was called.
-HEADER = 216
+HEADER = 224
 
 
 # Four interpreted ranks run what two leave out of the settings, and are slow at it.
@@ -31,7 +31,10 @@ def world(request):
     return int(size), backend
 
 
-JOBS = [ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_tokens, ranks.odd_rows]
+JOBS = [
+    ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_tokens, ranks.odd_rows,
+    ranks.sampling_masks,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from hidden import make_hidden, run
-from support import POLICIES, assert_close, logits_run, make_logits, tensors_of
+from support import POLICIES, assert_close, keep, logits_run, make_logits, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mapo_kernels as mk
+from mapo_kernels import config
 from mapo_kernels.spec import AGGREGATIONS
 
 # Shares of 50 columns that are as uneven as can be.
@@ -130,6 +131,35 @@ def logits_level(backend):
             )
             batch = make_logits(vocab=50)
             compare_logits(backend, batch, spec, device, group, 1e-12, **tensors_of(batch, spec))
+
+
+def sampling_masks(backend):
+    """Kept columns lie on any rank, on one, or on none of some."""
+    device, group = begin(backend)
+    for level, share in itertools.product(LEVELS, (4, 1)):
+        if backend == "interpreter" and (level == "token") == (share == 1):
+            continue
+        spec = mk.LossSpec(importance_level=level, entropy_coef=0.02)
+        with config.override({"KEPT.cpu_share": share, "KEPT.gpu_share": share}):
+            batch = make_logits(vocab=50, dtype=torch.float32)
+            lists = keep(batch["ids"], 50, (1, 2, 5, 0, 30))
+            given = {"sampling_mask": mk.SamplingMask.from_lists(lists, device)}
+            given |= tensors_of(batch, spec)
+            compare_logits(backend, batch, spec, device, group, LOOSE, **given)
+            batch = make_hidden()
+            given |= tensors_of(batch, spec) | {"softcap": 4.0, "chunk_rows": 3}
+            lists = keep(batch["ids"], 50, (1, 2, 5, 0, 30))
+            given["sampling_mask"] = mk.SamplingMask.from_lists(lists, device)
+            compare_hidden(backend, batch, spec, device, group, LOOSE, **given)
+    kept = dist.get_rank() % 2 + 3
+    wrong = mk.SamplingMask.from_lists([[0, kept]] * 12, device)
+    part = {**batch, "weight": mine(batch["weight"], 0), "bias": mine(batch["bias"], 0)}
+    try:
+        run(part, spec, device, vocab_group=group, sampling_mask=wrong)
+    except ValueError as error:
+        assert "sampling_mask" in str(error)
+    else:
+        raise AssertionError("ranks that keep other columns were not told")
 
 
 def hidden_level(backend):

@@ -133,8 +133,26 @@ def split_rows():
     operators._shares(x, RowInputs(torch.zeros(16, dtype=torch.int64)), None, 4)
 
 
+def kept_columns(dtype=torch.bfloat16, width=4096):
+    """What rows of which few columns are kept take of a head, and the head of them."""
+    from mapo_kernels import operators
+
+    hidden, weight = torch.zeros((16, width), dtype=dtype), torch.zeros((64, width), dtype=dtype)
+    ids, bounds = torch.zeros(16, dtype=torch.int64), torch.arange(17)
+    factor = torch.zeros(16)
+    operators.gather_products(hidden, weight, ids, ids, ids, bounds, out=factor)
+    operators.gather_sums(weight, ids, factor, bounds, None, False, out=hidden)
+    operators.gather_sums(hidden, ids, factor, bounds, ids, False, out=weight)
+    parts = torch.zeros((16, width))
+    operators.gather_sums(hidden, ids, factor, bounds, None, False, out=parts)
+    operators.gather_sums(parts, None, None, bounds, ids, True, out=torch.zeros((64, width)))
+
+
 V = 152064
 CASES = {
+    "kept columns": kept_columns,
+    "kept columns, float32": lambda: kept_columns(torch.float32),
+    "kept columns, odd width": lambda: kept_columns(width=1001),
     "split rows": split_rows,
     "hidden chunk": hidden_chunk,
     "hidden chunk, entropy bonus": lambda: hidden_chunk(entropy_coef=0.01),

@@ -17,7 +17,7 @@ NVIDIA = [
 TARGETS = [*NVIDIA, "gfx942"]
 TOKENS_PER_THREAD = 4
 # Of two targets some cases are quick: those with a budget, and most of sm_90. A case takes seconds.
-BUDGETED = ["clip", "logits", "entropy bonus", "split rows", "groups of 4096"]
+BUDGETED = ["clip", "logits", "entropy bonus", "split rows", "groups of 4096", "kept columns"]
 QUICK = {
     "sm_90": [
         *BUDGETED,
@@ -31,6 +31,7 @@ EVERY = [
     *QUICK["sm_90"],
     *("bfloat16", "odd length", "sapo", "cispo", "float16 logits", "packed logits"),
     *("hidden chunk", "hidden chunk, softcap"),
+    *("kept columns, float32", "kept columns, odd width"),
 ]
 
 
@@ -99,6 +100,20 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(target):
     assert wide(scale["accesses"]) >= 2
     (groups,) = compile_case(target, "groups of 4096")["kernels"]["advantages_kernel"]
     assert wide(groups["accesses"]) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kept_columns_are_read_16_bytes_at_a_time_and_cost_little_else(target):
+    """A step of either kernel is 4 rows of 1024 numbers: 32 products a thread."""
+    kernels = compile_case(target, "kept columns")["kernels"]
+    (products,), sums = kernels["gather_products_kernel"], kernels["gather_sums_kernel"]
+    # A thread reads 8 numbers of 4 rows of the weight, and the same 8 of the hidden state.
+    assert wide(products["accesses"]) == 5
+    assert min(x["instructions"] for x in products["loops"]) <= 4.6 * 32
+    for kernel in sums:
+        assert wide(kernel["accesses"]) >= 5
+        assert min(x["instructions"] for x in kernel["loops"]) <= 5.7 * 32
+        assert not [x for x in kernel["accesses"] if x.startswith("STG") and not is_wide(x)]
 
 
 def longest(kernel):

@@ -163,18 +163,24 @@ def test_nonfinite_rewards_are_absent(device):
     actual, stats = advantages(rewards, device, group_size=4, return_stats=True)
     expected = advantages(torch.tensor([1.0, 0, 0]), device, group_size=3)
     assert_close(actual[[0, 2, 3]], expected, 1e-6)
+    # An infinite reward reaches the threshold, and is no success.
+    assert_close(actual[[5, 7]], advantages(torch.tensor([1.0, 0]), device, group_size=2), 1e-6)
+    assert_close(stats.success_ratio, torch.tensor([1 / 3, 1 / 2, 0]), 1e-6)
     assert (actual[[1, 4, 6, 8, 9, 10, 11]] == 0).all()
     assert stats.nonfinite.tolist() == [1, 2, 4]
     assert stats.size.tolist() == [3, 2, 0]
     assert all(torch.isfinite(x).all() for x in stats)
 
 
-def test_explicit_success_decides_p(device):
-    rewards = torch.tensor([0.3, -0.2, 0.9, 0.5])
-    success = torch.tensor([True, False, False, False])
-    _, stats = advantages(rewards, device, group_size=4, success=success, return_stats=True)
+@pytest.mark.parametrize("absent", [[], [NAN]], ids=["finite", "nonfinite"])
+def test_explicit_success_decides_p(absent, device):
+    """A success without a finite reward does not count."""
+    rewards = torch.tensor([0.3, -0.2, 0.9, 0.5, *absent])
+    success = torch.tensor([True, False, False, False, *[True] * len(absent)])
+    n = len(rewards)
+    _, stats = advantages(rewards, device, group_size=n, success=success, return_stats=True)
     assert stats.success_ratio.item() == 0.25
-    check_against_oracle(rewards, torch.zeros(4, dtype=torch.int64), device, success=success)
+    check_against_oracle(rewards, torch.zeros(n, dtype=torch.int64), device, success=success)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 import torch
-from cases import Batch, Rows
+from cases import Batch, Rows, lists_of
 from hypothesis import assume
 from hypothesis import strategies as st
 from oracle import is_read, leaves_of, logits_of
@@ -27,6 +27,8 @@ CONSTANTS = {
     "HIDDEN.cpu_chunk": (1, 3000),
     "HIDDEN.multiple": (1, 2, 3),
     "LOGPROBS.multiprocessors": (1, 2),
+    "KEPT.cpu_share": (1, 4, 70),
+    "KEPT.piece": (1, 2),
 }
 
 
@@ -206,11 +208,23 @@ def _ids_and_temperature(draw, batch, numbers, vocab):
     return ids, temperature
 
 
+def draw_kept(draw, ids, vocab, numbers):
+    """Which columns [.., V] rows keep, the sampled token (if it exists) among them; mostly None."""
+    if draw(one_of(True, True, False)):
+        return None
+    share = numbers.uniform(*ids.shape, 1) ** draw(one_of(1, 4))
+    kept = numbers.uniform(*ids.shape, vocab) < share
+    index = ids.long().where((ids >= 0) & (ids < vocab), 0)[..., None]
+    return kept.scatter(-1, index, True) | (numbers.uniform(*ids.shape, 1) < 0.2)
+
+
 def _finish_rows(draw, batch, numbers):
     """Draw what is near the rows' log-probs, then put garbage where nothing is read."""
     rows, live = batch.rows, batch.layout.live
+    rows.kept = draw_kept(draw, rows.ids, rows.vocab, numbers)
     x = logits_of(rows, live, leaves_of(rows))
-    logp, _ = reference.token_logprobs(x, rows.ids, rows.temperature, live)
+    kept = lists_of(rows.kept)
+    logp, _ = reference.token_logprobs(x, rows.ids, rows.temperature, live, kept)
     batch.tensors = draw(_about_tokens(batch, logp, numbers))
     return poisoned(batch, numbers.generator)
 

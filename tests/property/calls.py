@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from advantage_oracle import ExactAdvantages, exact_advantages, statistics_dtype
-from cases import Batch, Groups, Rows
+from cases import Batch, Groups, Rows, lists_of
 from oracle import Exact, exact_results
 from torch import Tensor
 
@@ -67,6 +67,14 @@ def source_arguments(batch: Batch, device) -> dict:
     return _to(device, given | {"spec": batch.spec})
 
 
+def sampling_mask(batch: Batch, device) -> dict:
+    """The keyword of a call whose rows keep some columns, or of its plan."""
+    if batch.rows is None or batch.rows.kept is None:
+        return {}
+    kept = lists_of(batch.layout.arrange(batch.rows.kept, True))
+    return {"sampling_mask": mk.SamplingMask.from_lists(kept, device)}
+
+
 def row_options(rows: Rows, device) -> dict:
     """Keywords of a loss about rows of logits."""
     given = {"temperature": rows.temperature, **rows.options}
@@ -119,7 +127,7 @@ def call_loss(batch: Batch, leaves: dict[str, Leaf], device, **given) -> mk.Loss
     if rows is None:
         return mk.mapo_loss(passed["logprobs"], **given)
     ids = batch.layout.arrange(rows.ids, -1).to(device)
-    given |= row_options(rows, device)
+    given |= row_options(rows, device) | ({} if "plan" in given else sampling_mask(batch, device))
     if rows.logits is None:
         hidden, weight = passed.pop("hidden"), passed.pop("lm_head_weight")
         return mk.mapo_loss_from_hidden(hidden, weight, ids, **passed, **given)

@@ -145,6 +145,14 @@ class Batch:
     rows: Any = None
 
 
+def lists_of(kept: Tensor | None) -> list[list[int]] | None:
+    """What rows [..., V] keep, each as a list, the last column first; an empty one for all."""
+    if kept is None:
+        return None
+    flat = kept.reshape(-1, kept.shape[-1])
+    return [[] if row.all() else row.nonzero().squeeze(1).flip(0).tolist() for row in flat]
+
+
 @dataclass
 class Rows:
     """Rows of logits [B, T, V], or what makes them, and the tokens that were drawn from them.
@@ -160,6 +168,7 @@ class Rows:
         logit_scale: a number.
         options: what else the call is told: inplace, chunk_rows.
         frozen: names among hidden, weight and bias that take no gradient.
+        kept: [B, T, V] bool, the columns that a token could have been sampled from; or None: all.
     """
 
     ids: Tensor
@@ -172,6 +181,7 @@ class Rows:
     logit_scale: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    kept: Tensor | None = None
 
     @property
     def vocab(self) -> int:

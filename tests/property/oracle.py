@@ -8,7 +8,7 @@ A result is right if it is within a few units of rounding of that scale, however
 from dataclasses import dataclass
 
 import torch
-from cases import Batch, Rows
+from cases import Batch, Rows, lists_of
 from torch import Tensor
 
 import reference
@@ -110,6 +110,8 @@ class RowScales:
 def row_scales(rows: Rows, x: Tensor, leaves: dict[str, Tensor], logp: Tensor) -> RowScales:
     """Scales of rows with logits x, before the temperature, and log-probs [B, T]."""
     z = x.detach() / temperatures(rows)
+    if rows.kept is not None:
+        z = z.masked_fill(~rows.kept, -torch.inf)
     p = torch.softmax(z, -1)
     d = (z.amax(-1, keepdim=True) - z).nan_to_num(_NEGLIGIBLE, _NEGLIGIBLE)
     d = torch.where(d > _NEGLIGIBLE, 0.0, d)
@@ -248,7 +250,8 @@ def exact_results(batch: Batch, advantages: Tensor) -> Exact:
         leaves = {k: x.requires_grad_() for k, x in leaves_of(rows).items()}
         x = logits_of(rows, read, leaves)
         x.retain_grad() if x.requires_grad else None
-        logp, entropy = reference.token_logprobs(x, rows.ids, rows.temperature, read)
+        kept = lists_of(rows.kept)
+        logp, entropy = reference.token_logprobs(x, rows.ids, rows.temperature, read, kept)
         constants = {k: v.detach() for k, v in leaves.items()}
         scales = row_scales(rows, x, constants, logp)
         logp_scale = scales.logp

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from batches import hidden_batches, logits_batches, logprob_batches, poisoned
-from calls import TOLERANCES, assert_within, exact_of, leaves_of, run
+from calls import TOLERANCES, assert_within, exact_of, leaves_of, run, sampling_mask
 from cases import Batch, Layout
 from hypothesis import strategies as st
 from strategies import one_of, seeds
@@ -167,6 +167,7 @@ def scored(batch, device):
         layout.arrange(batch.rows.ids, -1).to(device),
         temperature=temperature,
         mask=layout.arrange(layout.live, False).to(device),
+        **sampling_mask(batch, device),
     )
     return layout.restore(logp.cpu())
 

@@ -4,7 +4,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from batches import hidden_batches, logits_batches, logprob_batches
-from calls import TOLERANCES, assert_within, check_found, exact_of, run, source_arguments
+from calls import (
+    TOLERANCES,
+    assert_within,
+    check_found,
+    exact_of,
+    run,
+    sampling_mask,
+    source_arguments,
+)
 from cases import Batch, Layout
 from hypothesis import strategies as st
 from oracle import is_read
@@ -40,7 +48,7 @@ def cuts(draw, device):
 
 def plan_of(batch, device):
     with override(batch.constants):
-        return mk.make_plan(**source_arguments(batch, device))
+        return mk.make_plan(**source_arguments(batch, device), **sampling_mask(batch, device))
 
 
 def part_of(batch: Batch, part) -> Batch:
@@ -49,7 +57,7 @@ def part_of(batch: Batch, part) -> Batch:
     own = Layout(layout.live[part], layout.inside[part], layout.packed, 0, 0, layout.mask_dtype)
     rows = batch.rows
     if rows is not None:
-        named = {"ids": rows.ids, "logits": rows.logits, "hidden": rows.hidden}
+        named = {k: getattr(rows, k) for k in ("ids", "logits", "hidden", "kept")}
         if isinstance(rows.temperature, torch.Tensor):
             named["temperature"] = rows.temperature
         rows = replace(rows, **{k: None if x is None else x[part] for k, x in named.items()})

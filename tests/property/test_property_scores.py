@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from batches import Numbers, constants, garbage
+from batches import Numbers, constants, draw_kept, garbage
 from calls import TOLERANCES, assert_within
-from cases import Rows
+from cases import Rows, lists_of
 from hypothesis import strategies as st
 from oracle import leaves_of, logits_of, row_scales
 from strategies import NARROW, input_dtypes, one_of, seeds
@@ -46,6 +46,9 @@ class Scoring:
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.to(device)
         named = {"temperature": temperature, "mask": None, **self.options}
+        if rows.kept is not None:
+            kept = lists_of(rows.kept)
+            named["sampling_mask"] = mk.SamplingMask.from_lists(kept, device)
         if self.mask:
             named["mask"] = self.live.view(shape).to(device)
         if rows.logits is not None:
@@ -122,6 +125,7 @@ def scorings(draw, device, hidden):
             if kind != "abyss" or dtype != torch.float16:
                 ids[i, 0] = fill_row(x[i, 0], int(ids[i, 0]), kind, numbers)
         rows.logits = garbage(x.to(dtype), live, numbers.generator)
+    rows.kept = draw_kept(draw, ids, vocab, numbers)
     rows.ids = garbage(ids.to(draw(one_of(torch.int64, torch.int32))), live, numbers.generator)
     return Scoring(rows, live, shape, temperature, has_mask, draw(constants()), options)
 
@@ -138,7 +142,8 @@ def check_scores(scoring, device):
     assert logp.dtype == entropy.dtype == dtype and logp.shape == scoring.shape
     leaves = leaves_of(rows)
     x = logits_of(rows, live, leaves)
-    exact, exact_entropy = reference.token_logprobs(x, rows.ids, rows.temperature, live)
+    given = (rows.ids, rows.temperature, live, lists_of(rows.kept))
+    exact, exact_entropy = reference.token_logprobs(x, *given)
     scales = row_scales(rows, x, leaves, exact)
     logp, entropy = logp.view(-1, 1), entropy.view(-1, 1)
     tolerance = TOLERANCES[dtype]
