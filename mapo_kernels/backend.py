@@ -125,7 +125,7 @@ def is_eager(x: torch.Tensor) -> bool:
 
 def is_compiled(x: torch.Tensor) -> bool:
     """Whether torch computes that in graphs which it compiles."""
-    if x.dim() and x.shape[0] == 0:
+    if _setting() != "inductor" or (x.dim() and x.shape[0] == 0):
         return False
     return resolve_backend(x.device.type, x.dtype == torch.float64) == "inductor"
 

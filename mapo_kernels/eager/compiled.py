@@ -58,7 +58,7 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
 def _apart(value: Any) -> Any:
     """`value` with no tensor that torch knows as a view: a graph is for one shape of the base."""
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        return value.detach() if value._is_view() else value
     if not isinstance(value, tuple):
         return value
     parts = [_apart(x) for x in value]

@@ -31,8 +31,8 @@ def _clamp(x: torch.Tensor, low: Any, high: Any, propagate_nan: None) -> torch.T
     return torch.clamp(x, operand(low, x), operand(high, x))
 
 
-def _fma(x: Any, y: Any, z: Any) -> Any:
-    return x * y + z
+def _fma(x: torch.Tensor, y: Any, z: Any) -> torch.Tensor:
+    return (x * y).add_(z)
 
 
 def _maximum(x: torch.Tensor, y: torch.Tensor, propagate_nan: None) -> torch.Tensor:
