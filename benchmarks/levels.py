@@ -12,7 +12,18 @@ from torch import Tensor
 
 import mapo_kernels as mk
 
-from .cases import GRPO, LOGITS, LOGPROBS, MAPO, SCORING, Case, answer_lengths, draw_rewards
+from .cases import (
+    GRPO,
+    KEPT,
+    LOGITS,
+    LOGPROBS,
+    MAPO,
+    SCORING,
+    Case,
+    answer_lengths,
+    draw_kept,
+    draw_rewards,
+)
 from .providers import PLAIN, PROVIDERS, advantages_of, our_scores, plain_advantages
 
 SPEC = mk.LossSpec(eps_low=0.2, eps_high=0.28)
@@ -50,6 +61,8 @@ def draw(case: Case, device: torch.device) -> Inputs:
     ids = torch.randint(0, max(case.head.vocab, 1), mask.shape, generator=generator)
     noise = torch.randn(mask.shape, generator=generator).to(device) * 0.1
     rest.mask, rest.ids = mask.to(device), ids.to(device)
+    if case.level == KEPT:
+        rest.kept = draw_kept(case, rest.ids, generator)
     if case.level != LOGPROBS:
         # Sequences of different groups, as in the micro-batches of trainers that shuffle: their
         # advantages are given. Those of log-probs are a part of the work.
@@ -78,7 +91,8 @@ def _leaves(
         return (logits,), our_scores(logits, rest)
     hidden = torch.randn(n, length, width, device=device).to(case.dtype)
     weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
-    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, softcap=softcap)
+    kept = {"sampling_mask": getattr(rest, "kept", None)}
+    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, softcap=softcap, **kept)
     return (hidden, weight), logp
 
 
@@ -98,6 +112,8 @@ def truth(case: Case, inputs: Inputs) -> list[Tensor]:
         row = slice(i, i + 1)
         one = {name: getattr(rest, name)[row] for name in ("mask", "ids", "old")}
         one |= {"rewards": None, "advantages": advantages[row]}
+        if case.level == KEPT:
+            one["kept"] = rest.kept.select(slice(i * case.length, (i + 1) * case.length))
         leaves = [x.double().requires_grad_() for x in (first[row], *shared)]
         loss = plain(*leaves, SimpleNamespace(**vars(rest) | one))
         found = torch.autograd.grad(loss * count / counts.sum(), leaves)
@@ -126,5 +142,8 @@ def least(case: Case, live: float) -> Counts:
         return Counts(tokens * vocab * size)
     if case.level == LOGITS:  # gradients of the position that predicts nothing, too
         return Counts((rows + tokens + case.n_sequences) * vocab * size)
+    if case.level == KEPT:  # three times a row for each column of rows that keep several
+        read = round(rows * (case.kept if case.kept else 7.5)) if case.kept != 1 else 0
+        return Counts((3 * read + tokens + vocab) * width * size, 6 * read * width)
     # Hidden states and weight, the gradients of both; three products of the live rows.
     return Counts((rows + vocab + tokens + vocab) * width * size, 6 * rows * width * vocab)

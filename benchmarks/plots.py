@@ -17,6 +17,7 @@ from .report import WHOLE_STEPS, Row, by_case, times
 COLOURS = {
     OURS: "#000000",
     "mapo_kernels in place": "#555555",
+    "mapo_kernels whole head": "#999999",
     COMPILED + OURS: "#999999",
     PLAIN: "#0072B2",
     COMPILED + PLAIN: "#56B4E9",
@@ -51,6 +52,29 @@ def _time_against_live(rows: list[Row]) -> Figure | None:
     return figure
 
 
+def _time_against_kept(rows: list[Row]) -> Figure | None:
+    """A line a provider, over the columns that every token keeps; None where there are none."""
+    if not rows:
+        return None
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.add_subplot()
+    for provider, colour in COLOURS.items():
+        of_it = [row for row in rows if row["provider"] == provider]
+        points = sorted((kept_of(row), row["median_ms"]) for row in of_it)
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, marker="o", label=provider)
+    axis.set(xscale="log", yscale="log", xlabel="columns that every token keeps", ylabel="ms")
+    axis.set_title(f"loss and gradients of {rows[0]['tokens']} tokens, {rows[0]['head']} head")
+    axis.legend()
+    axis.grid(alpha=0.3, which="both")
+    return figure
+
+
+def kept_of(row: Row) -> int:
+    """The number of kept columns in the name of a row's shape."""
+    return int(row["shape"].rpartition(", ")[2].partition(" ")[0])
+
+
 def _speed_up(rows: list[Row]) -> Figure | None:
     """Bars: how many times longer than ours each provider takes, at each level's largest case."""
     largest: dict[str, int] = {}
@@ -81,6 +105,7 @@ def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     figures = {
         "speed_up": _speed_up([row for row in rows if row["sweep"] == "tokens"]),
         "time_against_live": _time_against_live([row for row in rows if row["sweep"] == "live"]),
+        "time_against_kept": _time_against_kept([row for row in rows if row["sweep"] == "kept"]),
     }
     where = found["environment"]
     caption = f"{where['device']}, commit {(where['commit'] or 'unknown')[:9]}"

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import mapo_kernels as mk
+from mapo_kernels import config
 
-from .cases import GRPO, HIDDEN, LEVELS, LOGITS, LOGPROBS, MAPO, SCORING, Case
+from .cases import GRPO, HIDDEN, KEPT, LEVELS, LOGITS, LOGPROBS, MAPO, SCORING, Case
 
 OURS = "mapo_kernels"
 PLAIN = "plain PyTorch"
@@ -101,6 +102,46 @@ def ours_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
     plan = mk.make_plan(advantages=rest.advantages, mask=rest.mask, spec=rest.spec)
     given = {"old_logprobs": rest.old, "plan": plan, "softcap": rest.softcap}
     return mk.mapo_loss_from_hidden(hidden, weight, rest.ids, **given).loss
+
+
+@provides(OURS, KEPT)
+def ours_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    given = {"advantages": rest.advantages, "mask": rest.mask, "spec": rest.spec}
+    plan = mk.make_plan(**given, sampling_mask=rest.kept)
+    given = {"old_logprobs": rest.old, "plan": plan, "softcap": rest.softcap}
+    return mk.mapo_loss_from_hidden(hidden, weight, rest.ids, **given).loss
+
+
+@provides("mapo_kernels whole head", KEPT)
+def ours_from_whole(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """Every row of more than one column through the whole head, the others of its columns -inf."""
+    with config.override({"KEPT.cpu_share": 1 << 30, "KEPT.gpu_share": 1 << 30}):
+        return ours_from_kept(hidden, weight, rest)
+
+
+def masked_logits(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """Logits [B, T, V] as trainers replay a sampling mask: all of them, most overwritten."""
+    logits = torch.nn.functional.linear(hidden, weight)
+    row = torch.repeat_interleave(rest.kept.counts)
+    keeps = torch.zeros(logits[..., 0].numel(), logits.shape[-1], dtype=torch.bool)
+    keeps = keeps.to(logits.device)
+    keeps[row, rest.kept.token_ids.long()] = True
+    return logits.masked_fill(~keeps.view(logits.shape), -torch.inf)
+
+
+@provides(PLAIN, KEPT)
+def plain_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    logits = masked_logits(hidden, weight, rest)
+    return plain_from_logprobs(plain_token_logprobs(logits, rest.ids), rest)
+
+
+@provides("TRL", KEPT, package="trl")
+def trl_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """TRL's loss of logits that were masked for it: its fused head takes no mask of columns."""
+    from trl.trainer.utils import selective_log_softmax
+
+    logp = selective_log_softmax(masked_logits(hidden, weight, rest), rest.ids)
+    return trl_from_logprobs(logp, rest)
 
 
 @provides(PLAIN, MAPO, GRPO, compiled=True)

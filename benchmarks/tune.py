@@ -30,10 +30,12 @@ from torch import Tensor
 
 import mapo_kernels as mk
 from mapo_kernels import config
+from mapo_kernels.batch import HeadInputs
 from mapo_kernels.files import CommandError, naming, one_line, write_whole
+from mapo_kernels.head import chunk_rows_of
 
 from . import cases, environment
-from .cases import BF16, LOGITS, LOGPROBS, Case, Head
+from .cases import BF16, LOGITS, LOGPROBS, Case
 from .harness import DRY, TOLERANCE, CaseRun, relative_error, work_of
 from .levels import Inputs, draw
 from .providers import Provider, our_scores, ours_from_hidden, ours_from_logprobs, ours_in_place
@@ -92,7 +94,6 @@ ROWS = {
     "LOGITS.second_hint": ("evict_first", ""),
     "LOGITS.backwards": (True, False),
 }
-QWEN3_8B = Head("Qwen3-8B", 4096, cases.QWEN3.vocab)
 WHOLE = Case(LOGITS, 16, 512, 8, head=cases.QWEN2, dtype=BF16)
 SCORES = replace(WHOLE, level=cases.SCORING)
 # In the order of what they decide: of two families with one field the first decides it for the
@@ -105,8 +106,8 @@ FAMILIES = {
     # The last program adds all sums, or a launch of its own.
     "final sum": Family(
         in_place_from_rewards,
-        tuple(replace(WHOLE, n_sequences=8, length=n) for n in (15, 47, 95, 191)),
-        {"LOGITS.fused_rows": (1, 256, 600, 1200, 2400)},
+        tuple(replace(WHOLE, n_sequences=8, length=n) for n in (31, 95, 191, 383)),
+        {"LOGITS.fused_rows": (1, 512, 1024, 2048, 4096)},
     ),
     "log-probs": Family(
         ours_from_logprobs,
@@ -116,7 +117,7 @@ FAMILIES = {
     # Bytes that make chunks of 1024, 2048, 4096 and 8192 of these rows.
     "hidden": Family(
         ours_from_hidden,
-        (Case(cases.HIDDEN, 16, 512, 8, head=QWEN3_8B, dtype=BF16),),
+        (Case(cases.HIDDEN, 16, 512, 8, head=cases.QWEN3_8B, dtype=BF16),),
         {
             "HIDDEN.gpu_chunk": tuple(1 << power for power in (30, 31, 32, 33)),
             "HIDDEN.one_product": (True, False),
@@ -137,12 +138,24 @@ def tiny(case: Case) -> Case:
 
 
 def small(case: Case) -> Case:
-    """The case for the compiler: fewer logits, by which nothing else is compiled."""
+    """The case for the compiler: fewer logits, by which, `as_on_gpu`, nothing else is compiled."""
     if not case.head.vocab:
         return case
-    # Still more rows than the programs of one launch add up, and as divisible by 16.
-    length = case.length if case.length % 16 else min(case.length, 48)
+    length = case.length if case.length % 16 else 16
     return replace(case, length=length, head=case.head._replace(width=16))
+
+
+def as_on_gpu(case: Case) -> Point:
+    """What makes a small case on a CPU launch what the case does on a GPU."""
+    found = {"HIDDEN.cpu_chunk": config.HIDDEN.gpu_chunk}
+    rows = case.n_sequences * (case.length + (case.level == LOGITS))
+    if case.level == cases.HIDDEN:
+        shape = (case.head.vocab, case.head.width)
+        weight = torch.empty(shape, dtype=case.dtype, device="meta")
+        with config.override(found):
+            rows = chunk_rows_of(HeadInputs(weight, None, None), case.tokens)
+    is_fused = rows <= config.LOGITS.fused_rows
+    return found | {"LOGITS.fused_rows": 1 << 30 if is_fused else 1}
 
 
 def items(names: list[str]) -> Iterator[tuple[Family, Case, list[Row]]]:
@@ -189,10 +202,8 @@ def compile_here(target: str, names: list[str], part: int, parts: int) -> None:
         for row in rows[part::parts]:
             compiled.clear()
             try:
-                with config.override(row["point"]):
-                    as_on_gpu = {"HIDDEN.cpu_chunk": config.HIDDEN.gpu_chunk}
-                    with config.override(as_on_gpu):
-                        work_of(Provider(family.call), [inputs], case.direction)()
+                with config.override(row["point"]), config.override(as_on_gpu(case)):
+                    work_of(Provider(family.call), [inputs], case.direction)()
                 row["spills"] = sum(read(kernel)["spills"] for _, kernel in compiled)
                 row["registers"] = {name: read(x).get("registers") for name, x in compiled}
             except Exception as error:  # What cannot be compiled is a finding about the point.

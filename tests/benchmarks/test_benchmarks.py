@@ -59,6 +59,8 @@ def tiny_cases(suite, on_gpu):
         Case(cases.SCORING, **BATCH, head=HEAD),
         Case(HIDDEN, **BATCH, head=HEAD),
         Case(HIDDEN, **BATCH, head=HEAD, sweep="live"),
+        Case(cases.KEPT, **BATCH, head=HEAD),
+        Case(cases.KEPT, **BATCH, head=HEAD, sweep="kept", kept=4),
     ]
 
 
@@ -348,7 +350,8 @@ def test_result_files_and_what_is_drawn_from_them(found, tmp_path):
     lines = path.with_suffix(".csv").read_text().splitlines()
     assert len(lines) == len(found["rows"]) + 1
     drawn = plots.draw(again, tmp_path, "example")
-    expected = [f"example_{kind}.png" for kind in ("speed_up", "time_against_live")]
+    kinds = ("speed_up", "time_against_live", "time_against_kept")
+    expected = [f"example_{kind}.png" for kind in kinds]
     assert [x.name for x in drawn] == expected
     assert all(x.read_bytes().startswith(b"\x89PNG") for x in drawn)
     assert "cut-cross-entropy: not installed" in report.markdown(again)
