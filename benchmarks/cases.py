@@ -46,7 +46,8 @@ class Case:
 
     `padding` and `no_signal` are shares: of padding, and of silent groups, whose rewards are all
     equal and whose tokens change nothing. `sweep` is the plot that shows the case. `kept` columns
-    of every row could be sampled, or as many as rollouts have where it is 0.
+    of every row could be sampled, or as many as rollouts have where it is 0; with `common` the
+    first column is among them in every row, as a line break nearly is.
     """
 
     level: str
@@ -59,6 +60,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     sweep: str = "tokens"
     kept: int = 0
+    common: bool = False
 
     @property
     def direction(self) -> str:
@@ -79,7 +81,8 @@ class Case:
         """The case's name for people."""
         size = f"{self.n_sequences}" + (f" x {self.length}" if self.length > 1 else "")
         kept = f"{self.kept} kept" if self.kept else ""
-        return ", ".join(filter(None, (size, self.head.name, self.dtype_name, kept)))
+        common = "one column in every row" if self.common else ""
+        return ", ".join(filter(None, (size, self.head.name, self.dtype_name, common, kept)))
 
     def tiny(self) -> Case:
         """The same case with a few tokens and words, for Triton's interpreter."""
@@ -133,7 +136,7 @@ def draw_kept(case: Case, ids: torch.Tensor, generator: torch.Generator) -> mk.S
     counts = kept_counts(case, generator)
     rows = []
     for y, n in zip(ids.flatten().tolist(), counts.tolist(), strict=True):
-        kept = {y}
+        kept = {y, 0} if case.common else {y}
         while len(kept) < n:
             # Logarithms of columns are uniform: every sixteenth is the first, of 32000.
             power = torch.rand(n, generator=generator).double()
@@ -164,7 +167,8 @@ def kept(head: Head, length: int = 128, **more: Any) -> list[Case]:
     """Rows of few columns, all of them alive: as rollouts keep them, and a sweep of numbers."""
     drawn = Case(KEPT, 16, length, 8, head=head, **more)
     numbers = (1, 2, 8, 32, 128, 512)
-    return [drawn, *[replace(drawn, sweep="kept", kept=n) for n in numbers]]
+    common = replace(drawn, common=True, sweep="common")
+    return [drawn, common, *[replace(drawn, sweep="kept", kept=n) for n in numbers]]
 
 
 def quick_cases() -> list[Case]:
@@ -177,6 +181,7 @@ def quick_cases() -> list[Case]:
         Case(SCORING, 8, 16, head=LAPTOP),
         *hidden,
         *live(hidden[0], 0.0, 0.5),
+        kept(LAPTOP, 16)[0],
     ]
 
 

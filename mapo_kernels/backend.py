@@ -1,4 +1,7 @@
-"""Which implementation runs: fused Triton kernels, or the eager twin on torch tensors."""
+"""Which implementation runs: fused Triton kernels, or the eager twin on torch tensors.
+
+The eager twin runs one torch operation after the other, or compiled by torch.compile (`inductor`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from mapo_kernels._triton import (
     interprets,
 )
 
-BACKENDS = ("auto", "triton", "eager")
+BACKENDS = ("auto", "triton", "eager", "inductor")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
 _chosen: str | None = None
 
@@ -21,9 +24,10 @@ def set_backend(name: str | None) -> None:
     """Choose the backend for this process.
 
     Args:
-        name: `auto` (Triton on a GPU, eager elsewhere and for float64), `triton`, `eager`, or None
-            to follow the environment variable MAPO_KERNELS_BACKEND again (in any case; empty is
-            `auto`).
+        name: `auto` (Triton on a GPU, eager elsewhere and for float64), `triton`, `eager`,
+            `inductor` (the eager backend's functions under torch.compile: a C++ compiler and some
+            minutes of compiling buy what they need on a CPU), or None to follow the environment
+            variable MAPO_KERNELS_BACKEND again (in any case; empty is `auto`).
 
     Raises:
         ValueError: `name` is none of these.
@@ -56,11 +60,11 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
             computes, whatever is chosen.
 
     Returns:
-        `triton` or `eager`.
+        `triton`, `eager` or `inductor`.
 
     Raises:
-        ValueError: MAPO_KERNELS_BACKEND is none of auto, triton, eager.
-        RuntimeError: `triton` was asked for and cannot run here.
+        ValueError: MAPO_KERNELS_BACKEND is none of auto, triton, eager, inductor.
+        RuntimeError: `triton` or `inductor` was asked for and cannot run here.
     """
     choice = _setting()
     # ROCm calls its devices cuda too.
@@ -81,18 +85,49 @@ def resolve_backend(device_type: str, is_double: bool = False) -> str:
                 f"backend 'triton': expected tensors on a GPU (or TRITON_INTERPRET=1), got "
                 f"{device_type}"
             )
+    if choice == "inductor" and device_type == "cpu" and not _has_compiler():
+        raise RuntimeError(
+            f"backend 'inductor': expected a C++ compiler that runs, got none of "
+            f"{_compilers()} (CXX names another); backend 'eager' needs none"
+        )
     return choice
 
 
+def _compilers() -> list[str]:
+    """What torch.compile looks for, by name."""
+    import torch._inductor.config as inductor
+
+    found = inductor.cpp.cxx
+    return [x for x in (found if isinstance(found, (list, tuple)) else [found]) if x]
+
+
+def _has_compiler() -> bool:
+    """Whether one of these is there; torch remembers one that was found."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
+    return True
+
+
 def is_eager(x: torch.Tensor) -> bool:
-    """Whether the eager backend computes what comes with `x`: the one switch between the two.
+    """Whether torch, and not Triton's kernels, computes what comes with `x`: the one switch.
 
     It does where there is no sequence, and so no program to launch, too. Call it through its
     module: tests and tools replace this one name.
     """
     if x.dim() and x.shape[0] == 0:
         return True
-    return resolve_backend(x.device.type, x.dtype == torch.float64) == "eager"
+    return resolve_backend(x.device.type, x.dtype == torch.float64) != "triton"
+
+
+def is_compiled(x: torch.Tensor) -> bool:
+    """Whether torch computes that in graphs which it compiles."""
+    if _setting() != "inductor" or (x.dim() and x.shape[0] == 0):
+        return False
+    return resolve_backend(x.device.type, x.dtype == torch.float64) == "inductor"
 
 
 def describe_backend() -> str:

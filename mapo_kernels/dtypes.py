@@ -38,7 +38,8 @@ def require_dtype(name: str, x: torch.Tensor, kind: str) -> None:
 
 def comparable(rewards: torch.Tensor) -> torch.Tensor:
     """Rewards of a real dtype in one that kernels and torch compare with a threshold."""
-    return rewards.to(_COMPARABLE.get(rewards.dtype, rewards.dtype))
+    dtype = _COMPARABLE.get(rewards.dtype)
+    return rewards if dtype is None else rewards.to(dtype)
 
 
 def signed(ids: torch.Tensor) -> torch.Tensor:

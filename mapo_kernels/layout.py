@@ -6,7 +6,7 @@ import torch
 
 from mapo_kernels.batch import Batch
 from mapo_kernels.eager import formula
-from mapo_kernels.eager.sums import accumulator_dtype, row_sum
+from mapo_kernels.eager.sums import accumulator_dtype, row_sum, sum_by
 from mapo_kernels.spec import LossSpec
 
 
@@ -60,7 +60,7 @@ class Layout:
         if self._sequence is None:
             return row_sum(x)
         wide = x.to(accumulator_dtype(x.device))
-        return wide.new_zeros(self.n_sequences).index_add(0, self._sequence, wide).to(x.dtype)
+        return sum_by(self._sequence, wide, self.n_sequences).to(x.dtype)
 
     def n_valid(self) -> torch.Tensor:
         """Valid tokens of each sequence, [B] float32: exact up to 2^24."""

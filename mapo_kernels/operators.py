@@ -14,6 +14,7 @@ from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.eager import kept, shares
 from mapo_kernels.eager import logits as eager_logits
 from mapo_kernels.eager.advantages import eager_advantages
+from mapo_kernels.eager.compiled import fused
 from mapo_kernels.eager.logprobs import eager_token_loss
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import Signal, decide_rewards
@@ -26,16 +27,11 @@ from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
-def _eager_advantages(
-    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool, out: None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return eager_advantages(groups, spec)
-
-
 def _eager_summary(table: torch.Tensor, out: None = None) -> torch.Tensor:
     return eager_summary(table)
 
 
+@fused
 def _eager_scale(
     grad: torch.Tensor,
     upstream: torch.Tensor,
@@ -60,7 +56,7 @@ def _eager_rescale(upstream: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 _advantages = dispatched(
-    launch_groups.launch_advantages, _eager_advantages, launch_groups.empty_advantages
+    launch_groups.launch_advantages, eager_advantages, launch_groups.empty_advantages
 )
 _summary = dispatched(launch_groups.launch_summary, _eager_summary, launch_groups.empty_summary)
 _token_loss = dispatched(launch_logprobs.launch_token_loss, eager_token_loss, empty_results)

@@ -136,8 +136,8 @@ MUTANTS = (
         LOGITS,
     ),
     # eager
-    Mutant("reduce((finite & success).to", "reduce(success.to", ADVANTAGES),
-    Mutant("lowest.amin() >= -large and highest", "highest", ADVANTAGES),
+    Mutant("success = finite & _successes(", "success = _successes(", ADVANTAGES),
+    Mutant("(lowest.amin() >= -large) & (highest", "(highest", ADVANTAGES),
     Mutant("ids[1:] != ids[:-1]", "ids[1:] > ids[:-1] + 1", ADVANTAGES),
     Mutant(
         "(positions >= bounds[0]) & (positions < bounds[-1])",

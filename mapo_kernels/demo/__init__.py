@@ -9,7 +9,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from mapo_kernels.demo.settings import ESTIMATORS, Settings
+from mapo_kernels.demo.settings import ESTIMATORS, REPLAY, Settings
 from mapo_kernels.demo.tasks import TASKS
 from mapo_kernels.files import CommandError, require
 
@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--prompts", type=int, help="groups per step")
     add("--group-size", type=int, help="answers per prompt")
+    add("--top-p", type=float, help="sample from the likeliest tokens of so much probability")
+    replay = "with --top-p: train each estimator a second time, on replayed sampling masks"
+    add("--replay", action="store_true", help=replay)
     ends = "sampled success at which the supervised warm-up ends"
     add("--warmup-success", type=float, help=ends)
     add("--device", default="auto", help="a torch device; auto takes a GPU if there is one")
@@ -64,6 +67,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.seeds < 1:
         raise CommandError(f"--seeds: expected at least 1, got {args.seeds}")
+    if args.replay and args.top_p == 1:
+        raise CommandError("--replay: expected --top-p below 1, got 1.0: nothing to replay")
     try:
         settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
         AdvantageSpec(certainty=settings.certainty)
@@ -72,9 +77,10 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
+    names = dict.fromkeys(args.estimator)
     return run_experiment(
         settings,
-        estimators=list(dict.fromkeys(args.estimator)),
+        estimators=[*names, *(name + REPLAY for name in names if args.replay)],
         seeds=args.seeds,
         device=device,
         out=args.out,

@@ -34,7 +34,7 @@ def run_experiment(
 
     Args:
         settings: what decides the results.
-        estimators: names that `AdvantageSpec` knows.
+        estimators: names that `AdvantageSpec` knows, and these with REPLAY behind them.
         seeds: seeds 0 .. seeds - 1.
         device: where to train.
         out: the folder that gets everything.

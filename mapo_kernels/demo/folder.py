@@ -13,12 +13,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from mapo_kernels import files
-from mapo_kernels.demo.settings import ESTIMATORS, FORMAT, WARM_UP, Record
+from mapo_kernels.demo.settings import ESTIMATORS, FORMAT, REPLAY, WARM_UP, Record
 from mapo_kernels.files import CommandError, naming, one_line, read_json
 
 LOG_NAME = "log.json"
 LOCK_NAME = ".lock"
-RUN_NAME = rf"^({'|'.join([WARM_UP, *ESTIMATORS])})_seed[0-9]+$"  # of a run and its file
+# Of a run and its file.
+RUN_NAME = rf"^({WARM_UP}|({'|'.join(ESTIMATORS)})({REPLAY})?)_seed[0-9]+$"
 LOG_SCHEMA = {
     "type": "object",
     "required": ["format", "configuration", "runs"],

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mapo_kernels import SamplingMask
+
 PAD, END = 0, 1  # ids of the special tokens
 SPECIAL = "\0\n"  # their characters
 
@@ -101,12 +103,23 @@ class Decoder(nn.Module):
 
 
 class Rollouts(NamedTuple):
-    """Sampled answers: tokens, their log-probs and mask, each [B, T]; prompts [B, P]."""
+    """Sampled answers: tokens, their log-probs and mask, each [B, T]; prompts [B, P].
+
+    Each of the B * T tokens was sampled from the columns `kept` for it; log-probs speak of these.
+    """
 
     prompts: Tensor
     tokens: Tensor
     logprobs: Tensor
     mask: Tensor
+    kept: SamplingMask
+
+    def split(self, rows: int) -> list[Rollouts]:
+        """Parts of so many answers each."""
+        tokens = torch.arange(self.tokens.numel()).split(rows * self.tokens.shape[1])
+        tensors = (x.split(rows) for x in self[:-1])
+        parts = zip(*tensors, map(self.kept.select, tokens), strict=True)
+        return [Rollouts(*part) for part in parts]
 
 
 @torch.no_grad()
@@ -116,20 +129,23 @@ def sample(
     max_tokens: int,
     *,
     copies: int = 1,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Rollouts:
     """Continue each prompt [Q, P] `copies` times: at temperature 1, or greedily with no generator.
 
-    Rows come in groups of `copies` per prompt; the prompt is read once per group. Tokens after the
-    end token are padding and masked.
+    Tokens are sampled from the likeliest, whose probabilities add up to `top_p` or more. Rows come
+    in groups of `copies` per prompt; the prompt is read once per group. Tokens after the end token
+    are padding and masked.
     """
     logits, cache = model(prompts)
     next_logits = logits[:, -1].repeat_interleave(copies, dim=0)
     cache = [layer.repeat_interleave(copies, dim=1) for layer in cache]
     ended = torch.zeros(len(next_logits), dtype=torch.bool, device=prompts.device)
-    tokens, logprobs, mask = [], [], []
+    tokens, logprobs, mask, kept = [], [], [], []
     for step in range(max_tokens):
-        logp = next_logits.log_softmax(dim=-1)
+        kept.append(SamplingMask.from_logits(next_logits, top_p=top_p))
+        logp = _keep_only(next_logits, kept[-1]).log_softmax(dim=-1)
         if generator is None:
             choice = logp.argmax(dim=-1, keepdim=True)
         else:
@@ -141,16 +157,25 @@ def sample(
         if step + 1 < max_tokens:
             logits, cache = model(tokens[-1][:, None], cache)
             next_logits = logits[:, -1]
+    answer_by_answer = torch.arange(ended.numel() * max_tokens).view(max_tokens, -1).T.flatten()
     return Rollouts(
         prompts.repeat_interleave(copies, dim=0),
         torch.stack(tokens, dim=1),
         torch.stack(logprobs, dim=1),
         torch.stack(mask, dim=1),
+        SamplingMask.cat(kept).select(answer_by_answer),
     )
 
 
-def answer_logprobs(model: Decoder, prompts: Tensor, answers: Tensor) -> Tensor:
-    """Log-probs [B, T] of the tokens of `answers` [B, T] after `prompts` [B, P]."""
+def _keep_only(logits: Tensor, kept: SamplingMask) -> Tensor:
+    """Logits [B, V], -inf at columns that are not kept."""
+    row, column = torch.repeat_interleave(kept.counts), kept.token_ids.long()
+    out = logits.masked_fill((kept.counts > 0)[:, None], -torch.inf)
+    out[row, column] = logits[row, column]
+    return out
+
+
+def answer_logits(model: Decoder, prompts: Tensor, answers: Tensor) -> Tensor:
+    """Logits [B, T, V] that predict the tokens of `answers` [B, T] after `prompts` [B, P]."""
     logits, _ = model(torch.cat((prompts, answers[:, :-1]), dim=1))
-    logp = logits[:, prompts.shape[1] - 1 :].log_softmax(dim=-1)
-    return logp.gather(-1, answers[..., None]).squeeze(-1)
+    return logits[:, prompts.shape[1] - 1 :]

@@ -1,11 +1,10 @@
-"""The three figures of the demo, drawn from the log alone."""
+"""The figures of the demo, drawn from the log alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mapo_kernels import group_advantages
-from mapo_kernels.demo.settings import WARM_UP, Record
+from mapo_kernels.demo.settings import REPLAY, WARM_UP, Record
 from mapo_kernels.files import write_figure
 
 STYLES = {  # label and colour
@@ -40,6 +39,13 @@ Grouped = dict[str, list[Record]]  # the runs of each estimator
 Curve = list[tuple[int, float]]  # (step, value)
 
 
+class _Panel(NamedTuple):
+    curve: Callable[[Record], Curve]
+    title: str
+    label: str  # of the y-axis
+    limits: tuple[float, float] | None = None
+
+
 def draw_all(log: Record, out: Path) -> list[Path]:
     """Draw every figure as PNG, if there is a step of RL to draw; returns the files written."""
     configuration = log["configuration"]
@@ -49,19 +55,32 @@ def draw_all(log: Record, out: Path) -> list[Path]:
             grouped.setdefault(run["phase"], []).append(run)
     if not grouped:
         return []
-    groups = configuration["prompts"]
+    groups, top_p = configuration["prompts"], configuration["top_p"]
+    success = _Panel(
+        _success,
+        f"Held-out success: {configuration['task']}",
+        f"exactly right answers (temperature 1, top-p {top_p:g})",
+        (0, 1),
+    )
+    silent = _Panel(
+        _smoothed("groups_without_signal"),
+        "Groups without signal: all rewards equal, advantage 0",
+        f"groups, of {groups} in a step",
+        (0, groups),
+    )
+    ratio = _Panel(
+        _smoothed("on_policy_ratio"),
+        "Mean importance ratio before any update",
+        "new over old probability of a sampled token",
+    )
+    kept = _Panel(_smoothed("kept_columns"), "Columns kept by top-p", "mean over sampled tokens")
+    panels = {"success": [success], "groups_without_signal": [silent]}
+    if top_p < 1:
+        panels["sampling_masks"] = [ratio, success, kept]
     with matplotlib.rc_context(SETTINGS):
-        figures = {
-            "success": _curves(grouped, configuration, _success),
-            "groups_without_signal": _curves(grouped, configuration, _silent_groups),
-            "advantages": _advantages(list(grouped), configuration),
-        }
-        title = f"Held-out success: {configuration['task']}"
-        label = "exactly right answers (temperature 1)"
-        figures["success"].gca().set(title=title, ylabel=label, ylim=(0, 1))
-        title = "Groups without signal: all rewards equal, advantage 0"
-        label, limits = f"groups, of {groups} in a step", (0, groups)
-        figures["groups_without_signal"].gca().set(title=title, ylabel=label, ylim=limits)
+        figures = {name: _curves(grouped, configuration, x) for name, x in panels.items()}
+        estimators = dict.fromkeys(phase.removesuffix(REPLAY) for phase in grouped)
+        figures["advantages"] = _advantages(list(estimators), configuration)
         for name, figure in figures.items():
             write_figure(figure, out / f"{name}.png", dpi=120)
     return [out / f"{name}.png" for name in figures]
@@ -71,33 +90,43 @@ def _success(run: Record) -> Curve:
     return [(x["step"], x["success_sampled"]) for x in run["evals"]]
 
 
-def _silent_groups(run: Record) -> Curve:
-    """At each step, the mean of the steps around it."""
-    counts = [x["groups_without_signal"] for x in run["steps"]]
-    windows = (slice(max(i - SMOOTHING, 0), i + SMOOTHING + 1) for i in range(len(counts)))
-    return [(i, mean(counts[window])) for i, window in enumerate(windows)]
+def _smoothed(name: str) -> Callable[[Record], Curve]:
+    """The curve of what a step counts: at each step, the mean of the steps around it."""
+
+    def curve(run: Record) -> Curve:
+        counts = torch.tensor([x[name] for x in run["steps"]], dtype=torch.float64)
+        windows = (slice(max(i - SMOOTHING, 0), i + SMOOTHING + 1) for i in range(len(counts)))
+        return [(i, counts[window].nanmean().item()) for i, window in enumerate(windows)]
+
+    return curve
 
 
-def _style(estimator: str, configuration: Record, seeds: int = 1) -> dict[str, Any]:
+def _style(phase: str, configuration: Record, seeds: int = 1) -> dict[str, Any]:
+    estimator = phase.removesuffix(REPLAY)
     label, colour = STYLES[estimator]
     if estimator == "mapo" and configuration["certainty"] != "quadratic":
         label += f" ({configuration['certainty']})"
-    return {"color": colour, "label": label + (f", mean of {seeds} seeds" if seeds > 1 else "")}
+    if phase != estimator:
+        label += " with replay"
+    label += f", mean of {seeds} seeds" if seeds > 1 else ""
+    return {"color": colour, "label": label, "linestyle": "-" if phase == estimator else "--"}
 
 
-def _curves(grouped: Grouped, configuration: Record, curve: Callable[[Record], Curve]) -> Figure:
-    """A thin line per seed, and a thick one for the mean over the steps that all have."""
-    figure = Figure(figsize=(7.5, 4.4))
-    ax = figure.subplots()
-    for estimator, runs in grouped.items():
-        style = _style(estimator, configuration, len(runs))
-        curves = [curve(run) for run in runs]
-        for points in curves if len(curves) > 1 else ():
-            ax.plot(*np.transpose(points), color=style["color"], alpha=0.35, linewidth=1)
-        shared = min(map(len, curves))
-        ax.plot(*np.mean([x[:shared] for x in curves], axis=0).T, **style)
-    ax.set_xlabel("RL step")
-    ax.legend()
+def _curves(grouped: Grouped, configuration: Record, panels: list[_Panel]) -> Figure:
+    """In each panel, a thin line per seed and a thick one for their mean over the shared steps."""
+    figure = Figure(figsize=(2.5 + 5 * len(panels), 4.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        for phase, runs in grouped.items():
+            style = _style(phase, configuration, len(runs))
+            thin = {**style, "label": None, "alpha": 0.35, "linewidth": 1}
+            curves = [panel.curve(run) for run in runs]
+            for points in curves if len(curves) > 1 else ():
+                ax.plot(*np.transpose(points), **thin)
+            shared = min(map(len, curves))
+            ax.plot(*np.mean([x[:shared] for x in curves], axis=0).T, **style)
+        ax.set(title=panel.title, xlabel="RL step", ylabel=panel.label, ylim=panel.limits)
+    axes[0].legend()
     return figure
 
 

@@ -6,13 +6,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from mapo_kernels.demo.folder import LOG_NAME, run_path
-from mapo_kernels.demo.settings import WARM_UP, Record, Settings
+from mapo_kernels.demo.settings import REPLAY, WARM_UP, Record, Settings
 
-Final = dict[str, dict[int, float]]  # estimator -> seed -> held-out success at the end
+Final = dict[str, dict[int, float]]  # phase -> seed -> held-out success at the end
 
 
 def console() -> Console:
@@ -40,6 +41,9 @@ def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
     evaluated = [run for run in runs if run["evals"]]
     if evaluated:
         show(_results_table(log, evaluated))
+    if log["configuration"]["top_p"] < 1:
+        for phase in dict.fromkeys(run["phase"] for run in evaluated):
+            show(_truncation(phase, evaluated))
     final: Final = {}
     for run in evaluated:
         if run["finished"]:
@@ -74,18 +78,29 @@ def _results_table(log: Record, runs: Sequence[Record]) -> Table:
     return table
 
 
+def _truncation(phase: str, runs: Sequence[Record]) -> str:
+    """What sampling from some columns alone does to the runs of a phase, over all their steps."""
+    steps = [step for run in runs if run["phase"] == phase for step in run["steps"]]
+    ratio, kept = (
+        torch.tensor([step[name] for step in steps]).nanmean()
+        for name in ("on_policy_ratio", "kept_columns")
+    )
+    return f"{phase}: mean importance ratio before any update {ratio:.4f}, {kept:.2f} columns kept"
+
+
 def conclusion(final: Final) -> list[str]:
     """What the final successes allow to say about the estimators, and no more.
 
-    Every estimator is compared with grpo (or with the first one) seed by seed: both start from the
-    same warm-up there. A difference counts only if its mean exceeds the standard deviation over
-    seeds and every seed agrees on its sign.
+    Every estimator is compared with grpo (or with the first one), and a replay with its estimator
+    without one, seed by seed: both start from the same warm-up there. A difference counts only if
+    its mean exceeds the standard deviation over seeds and every seed agrees on its sign.
     """
     baseline = "grpo" if "grpo" in final else next(iter(final), "")
+    pairs = [(x, x.removesuffix(REPLAY) if x.endswith(REPLAY) else baseline) for x in final]
     several = {name: by_seed.values() for name, by_seed in final.items() if len(by_seed) > 1}
     return [
         *(f"{name}: {_mean_and_spread(values)}" for name, values in several.items()),
-        *(_compare(name, baseline, final) for name in final if name != baseline),
+        *(_compare(x, y, final) for x, y in pairs if x != y and y in final),
     ]
 
 
@@ -105,7 +120,7 @@ def _compare(estimator: str, baseline: str, final: Final) -> str:
             "--seeds 5 shows how far seeds differ."
         )
     verdict = "within the spread of the seeds: no ranking"
-    of_one_sign = len({difference > 0 for difference in differences}) == 1
+    of_one_sign = min(differences) > 0 or max(differences) < 0
     if of_one_sign and abs(mean(differences)) > stdev(differences):
         verdict = "larger than the spread and of one sign in every seed, on this task and settings"
     return f"{estimator} - {baseline}: {_mean_and_spread(differences, '+')}; {verdict}."

@@ -10,6 +10,7 @@ Record = dict[str, Any]  # of a run, a step or all of them: what JSON can hold
 FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 WARM_UP = "warm-up"
+REPLAY = "-replay"  # behind the estimator, in the name of a phase that replays kept sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Settings:
     certainty: str | float = "quadratic"  # lambda(p) of the mapo estimator
     prompts: int = 32  # groups per step
     group_size: int = 16  # answers per prompt
+    top_p: float = 1.0  # answers are sampled from the likeliest tokens of so much probability
     minibatches: int = 4  # optimizer steps per batch of rollouts; all but the first are off-policy
     learning_rate: float = 1e-3  # of RL
     eps_low: float = 0.2  # clip range
@@ -44,6 +46,8 @@ class Settings:
         share = self.warmup_success
         if not 0 <= share <= 1:  # and no NaN
             raise ValueError(f"warmup_success: expected a number in [0, 1], got {share}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.prompts % self.minibatches:
             expected = f"a multiple of minibatches = {self.minibatches}"
             raise ValueError(f"prompts: expected {expected}, got {self.prompts}")

@@ -1,4 +1,4 @@
-"""One phase of training for one seed: a supervised warm-up, or RL with `mapo_loss`."""
+"""One phase of training for one seed: a supervised warm-up, or RL."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mapo_kernels import AdvantageSpec, LossSpec, mapo_loss
-from mapo_kernels.demo.model import PAD, Characters, Decoder, Rollouts, answer_logprobs, sample
-from mapo_kernels.demo.settings import FORMAT, WARM_UP, Record, Settings
+from mapo_kernels import AdvantageSpec, LossSpec, mapo_loss_from_logits, token_logprobs
+from mapo_kernels.demo.model import PAD, Characters, Decoder, Rollouts, answer_logits, sample
+from mapo_kernels.demo.settings import FORMAT, REPLAY, WARM_UP, Record, Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 
 EVAL_SEED = 10**6
@@ -53,8 +54,10 @@ class Workbench:
         self, model: Decoder, problems: list[Problem], copies: int, generator: Generator | None
     ) -> tuple[Rollouts, Tensor]:
         """Sampled answers (greedy without a generator) and their rewards [Q, copies] on the CPU."""
-        prompts = self.prompts(problems)
-        rollouts = sample(model, prompts, self.max_tokens, copies=copies, generator=generator)
+        prompts, top_p = self.prompts(problems), self.settings.top_p
+        rollouts = sample(
+            model, prompts, self.max_tokens, copies=copies, top_p=top_p, generator=generator
+        )
         rewards = [
             self.task.reward(problems[row // copies], answer)
             for row, answer in enumerate(self.characters.decode(rollouts.tokens))
@@ -62,7 +65,7 @@ class Workbench:
         return rollouts, torch.tensor(rewards).view(-1, copies)
 
     def evaluate(self, model: Decoder, step: int) -> Record:
-        """Held-out success at temperature 1 and greedy; the same random numbers at each `step`."""
+        """Held-out success, sampled and greedy; the same random numbers at each `step`."""
         generator = Generator(self.device).manual_seed(EVAL_SEED + step)
         _, sampled = self.roll_out(model, self.held_out, self.settings.eval_copies, generator)
         _, greedy = self.roll_out(model, self.held_out, 1, None)
@@ -77,9 +80,10 @@ class Run:
     """
 
     def __init__(self, bench: Workbench, phase: str, seed: int, start: Run | None = None) -> None:
-        """Begin where `start` ended, or afresh; `phase` is WARM_UP or an estimator."""
+        """Begin where `start` ended, or afresh; `phase` is WARM_UP or one of RL."""
         self.bench, self.settings = bench, bench.settings
         self.phase, self.name = phase, f"{phase}_seed{seed}"
+        self.replays = phase.endswith(REPLAY)
         self.model = bench.new_model(seed)
         self.stream = ProblemStream(bench.task, seed)
         self.generator = Generator(bench.device).manual_seed(seed)
@@ -148,8 +152,8 @@ class Run:
         problems = self.stream.take(self.settings.warmup_batch)
         solutions = [problem.solution for problem in problems]
         answers = bench.characters.answers(solutions, bench.max_tokens).to(bench.device)
-        logp = answer_logprobs(self.model, bench.prompts(problems), answers)
-        return self._update(-logp[answers != PAD].mean())
+        logits = answer_logits(self.model, bench.prompts(problems), answers)
+        return self._update(F.cross_entropy(logits.mT, answers, ignore_index=PAD))
 
     def _reinforce(self) -> Record:
         """Sample whole groups, score them, and take one optimizer step per minibatch of groups."""
@@ -157,12 +161,12 @@ class Run:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = settings.learning_rate * (1 - step / settings.steps)
         rollouts, rewards = self._roll_out()
-        tensors = (*rollouts, rewards.flatten().to(self.bench.device))
         rows = rewards.numel() // settings.minibatches
-        measured = [
-            self._minibatch(Rollouts(*parts[:-1]), parts[-1])
-            for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-        ]
+        parts = rollouts.split(rows)
+        if self.replays:
+            parts = [self._scored_anew(part) for part in parts]
+        rewards_of = rewards.flatten().to(self.bench.device).split(rows)
+        measured = [self._minibatch(*x) for x in zip(parts, rewards_of, strict=True)]
         # A minibatch without a scored token says NaN; so does a step of such minibatches.
         means = {
             name: torch.tensor([values[name] for values in measured]).nanmean().item()
@@ -171,14 +175,32 @@ class Run:
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
             self._evaluate(step + 1)
         self.record["finished"] = step + 1 == settings.steps
+        # Of the first minibatch, which is of the policy that sampled.
+        means["on_policy_ratio"] = measured[0]["ratio_mean"]
+        means["kept_columns"] = self._kept_columns(rollouts)
         return {"step": step, **group_summary(rewards), **means}
+
+    @torch.no_grad()
+    def _scored_anew(self, rollouts: Rollouts) -> Rollouts:
+        """With log-probs that equal the loss's bit for bit; the sampler's are not."""
+        prompts, tokens, _, mask, kept = rollouts
+        logits = answer_logits(self.model, prompts, tokens)
+        logprobs = token_logprobs(logits, tokens, mask=mask, sampling_mask=kept)
+        return rollouts._replace(logprobs=logprobs)
+
+    def _kept_columns(self, rollouts: Rollouts) -> float:
+        """How many columns a token of an answer was sampled from, on average."""
+        counts = rollouts.kept.counts.view_as(rollouts.mask)[rollouts.mask]
+        return counts.where(counts > 0, self.bench.characters.size).double().mean().item()
 
     def _minibatch(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """One optimizer step; returns the loss and its metrics."""
         settings = self.settings
-        estimator: Any = self.phase
-        output = mapo_loss(
-            answer_logprobs(self.model, rollouts.prompts, rollouts.tokens),
+        estimator: Any = self.phase.removesuffix(REPLAY)
+        output = mapo_loss_from_logits(
+            answer_logits(self.model, rollouts.prompts, rollouts.tokens),
+            rollouts.tokens,
+            sampling_mask=rollouts.kept if self.replays else None,
             rewards=rewards,
             group_size=settings.group_size,
             mask=rollouts.mask,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from mapo_kernels import config
+from mapo_kernels import backend, config
 from mapo_kernels.batch import GroupInputs, replaced
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.eager import formula
+from mapo_kernels.eager.compiled import fused
 from mapo_kernels.eager.sums import accumulator_dtype, row_sum
 from mapo_kernels.groups import order_by_group
 from mapo_kernels.spec import AdvantageSpec
@@ -46,73 +45,112 @@ def _large_rewards(dtype: torch.dtype) -> tuple[float, float]:
     return (2.0**400, 2.0**-620) if dtype == torch.float64 else (2.0**50, 2.0**-80)
 
 
-def eager_advantages(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_advantages(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool, out: None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages [B] and the statistics table [7, Q]: fields of `GroupStats`, then the factor.
 
-    For group ids the table is [7, B]: groups by ascending id, empty ones last.
+    For group ids the table is [7, B]: groups by ascending id, empty ones last. Where it is not
+    wanted, it may be [0, Q].
     """
+    if groups.group_ids is not None:
+        # Not compiled: a graph's own loop would add in the order in which threads come.
+        return _of_any(groups, spec)
     n_rows, size = groups.rewards.shape[0], groups.group_size
-    step = max(1, config.EAGER.chunk_rewards // max(size, 1)) * size
-    if groups.group_ids is not None or torch.compiler.is_compiling() or n_rows <= step:
-        return _of_groups(groups, spec)
+    if torch.compiler.is_compiling() or groups.rewards.device.type != "cpu" or n_rows == 0:
+        return _of_contiguous(groups, spec)
+    step = max(1, config.EAGER.chunk_rewards // size) * size
+    if n_rows <= step or backend.is_compiled(groups.rewards):
+        return _of_chunk(groups, spec, want_stats)
     dtype = result_dtype(groups.rewards)
     advantages = groups.rewards.new_empty(n_rows, dtype=dtype)
-    table = groups.rewards.new_empty((7, n_rows // size), dtype=dtype)
+    table = groups.rewards.new_empty((7 if want_stats else 0, n_rows // size), dtype=dtype)
     for first in range(0, n_rows, step):
         r, q = slice(first, first + step), slice(first // size, (first + step) // size)
         success = None if groups.success is None else groups.success[r]
         some = replaced(groups, rewards=groups.rewards[r], success=success)
-        advantages[r], table[:, q] = _of_groups(some, spec)
+        advantages[r], table[:, q] = _of_chunk(some, spec, want_stats)
     return advantages, table
 
 
-def _extremes(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Lowest and highest of each row of a table on a CPU; None where one needs more care.
+def _of_chunk(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of contiguous groups on a CPU: in a hurry, and with care where that will not do."""
+    advantages, table, was_enough = _of_ordinary(groups, spec, want_stats)
+    if not was_enough:
+        advantages, table = _of_contiguous(groups, spec)
+    return advantages, table if want_stats else table[:0]
 
-    That is where it is not finite, or so large that its square may not be.
+
+@fused
+def _of_ordinary(
+    groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of contiguous groups, and whether all rewards were ordinary, [] bool.
+
+    Else, where a reward is not finite or its square might not be, the rest means nothing.
     """
-    if torch.compiler.is_compiling() or rewards.device.type != "cpu" or rewards.shape[0] == 0:
-        return None
+    dtype = result_dtype(groups.rewards)
+    given = groups.rewards.reshape(-1, groups.group_size)
+    rewards = given.to(dtype)
     lowest, highest = torch.aminmax(rewards, dim=1)
-    large = _large_rewards(rewards.dtype)[0]
-    # A NaN is within no bounds.
-    return (lowest, highest) if lowest.amin() >= -large and highest.amax() <= large else None
+    success = _successes(groups, given, spec)
+    count = torch.full_like(lowest, groups.group_size)
+    above = rewards - lowest[:, None]
+    offset = row_sum(above) / count
+    deviation = above - offset[:, None]
+    mean = lowest + offset
+    factor, *statistics = formula.group_advantage(
+        count,
+        lowest,
+        highest,
+        mean,
+        row_sum(deviation * deviation),
+        success.to(dtype).sum(1) if torch.compiler.is_compiling() else success.sum(1).to(dtype),
+        1.0,
+        spec.numbers,
+        spec.kind,
+    )
+    large = _large_rewards(dtype)[0]
+    is_within = (lowest.amin() >= -large) & (highest.amax() <= large)
+    limit = torch.finfo(dtype).max if spec.max_abs is None else spec.max_abs
+    limit = formula.operand(limit, deviation)
+    # Of finite numbers: where one is 0 so is the product, but for its sign.
+    advantages = deviation.mul_(factor[:, None]).clamp_(-limit, limit).add_(0.0)
+    columns = [mean, *statistics, count, torch.zeros_like(mean), factor]
+    table = torch.stack(columns) if want_stats else mean[None, :][:0]
+    return advantages.reshape(-1), table, is_within & (factor.abs().amax() < float("inf"))
 
 
-def _of_groups(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `eager_advantages` returns, of groups that fit the cache together."""
+def _successes(groups: GroupInputs, given: torch.Tensor, spec: AdvantageSpec) -> torch.Tensor:
+    """Which rewards, in the shape of `given`, are successes, finite or not."""
+    if groups.success is not None:
+        return groups.success.reshape(given.shape)
+    # In the rewards' own dtype: a float32 reward of 0.9 passes a threshold of 0.9.
+    return given >= spec.success_threshold
+
+
+def _of_any(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `eager_advantages` returns, of any rewards and groups."""
     by_group = _Groups(groups)
     reduce, spread = by_group.reduce, by_group.spread
     dtype = result_dtype(groups.rewards)
     given = groups.rewards.reshape(by_group.shape)
     rewards = given.to(dtype)
-    # In the rewards' own dtype: a float32 reward of 0.9 passes a threshold of 0.9.
-    success = given >= spec.success_threshold if groups.success is None else groups.success
-    success = success.reshape(by_group.shape)
-    extremes = _extremes(rewards) if groups.group_ids is None else None
-    finite = None
-    if extremes is not None:
-        lowest, highest = extremes
-        count = torch.full_like(lowest, groups.group_size)
-        nonfinite = torch.zeros_like(lowest)
-        successes = success.sum(1).to(dtype)
-        unit: Any = 1.0
-        above = rewards - spread(lowest)
-    else:
-        inf = float("inf")
-        finite = rewards.abs() < inf
-        count = reduce(finite.to(dtype), "sum")
-        nonfinite = reduce((~finite).to(dtype), "sum")
-        successes = reduce((finite & success).to(dtype), "sum")
-        lowest = reduce(rewards.where(finite, inf), "amin", inf).where(count > 0, 0.0)
-        highest = reduce(rewards.where(finite, -inf), "amax", -inf).where(count > 0, 0.0)
-        unit = formula.reward_unit(lowest, highest, *_large_rewards(dtype))
-        lowest, highest = lowest * unit, highest * unit
-        above = (rewards * spread(unit) - spread(lowest)).where(finite, 0.0)
+    finite = rewards.abs() < float("inf")
+    success = finite & _successes(groups, given, spec)
+    inf = float("inf")
+    count = reduce(finite.to(rewards.dtype), "sum")
+    nonfinite = reduce((~finite).to(rewards.dtype), "sum")
+    successes = reduce(success.to(rewards.dtype), "sum")
+    lowest = reduce(rewards.where(finite, inf), "amin", inf).where(count > 0, 0.0)
+    highest = reduce(rewards.where(finite, -inf), "amax", -inf).where(count > 0, 0.0)
+    unit = formula.reward_unit(lowest, highest, *_large_rewards(dtype))
+    lowest, highest = lowest * unit, highest * unit
+    above = (rewards * spread(unit) - spread(lowest)).where(finite, 0.0)
     offset = reduce(above, "sum") / count.clamp(min=1.0)
-    deviation = above - spread(offset)
-    if finite is not None:
-        deviation = deviation.where(finite, 0.0)
+    deviation = (above - spread(offset)).where(finite, 0.0)
     mean = lowest + offset
     factor, std, success_ratio, certainty = formula.group_advantage(
         count,
@@ -126,11 +164,9 @@ def _of_groups(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, 
         spec.kind,
     )
     limit = torch.finfo(dtype).max if spec.max_abs is None else spec.max_abs
-    if finite is None and factor.abs().amax() < float("inf"):
-        # Of finite numbers: where one is 0 so is the product, if for its sign.
-        advantages = deviation.mul_(spread(factor)).clamp_(-limit, limit).add_(0.0)
-    else:
-        finite = torch.ones_like(success) if finite is None else finite
-        advantages = formula.row_advantage(deviation, finite, spread(factor), limit)
+    advantages = formula.row_advantage(deviation, finite, spread(factor), limit)
     table = [mean / unit, std, success_ratio, certainty, count, nonfinite, factor]
     return advantages.reshape(-1), torch.stack(table)
+
+
+_of_contiguous = fused(_of_any)

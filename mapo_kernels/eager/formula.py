@@ -18,12 +18,21 @@ from mapo_kernels._triton import is_device_function
 from mapo_kernels.eager.select import only
 
 
+def operand(x: Any, like: torch.Tensor) -> Any:
+    """A number as an operand of a function; of an operator it may be one in any case.
+
+    Of a number that changes torch.compile makes an input of the graph where it is added, and else
+    a graph for each value.
+    """
+    return like.new_zeros(()) + x if torch.compiler.is_compiling() else x
+
+
 def _clamp(x: torch.Tensor, low: Any, high: Any, propagate_nan: None) -> torch.Tensor:
-    return torch.clamp(x, low, high)
+    return torch.clamp(x, operand(low, x), operand(high, x))
 
 
-def _fma(x: Any, y: Any, z: Any) -> Any:
-    return x * y + z
+def _fma(x: torch.Tensor, y: Any, z: Any) -> torch.Tensor:
+    return (x * y).add_(z)
 
 
 def _maximum(x: torch.Tensor, y: torch.Tensor, propagate_nan: None) -> torch.Tensor:
@@ -35,6 +44,8 @@ def _where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
         return only(x, condition)
     if isinstance(x, float) and x == 0.0 and isinstance(y, torch.Tensor):
         return only(y, ~condition)
+    if isinstance(x, torch.Tensor):
+        y = operand(y, x)
     return torch.where(condition, x, y)
 
 

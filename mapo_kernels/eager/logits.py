@@ -10,6 +10,7 @@ from mapo_kernels import config
 from mapo_kernels.batch import RowInputs
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.eager import formula
+from mapo_kernels.eager.compiled import fused
 from mapo_kernels.eager.sums import row_sum
 
 _Index = tuple[torch.Tensor, ...]
@@ -107,12 +108,27 @@ def _tabulate(
     for positions, index in pieces.chunks(2 if with_entropy else 1):
         x = pieces.tempered(positions, index, dtype)
         token, known = pieces.targets(index)
-        found = entries(_sums(x, token, known, with_entropy), known)
-        table[:, positions] = torch.stack(found[:columns])
+        table[:, positions] = _tabulated(x, token, known, columns, with_entropy, entries)
         del x  # before the next chunk is there
     if mask is not None and torch.compiler.is_compiling():
         table = table.where(mask.reshape(-1) != 0, 0.0)
     return table
+
+
+@fused
+def _tabulated(
+    x: torch.Tensor,
+    token: torch.Tensor,
+    known: torch.Tensor,
+    columns: int,
+    with_entropy: bool,
+    entries: Callable[[_Sums, torch.Tensor], _Sums],
+) -> torch.Tensor:
+    """The first `columns` entries of the rows x [n, V], which are overwritten."""
+    if torch.compiler.is_compiling():
+        # What is overwritten would be written back.
+        x = x.clone()
+    return torch.stack(entries(_sums(x, token, known, with_entropy), known)[:columns])
 
 
 def _sums(x: torch.Tensor, token: torch.Tensor, known: torch.Tensor, with_entropy: bool) -> _Sums:
@@ -200,6 +216,7 @@ def eager_gradient(
     return out
 
 
+@fused
 def gradient_of(
     x: torch.Tensor,
     token: torch.Tensor,
@@ -209,6 +226,8 @@ def gradient_of(
     bonus: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient [n, V] as `rows_device.write_gradient` has it; `x` is overwritten."""
+    if torch.compiler.is_compiling():
+        x = x.clone()
     logp, entropy, top, total, rest = table.unbind(0)
     at_target = g * rest
     x.sub_(top[:, None])

@@ -11,6 +11,7 @@ from mapo_kernels.batch import Batch, TokenResults, replaced
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.eager import formula
 from mapo_kernels.eager.advantages import eager_advantages
+from mapo_kernels.eager.compiled import fused
 from mapo_kernels.eager.select import Only, only
 from mapo_kernels.eager.sums import top, total
 from mapo_kernels.formula import GROUP_METRICS, LARGEST, RESULTS, SLOTS, TokenMetrics
@@ -129,9 +130,24 @@ def eager_token_loss(
     computed = logprobs.new_empty(0, dtype=dtype)
     group_values = logprobs.new_zeros(len(GROUP_METRICS), dtype=dtype)
     if inputs.groups is not None:
-        computed, table = eager_advantages(inputs.groups, advantage_spec)
+        computed, table = eager_advantages(inputs.groups, advantage_spec, True)
         group_values = torch.stack(group_metrics(table)).to(dtype)
-    given = computed if inputs.advantages is None else inputs.advantages
+        inputs = replaced(inputs, groups=None, advantages=computed, per_token=False)
+    loss, results, grad = _of_tokens(logprobs, inputs, spec, group_values, need_grad)
+    return TokenResults(loss, results, computed, grad)
+
+
+@fused
+def _of_tokens(
+    logprobs: torch.Tensor,
+    inputs: Batch,
+    spec: LossSpec,
+    group_values: torch.Tensor,
+    need_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, results and gradient, from advantages."""
+    dtype, given = result_dtype(logprobs), inputs.advantages
+    assert given is not None
     pieces = _chunks(logprobs, inputs)
     if len(pieces) <= 1:
         sums, largest, grad = _score_chunk(logprobs, inputs, given, spec, dtype, need_grad)
@@ -157,4 +173,4 @@ def eager_token_loss(
             sums.new_zeros(SLOTS - len(RESULTS)),
         ]
     )
-    return TokenResults(total / denominator, results, computed, grad)
+    return total / denominator, results, grad

@@ -24,6 +24,24 @@ def row_sum(x: torch.Tensor) -> torch.Tensor:
     return x.expand(2, -1).sum(1)[:1]
 
 
+def sum_by(index: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
+    """Sums [n] of the values of `x` that have each index."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return _sum_by(index, x, n)
+    return x.new_zeros(n).index_add(0, index, x)
+
+
+# A graph's own loop would add from several threads, in the order in which they come.
+@torch.library.custom_op("mapo_kernels::sum_by", mutates_args=())
+def _sum_by(index: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
+    return x.new_zeros(n).index_add(0, index, x)
+
+
+@_sum_by.register_fake
+def _(index: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
+    return x.new_empty(n)
+
+
 def total(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum [] of all of `x`; of bools, how many there are."""
     if torch.compiler.is_compiling():

@@ -61,6 +61,7 @@ def tiny_cases(suite, on_gpu):
         Case(HIDDEN, **BATCH, head=HEAD, sweep="live"),
         Case(cases.KEPT, **BATCH, head=HEAD),
         Case(cases.KEPT, **BATCH, head=HEAD, sweep="kept", kept=4),
+        Case(cases.KEPT, **BATCH, head=HEAD, sweep="common", common=True),
     ]
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -18,11 +20,11 @@ pytest.importorskip("rich")
 from reasoning_gym import create_dataset
 
 import mapo_kernels
-from mapo_kernels import files
+from mapo_kernels import SamplingMask, files
 from mapo_kernels.__main__ import main
 from mapo_kernels.demo import experiment, plots, report, train
 from mapo_kernels.demo.experiment import run_experiment
-from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logprobs, sample
+from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logits, sample
 from mapo_kernels.demo.settings import Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 from mapo_kernels.demo.train import success_share
@@ -45,6 +47,7 @@ TINY = Settings(
     layers=1,
     heads=2,
 )
+MEANS = ("on_policy_ratio", "kept_columns")  # over steps, of runs that sample with top-p
 PLOTS = ("success", "groups_without_signal", "advantages")
 
 
@@ -190,6 +193,68 @@ def test_fresh_run_ignores_what_was_saved(tmp_path, undrawn):
     assert len(read_log(tmp_path)["runs"]["grpo_seed0"]["steps"]) == 2
 
 
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory):
+    """A demo that trained without replay first, and was continued with it."""
+    out, settings = tmp_path_factory.mktemp("replayed"), replace(TINY, top_p=0.9, steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_all", lambda log, out: [])
+        run_tiny(out, settings, estimators=("mapo",))
+        run_tiny(out, settings, estimators=("mapo", "mapo-replay"), resume=True)
+    return out
+
+
+def test_replay_has_importance_ratios_of_one_and_no_replay_the_kept_probability(replayed):
+    _, plain, replay = read_log(replayed)["runs"].values()
+    assert (plain["phase"], replay["phase"]) == ("mapo", "mapo-replay")
+    assert plain["evals"][0] == replay["evals"][0]
+    # NaN where no group of the first minibatch has signal. A kept set has at least top_p.
+    ratios = [[x["on_policy_ratio"] for x in run["steps"]] for run in (plain, replay)]
+    without, with_replay = ([x for x in found if x == x] for found in ratios)
+    assert without and all(0.9 <= x < 0.99 for x in without)
+    assert with_replay and set(with_replay) == {1.0}
+    assert all(1 < step["kept_columns"] < 29 for step in plain["steps"] + replay["steps"])
+
+
+@pytest.mark.parametrize("phase", ["mapo-replay", "mapo"])
+def test_the_ratio_of_every_token_before_an_update(phase, monkeypatch):
+    bench = train.Workbench(replace(TINY, top_p=0.7, minibatches=1), torch.device("cpu"))
+    roll_out, rewards = bench.roll_out, torch.tensor([0.0, 1.0]).repeat(4, 2)
+    # Signal in every group: a model that has learned nothing is never right.
+    monkeypatch.setattr(bench, "roll_out", lambda *given: (roll_out(*given)[0], rewards))
+    run = train.Run(bench, phase, 0)
+    run.step()
+    (step,) = run.record["steps"]
+    assert step["scored_tokens"] > 50
+    if phase == "mapo-replay":
+        assert step["ratio_mean"] == step["ratio_max"] == 1 and step["approx_kl"] == 0
+    else:
+        assert step["ratio_mean"] < step["ratio_max"] < 1
+
+
+def test_replay_is_drawn_and_reported(replayed, capsys):
+    log = read_log(replayed)
+    drawn = plots.draw_all(log, replayed)
+    assert_is_png(replayed / "sampling_masks.png")
+    report.print_summary(log, replayed, drawn)
+    shown = capsys.readouterr().out
+    assert "mapo-replay: mean importance ratio before any update 1.0000, " in shown
+    assert "mapo-replay against mapo: one seed cannot rank" in shown
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        ("--replay", "--replay: expected --top-p below 1, got 1.0"),
+        ("--top-p 0", "top_p: expected a number in (0, 1], got 0.0"),
+        ("--top-p nan --replay", "top_p: expected a number in (0, 1], got nan"),
+    ],
+)
+def test_a_replay_of_nothing_is_one_line(words, error, tmp_path, capsys):
+    assert main(["demo", *words.split(), "--out", str(tmp_path / "x")]) == 2
+    assert error in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "mapo_kernels", "demo", "--out", str(tmp_path), "--steps", "2"]
     small = ["--prompts", "4", "--group-size", "4", "--warmup-success", "0", "--estimator", "apd"]
@@ -226,6 +291,14 @@ def test_certainty_is_a_name_or_a_number(text, value, monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "run_experiment", lambda given, **_: seen.append(given))
     main(["demo", "--certainty", text, "--out", str(tmp_path)])
     assert seen[0].certainty == value and seen[0].steps == Settings().steps
+
+
+def test_replay_trains_every_estimator_twice(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(experiment, "run_experiment", lambda _, **given: seen.append(given))
+    words = "--estimator grpo rloo grpo --top-p 0.5 --replay"
+    main(["demo", *words.split(), "--out", str(tmp_path)])
+    assert seen[0]["estimators"] == ["grpo", "rloo", "grpo-replay", "rloo-replay"]
 
 
 @pytest.mark.parametrize("text", ["2", "linaer", "nan"])
@@ -324,17 +397,39 @@ def test_held_out_prompts_are_never_trained_on(task):
         assert trained_on.isdisjoint(held_out)
 
 
-def test_cached_sampling_agrees_with_the_full_forward_pass():
+def sampled(top_p):
+    """A model, prompts, and three answers to each, of up to five tokens."""
     torch.manual_seed(0)
     model = Decoder(vocabulary=9, length=9, width=16)
     prompts = torch.randint(2, 9, (5, 4))
-    rollouts = sample(model, prompts, 5, copies=3, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return model, prompts, sample(model, prompts, 5, copies=3, top_p=top_p, generator=generator)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_cached_sampling_agrees_with_the_full_forward_pass(top_p):
+    model, prompts, rollouts = sampled(top_p)
     assert torch.equal(rollouts.prompts, prompts.repeat_interleave(3, dim=0))
-    full = answer_logprobs(model, rollouts.prompts, rollouts.tokens)
-    torch.testing.assert_close(rollouts.logprobs, full * rollouts.mask)
+    full = answer_logits(model, rollouts.prompts, rollouts.tokens).detach()
+    # The log-prob of each token by the definition: of the likeliest, until they have `top_p`.
+    p, order = full.softmax(-1).sort(descending=True)
+    p = p.where(p.cumsum(-1) - p < top_p, 0.0)
+    logp = (p / p.sum(-1, keepdim=True)).log().gather(-1, order.argsort(-1))
+    logp = logp.gather(-1, rollouts.tokens[..., None]).squeeze(-1)
+    torch.testing.assert_close(rollouts.logprobs, logp.masked_fill(~rollouts.mask, 0.0))
+    counts = (p > 0).sum(-1).flatten()
+    assert torch.equal(rollouts.kept.counts, counts.where(counts < 9, 0))
     ended_before = (rollouts.tokens == END).cumsum(dim=1) - (rollouts.tokens == END).long() > 0
     assert torch.equal(rollouts.mask, ~ended_before)
     assert (rollouts.tokens[ended_before] == PAD).all()
+
+
+def test_parts_of_rollouts_keep_what_their_answers_kept():
+    _, _, rollouts = sampled(0.6)
+    parts = rollouts.split(5)
+    assert [part.tokens.shape for part in parts] == [(5, 5)] * 3
+    kept = SamplingMask.cat([part.kept for part in parts])
+    assert all(torch.equal(x, y) for x, y in zip(kept, rollouts.kept, strict=True))
 
 
 def test_unfinished_answers_decode_to_none():
@@ -343,12 +438,33 @@ def test_unfinished_answers_decode_to_none():
     assert characters.decode(rows) == ["ab", None, None, ""]
 
 
+def test_the_table_of_replay_is_that_of_the_result_file():
+    name = "benchmarks/results/demo_sampling_masks_3_seeds.json"
+    log, text = json.loads((ROOT / name).read_text()), (ROOT / "docs/demo.md").read_text()
+    assert name in text and "(demo_sampling_masks.png)" in text
+    for phase, row in (("mapo", "| without replay |"), ("mapo-replay", "| with replay |")):
+        runs = [run for run in log["runs"] if run["phase"] == phase]
+        before, after = ([run["evals"][i]["success_sampled"] for run in runs] for i in (0, -1))
+        ratio, kept = (mean(run["means"][x] for run in runs) for x in MEANS)
+        numbers = [f"{ratio:.3f}", *(f"{x:.2f}" for x in before + after), f"{mean(after):.3f}"]
+        (line,) = (line for line in text.splitlines() if line.startswith(row))
+        assert re.findall(r"\d\.\d+", line) == [*numbers, f"{kept:.2f}"]
+        assert ratio == 1 or phase == "mapo"
+
+
 def test_conclusion_claims_only_what_the_seeds_show():
     (one,) = report.conclusion({"mapo": {0: 0.9}, "grpo": {0: 0.1}})
     assert "one seed cannot rank" in one
     noisy = {"mapo": {0: 0.9, 1: 0.6, 2: 0.8}, "grpo": {0: 0.7, 1: 0.8, 2: 0.7}}
     assert report.conclusion(noisy)[-1].endswith("no ranking.")
+    equal_once = {"mapo": {0: 0.8, 1: 0.78, 2: 0.78}, "grpo": {0: 0.8, 1: 0.8, 2: 0.8}}
+    assert report.conclusion(equal_once)[-1].endswith("no ranking.")
     clear = {"mapo": {0: 0.9, 1: 0.88, 2: 0.91}, "grpo": {0: 0.7, 1: 0.71, 2: 0.7}}
     *_, verdict = report.conclusion(clear)
     assert "larger than the spread" in verdict and "grpo: mean +0.193, standard dev" in verdict
     assert report.conclusion({}) == []
+    replay = {"grpo": {0: 0.1}, "mapo": {0: 0.9}, "mapo-replay": {0: 0.9}}
+    assert [x.partition(":")[0] for x in report.conclusion(replay)] == [
+        "mapo against grpo",
+        "mapo-replay against mapo",
+    ]

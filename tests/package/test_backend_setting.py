@@ -14,7 +14,8 @@ from mapo_kernels.__main__ import main
 ROOT = Path(__file__).parents[2]
 # What no machine without a GPU, where nothing interprets Triton, can use, and what is said of it.
 UNUSABLE = {
-    "garbage": "MAPO_KERNELS_BACKEND: expected one of ['auto', 'triton', 'eager'], got 'garbage'",
+    "garbage": "MAPO_KERNELS_BACKEND: expected one of ['auto', 'triton', 'eager', 'inductor'], got "
+    "'garbage'",
     "TRITON": "backend 'triton': expected",
     "triton": "backend 'triton': expected",
 }
