@@ -40,6 +40,12 @@ class BatchArguments(TypedDict, total=False):
         process_group: ranks that each hold a part of the batch, all of which call this: groups may
             lie across them, as in `group_advantages`, and `normalizer` may be `global`. One
             collective; see there. Not inside torch.compile, where a plan made before will do.
+        sequence_group: ranks that each hold some tokens of the same sequences (context parallel),
+            cut in any way: rewards and all else that is not the tokens' own is the same on these
+            ranks. Loss, denominators and metrics are those of the whole sequences, on every rank;
+            the gradient is that by the tokens here, so that gradients of parameters are summed over
+            the group. Ranks first exchange how they were called, for which the host waits, then
+            counts, and log-probs where ratios or metrics need them. Not inside torch.compile.
         spec: which loss, and how it is aggregated.
         advantage_spec: how rewards become advantages.
     """
@@ -53,6 +59,7 @@ class BatchArguments(TypedDict, total=False):
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | float | str | None
     process_group: torch.distributed.ProcessGroup | None
+    sequence_group: torch.distributed.ProcessGroup | None
     spec: LossSpec
     advantage_spec: AdvantageSpec
 
@@ -65,8 +72,8 @@ class LossArguments(BatchArguments, total=False):
         ref_logprobs: under the reference policy; needed if `spec.beta` is not 0.
         rollout_logprobs: as the sampling engine saw them; needed if `spec.rollout_cap` is set.
         token_weights: factor of the policy term (importance, off-policy or entropy masks).
-        plan: of `make_plan`, in place of rewards, advantages, groups, mask, cu_seqlens, normalizer
-            and process_group.
+        plan: of `make_plan`, in place of rewards, advantages, groups, mask, cu_seqlens, normalizer,
+            process_group and sequence_group.
     """
 
     old_logprobs: torch.Tensor | None

@@ -33,6 +33,22 @@ class GroupInputs(NamedTuple):
     wide: bool = False
 
 
+class SequenceParts(NamedTuple):
+    """How sequences lie on the ranks of a group that each hold some of their tokens.
+
+    Attributes:
+        group: the process group.
+        rank: this process in it.
+        lengths: of each rank, tokens of a padded sequence, or of all packed ones.
+        n_valid: valid tokens of each sequence on all ranks together, [B] float32.
+    """
+
+    group: Any
+    rank: int
+    lengths: tuple[int, ...]
+    n_valid: torch.Tensor
+
+
 class Batch(NamedTuple):
     """The tensors of one token loss beside the log-probs themselves.
 
@@ -54,6 +70,7 @@ class Batch(NamedTuple):
         normalizer: the denominator over the batch: a 0-d tensor, a number, or None to count it
             here.
         per_token: whether the advantages are the tokens' own, and not their sequences'.
+        parts: how the sequences lie on ranks that each hold some of their tokens; or None: whole.
     """
 
     old_logprobs: torch.Tensor | None = None
@@ -68,6 +85,7 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
     normalizer: torch.Tensor | float | None = None
     per_token: bool = False
+    parts: SequenceParts | None = None
 
     def token_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields with one value per token, in order; the mask is the last of them."""

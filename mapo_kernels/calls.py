@@ -11,7 +11,7 @@ import torch
 from mapo_kernels import checks, checks_rows, operators
 from mapo_kernels.arguments import DEFAULTS
 from mapo_kernels.batch import Batch, GroupInputs, KnownMetrics, RowInputs, replaced
-from mapo_kernels.distributed import data
+from mapo_kernels.distributed import data, sequences
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.distributed.vocabulary import Split
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
@@ -23,7 +23,8 @@ from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # What a plan stands for.
-_SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
+_SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success")
+_GROUPS = ("process_group", "sequence_group")
 _LAYOUT = ("mask", "cu_seqlens", "normalizer")
 _NOTHING = KnownMetrics({})
 
@@ -136,7 +137,7 @@ def resolve(
     given = {**DEFAULTS, **arguments}
     spec, advantage_spec, plan = given["spec"], given["advantage_spec"], given["plan"]
     checks.check_specs(spec, advantage_spec)
-    process_group = given["process_group"]
+    process_group, sequence_group = given["process_group"], given["sequence_group"]
     is_double = dtype == torch.float64
     mask, cu_seqlens, normalizer = given["mask"], given["cu_seqlens"], given["normalizer"]
     known = _NOTHING
@@ -144,6 +145,7 @@ def resolve(
     if plan is not None:
         spec = _spec_of(plan, given)
         mask, cu_seqlens, normalizer = plan.mask, plan.cu_seqlens, plan.normalizer
+        sequence_group = plan.sequence_group
         if is_double:
             # Not otherwise: torch.compile takes a float64 tensor of no dimension for a number.
             normalizer = plan.wide_normalizer
@@ -169,6 +171,10 @@ def resolve(
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, batch, spec, is_part)
     checks.check_denominator(normalizer, mask, torch.float64 if is_double else torch.float32)
+    if sequence_group is not None:
+        sequences.check_sequence_group(sequence_group)
+        parts = sequences.meet(sequence_group, tokens, batch, spec, advantage_spec)
+        batch = replaced(batch, parts=parts)
     kept = None if plan is None else plan.sampling_mask
     call = LossCall(batch, spec, advantage_spec, known, plan is not None, kept)
     if process_group is not None:
@@ -186,7 +192,9 @@ def _among_ranks(
     """The call with advantages and denominator of the batch of all ranks, and its group metrics."""
     batch, known = call.batch, call.known
     n_tokens: torch.Tensor | int = tokens.numel()
-    if batch.mask is not None or batch.cu_seqlens is not None:
+    if batch.parts is not None:
+        n_tokens = batch.parts.n_valid.sum().long()
+    elif batch.mask is not None or batch.cu_seqlens is not None:
         n_tokens = count_tokens(batch.mask, batch.cu_seqlens)
     part = data.Part(batch.n_sequences(tokens), n_tokens, batch.groups)
     settings = data.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer)
@@ -204,7 +212,7 @@ def _among_ranks(
 def _spec_of(plan: Plan, given: Mapping[str, Any]) -> LossSpec:
     """The plan's spec, after making sure that nothing contradicts the plan."""
     require_plan(plan)
-    twice = [name for name in (*_SOURCE, *_LAYOUT) if given[name] is not None]
+    twice = [name for name in (*_SOURCE, *_GROUPS, *_LAYOUT) if given[name] is not None]
     if twice:
         raise ValueError(f"{', '.join(twice)}: expected None with a plan, which has them already")
     for name in ("spec", "advantage_spec"):

@@ -20,6 +20,7 @@ from mapo_kernels.batch import (
     TokenResults,
 )
 from mapo_kernels.distributed import vocabulary
+from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.formula import LARGEST, RESULTS, SLOTS
 from mapo_kernels.kept_rows import KeptRows, takes_few
@@ -117,7 +118,7 @@ def _token_level(
 ) -> tuple[TokenResults, _Gradients]:
     """Loss and gradients of a chunk from its logits while they are there."""
     wide = result_dtype(live.head.weight)
-    active = layout.valid.sum().to(wide)
+    active = layout.n_valid().sum().to(wide)
     denominator = loss_denominator(inputs, spec, layout.n_sequences, active)
     weights = inputs.loss_weights
     if spec.how.divisor != "one":
@@ -150,6 +151,9 @@ def _token_level(
     results = _combine(table[:, :SLOTS], active, denominator)
     # Without a chunk, too, a denominator that is none has to show.
     loss = table[:, SLOTS].sum().where(denominator == denominator, torch.nan)
+    if inputs.parts is not None:
+        found = all_gather(torch.cat([results, loss[None]]), inputs.parts.group)
+        results, loss = _combine(found[:, :-1], active, denominator), found[:, -1].sum()
     return TokenResults(loss, results, nothing, nothing), gradients
 
 

@@ -37,9 +37,10 @@ class Layout:
         """Of `tokens`, [B, T] or [total], only the shape and the device matter."""
         self.n_sequences = batch.n_sequences(tokens)
         self._batch = batch
-        self._length = tokens.shape[-1]
+        parts = batch.parts
+        self._length = tokens.shape[-1] if parts is None else sum(parts.lengths)
         self._sequence: torch.Tensor | None = None
-        self._n_valid: torch.Tensor | None = None
+        self._n_valid = None if parts is None else parts.n_valid
         mask = batch.mask
         if mask is not None and mask.dtype != torch.bool:
             mask = mask != 0
@@ -63,7 +64,7 @@ class Layout:
         return sum_by(self._sequence, wide, self.n_sequences).to(x.dtype)
 
     def n_valid(self) -> torch.Tensor:
-        """Valid tokens of each sequence, [B] float32: exact up to 2^24."""
+        """Valid tokens of each whole sequence, [B] float32: exact up to 2^24."""
         if self._n_valid is None:
             if self._sequence is None and not torch.compiler.is_compiling():
                 # Counting is exact, and quicker than making numbers of bools.
@@ -94,6 +95,9 @@ class Layout:
             with_signal = with_signal & (weight != 0)
         if spec.importance_level == "token":
             return with_signal
+        if self._batch.parts is not None and (self._batch.per_token or weight is not None):
+            # Whether a sequence has signal may be known to another rank.
+            return self.valid
         # Every token moves its sequence's ratio, so a sequence is scored whole or not at all.
         in_sequence = self.sum(with_signal.to(advantage.dtype)) > 0
         return self.valid & self.spread(in_sequence)

@@ -10,6 +10,7 @@ import torch
 from mapo_kernels import backend, config
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, TokenResults, empty_results, replaced
 from mapo_kernels.dispatch import dispatched
+from mapo_kernels.distributed import sequences
 from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.eager import kept, shares
 from mapo_kernels.eager import logits as eager_logits
@@ -122,6 +123,10 @@ def token_loss(
     need_grad: bool,
 ) -> TokenResults:
     """Loss, results, advantages and unscaled gradient of a validated batch."""
+    if inputs.parts is not None:
+        logprobs, inputs, own = sequences.gather(logprobs, inputs)
+        found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)
+        return replaced(found, grad=own(found.grad)) if need_grad else found
     groups = inputs.groups
     if groups is not None and groups.group_ids is not None and not backend.is_eager(logprobs):
         if groups.rewards.shape[0] > config.ADVANTAGES.match_limit:
@@ -228,7 +233,8 @@ def logits_loss(
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
         return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
     fused = spec.importance_level == "token" and rows.token_ids.numel() > 0
-    if fused and rows.share is None and rows.kept is None and not backend.is_eager(logits):
+    fused = fused and rows.share is None and rows.kept is None and inputs.parts is None
+    if fused and not backend.is_eager(logits):
         return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=out)
     return _scored_then_differentiated(logits, rows, inputs, spec, advantage_spec, need_grad, out)
 
@@ -239,6 +245,8 @@ def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: Lo
     if backend.is_eager(logits) or groups is None or rows.token_ids.numel() == 0:
         return False
     if spec.importance_level == "sequence" or rows.share is not None or rows.kept is not None:
+        return False
+    if inputs.parts is not None:
         return False
     n_rows = groups.rewards.shape[0]
     in_reach = groups.group_ids is None or n_rows <= config.LOGITS.match_limit
