@@ -78,7 +78,7 @@ def group_advantages(
         process_group: ranks that each hold a part of the batch, of any size, 0 included; `rewards`
             and what else is given are this rank's. Groups may lie across ranks: ids are the same on
             all of them, and with `group_size` the ranks' rewards follow one another in the order of
-            the ranks. One collective gathers them, 24 bytes per reward and some 250 per rank (one
+            the ranks. One collective gathers them, 32 bytes per reward and some 250 per rank (one
             more when there are more rewards on a rank than ever, from 64 on), and the host waits
             for it. Every rank of the group has to call this.
         return_stats: also return `GroupStats`. With `group_ids` this waits once for the device, to

@@ -24,15 +24,17 @@ class BatchArguments(TypedDict, total=False):
         rewards: [B] any real dtype, whole groups; or give `advantages`. Their statistics are
             float32, unless rewards and log-probs (logits, hidden states) are float64.
         advantages: [B] or per token, floating-point; [B] where a packed batch allows both readings.
-        group_size: sequences per group, groups contiguous; or give `group_ids`.
+        group_size: sequences per group, groups contiguous; or give `group_ids`. Beside advantages
+            only where the aggregation is `prompt-mean`.
         group_ids: [B] integers, rows in any order, ragged groups.
         success: [B] bool, which sequences succeeded; default `rewards >= success_threshold`.
         mask: [B, T] or [total], nonzero where a token counts. Whatever lies elsewhere, NaN
             included, changes nothing, and gets a gradient of exactly 0.
         cu_seqlens: [B + 1] int32 or int64, boundaries of the packed sequences.
         normalizer: denominator over the batch, a positive number or a 0-d tensor, in place of the
-            tokens (`token-mean`) or sequences (other modes) counted here; so micro-batches and
-            ranks add up. A tensor that is not positive makes the loss NaN, unless all is masked.
+            tokens (`token-mean`), prompts (`prompt-mean`) or sequences counted here; so
+            micro-batches and ranks add up. A tensor that is not positive makes the loss NaN, unless
+            all is masked.
             `global` counts those of all ranks of `process_group` and divides by the number of
             ranks, so that the mean over ranks of losses and gradients (DDP, FSDP) is that of the
             whole batch; a trainer that adds them up divides the loss by that number. If

@@ -61,8 +61,8 @@ class Batch(NamedTuple):
         rollout_logprobs: log-probs as the sampling engine saw them, or None.
         token_weights: factor of the policy term, or None.
         entropy: of the distribution each token was drawn from, where logits were seen; or None.
-        loss_weights: factor of a token's whole loss beside the aggregation's, where a chunk of
-            tokens does not know the sequences it comes from; or None.
+        loss_weights: factor of a token's whole loss beside the aggregation's: of its prompt, or
+            where a chunk of tokens does not know the sequences it comes from; or None.
         mask: nonzero where a token counts, or None if all do.
         advantages: [B] or per token; or None, then `groups` is there.
         groups: rewards by group, from which the kernel computes the advantages; or None.
@@ -113,7 +113,9 @@ class Batch(NamedTuple):
         """
         if self.normalizer is not None:
             return self.normalizer
-        return None if spec.how.denominator == "tokens" else float(n_sequences)
+        if spec.how.denominator == "tokens":
+            return None
+        return 1.0 if spec.how.denominator == "one" else float(n_sequences)
 
     def n_sequences(self, logprobs: torch.Tensor) -> int:
         """Number B of sequences in a batch with these log-probs."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_kernels import checks, checks_rows, operators
+from mapo_kernels import checks, checks_rows, counting, operators
 from mapo_kernels.arguments import DEFAULTS
 from mapo_kernels.batch import Batch, GroupInputs, KnownMetrics, RowInputs, replaced
 from mapo_kernels.distributed import data, sequences
@@ -17,9 +17,10 @@ from mapo_kernels.distributed.vocabulary import Split
 from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
+from mapo_kernels.live_counts import count_tokens
 from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
 from mapo_kernels.metrics import Slots, as_metrics
-from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
+from mapo_kernels.plan import Plan, groups_of, prompts_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # What a plan stands for.
@@ -177,8 +178,17 @@ def resolve(
         batch = replaced(batch, parts=parts)
     kept = None if plan is None else plan.sampling_mask
     call = LossCall(batch, spec, advantage_spec, known, plan is not None, kept)
+    narrow = torch.float64 if is_double else torch.float32
+    if plan is not None:
+        batch = counting.weighted(batch, tokens, plan.sequence_weights, narrow)
+        return replaced(call, batch=batch)
+    prompts = groups
+    if spec.needs_count and prompts is None:
+        prompts = prompts_of(given, batch.n_sequences(tokens), tokens.device)
     if process_group is not None:
-        return _among_ranks(call, tokens, process_group)
+        return _among_ranks(call, tokens, process_group, prompts, narrow)
+    if spec.needs_count:
+        return _counted(_with_advantages(call), tokens, prompts, narrow, None)
     if groups is not None:
         decided = decide_rewards(groups, advantage_spec)
         if decided is not groups:
@@ -187,7 +197,11 @@ def resolve(
 
 
 def _among_ranks(
-    call: LossCall, tokens: torch.Tensor, process_group: torch.distributed.ProcessGroup
+    call: LossCall,
+    tokens: torch.Tensor,
+    process_group: torch.distributed.ProcessGroup,
+    prompts: GroupInputs | None,
+    dtype: torch.dtype,
 ) -> LossCall:
     """The call with advantages and denominator of the batch of all ranks, and its group metrics."""
     batch, known = call.batch, call.known
@@ -197,16 +211,53 @@ def _among_ranks(
     elif batch.mask is not None or batch.cu_seqlens is not None:
         n_tokens = count_tokens(batch.mask, batch.cu_seqlens)
     part = data.Part(batch.n_sequences(tokens), n_tokens, batch.groups)
-    settings = data.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer)
+    if call.spec.needs_count:
+        part = counting.part_of(batch, tokens, call.spec, prompts)
+    source = "advantages" if batch.groups is None else "rewards"
+    settings = data.Call.of_loss(call.spec, call.advantage_spec, batch.normalizer, source)
     shared = data.share(part, settings, process_group, tokens.device)
-    if shared.groups is not None:
+    found = None
+    if batch.groups is not None:
+        assert shared.groups is not None
         signal = operators.group_signals(shared.groups, call.advantage_spec)[0]
+        found = signal.advantages
         signal = signal.of_rows(shared.own, tokens.device)
         batch = replaced(batch, groups=None, advantages=signal.advantages)
         known = KnownMetrics(signal.metrics, group_ranks(process_group))
     if shared.normalizer is not None:
         batch = replaced(batch, normalizer=shared.normalizer)
-    return replaced(call, batch=batch, known=known)
+    call = replaced(call, batch=batch, known=known)
+    if call.spec.needs_count:
+        call = _counted(call, tokens, prompts, dtype, shared, found)
+    return call
+
+
+def _with_advantages(call: LossCall) -> LossCall:
+    """The call with the advantages of its groups, and their metrics."""
+    if call.batch.groups is None:
+        return call
+    signal = operators.group_signals(call.batch.groups, call.advantage_spec)[0]
+    batch = replaced(call.batch, groups=None, advantages=signal.advantages, per_token=False)
+    return replaced(call, batch=batch, known=KnownMetrics(signal.metrics))
+
+
+def _counted(
+    call: LossCall,
+    tokens: torch.Tensor,
+    prompts: GroupInputs | None,
+    dtype: torch.dtype,
+    shared: data.Shared | None,
+    advantages: torch.Tensor | None = None,
+) -> LossCall:
+    """The call with the denominator, and the weights of prompts, that have to be counted.
+
+    `advantages` are those of all ranks, if they come from rewards.
+    """
+    batch = call.batch
+    scope = counting.Scope(call.spec, prompts, shared, batch.normalizer)
+    weights, count = scope.found(batch, tokens, advantages)
+    batch = replaced(batch, normalizer=count.to(dtype))
+    return replaced(call, batch=counting.weighted(batch, tokens, weights, dtype))
 
 
 def _spec_of(plan: Plan, given: Mapping[str, Any]) -> LossSpec:

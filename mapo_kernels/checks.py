@@ -279,7 +279,7 @@ def check_denominator(
 
 
 def check_source(rewards: object, advantages: object, grouping: Mapping[str, object]) -> None:
-    """Raise unless exactly one of rewards and advantages is given, and groups only of rewards."""
+    """Raise unless exactly one of the two is given, and `grouping` only of rewards."""
     if (rewards is None) == (advantages is None):
         came = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {came}")

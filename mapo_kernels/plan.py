@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mapo_kernels import checks, operators
+from mapo_kernels import checks, counting, operators
 from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
 from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.distributed import data
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
-from mapo_kernels.layout import Layout
+from mapo_kernels.live_counts import Source, count_live, count_tokens, live_tokens, valid_tokens
 from mapo_kernels.masks import SamplingMask, check_sampling_mask, cut, sequence_starts
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
@@ -35,10 +35,11 @@ class Plan:
             `narrow` is what a float32 loss takes.
         mask: [B, T] or [total], nonzero where a token counts; None if all of a packed batch do.
         cu_seqlens: [B + 1] if packed, else None.
-        normalizer: [] float32, the batch's denominator: its
-            tokens for `token-mean`, else its sequences. Micro-batches share it, so their losses add
-            up to the loss of the batch. Of all ranks and per rank with `normalizer="global"`: then
-            the mean over ranks of what adds up on each is the loss of the whole batch.
+        normalizer: [] float32, the batch's denominator: its tokens for `token-mean`, prompts for
+            `prompt-mean`, 1 for `token-sum`, else its sequences. Micro-batches share it, so their
+            losses add up to the loss of the batch. Of all ranks and per rank with
+            `normalizer="global"`: then the mean over ranks of what adds up on each is the loss of
+            the whole batch.
         metrics: 0-d tensors about the groups (empty if advantages were given).
         live_counts: live tokens of each sequence, on the host. Finding them is the one time that
             `make_plan` waits for the device; nothing that a plan is used for waits again.
@@ -52,6 +53,8 @@ class Plan:
         wide_normalizer: [] float64, the same for a loss in float64.
         sampling_mask: the columns that each token could have been sampled from, or None.
         kept_bounds: where in it each sequence begins, and the last one ends, on the host.
+        sequence_weights: [B] float64 that multiply the tokens' losses: of `prompt-mean`, 1 over the
+            valid tokens of each sequence's prompt in the whole batch; or None.
     """
 
     spec: LossSpec
@@ -69,6 +72,7 @@ class Plan:
     wide_normalizer: torch.Tensor | None = None
     sampling_mask: SamplingMask | None = None
     kept_bounds: tuple[int, ...] = ()
+    sequence_weights: torch.Tensor | None = None
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
@@ -99,7 +103,7 @@ class Plan:
             # There may be tokens after those of the last sequence.
             total = self.advantages.shape[0] if self.per_token else self.bounds[-1]
         source = Source(self.advantages, self.narrow, self.per_token)
-        return _live_tokens(source, self.mask, self.cu_seqlens, self.spec, total)
+        return live_tokens(source, self.mask, self.cu_seqlens, self.spec, total)
 
     @cached_property
     def live_rows(self) -> torch.Tensor:
@@ -135,6 +139,7 @@ class Plan:
                 self,
                 mask=mask,
                 live_counts=tuple(self.live_counts[i] for i in chosen.which),
+                sequence_weights=self._weights_of(chosen.rows),
                 **self._advantages_of(chosen.rows),
                 **self._kept_of(chosen.which, chosen.rows),
             )
@@ -155,9 +160,13 @@ class Plan:
             mask=None if self.mask is None else self.mask[tokens],
             cu_seqlens=cu_seqlens - cu_seqlens[0],
             live_counts=self.live_counts[rows],
+            sequence_weights=self._weights_of(rows),
             **self._kept_of(range(start, stop), tokens),
             bounds=tuple(bound - first for bound in self.bounds[start : stop + 1]),
         )
+
+    def _weights_of(self, rows: Any) -> torch.Tensor | None:
+        return None if self.sequence_weights is None else self.sequence_weights[rows]
 
     def _advantages_of(self, rows: Any) -> dict[str, Any]:
         narrow = self.narrow and self.narrow.of_rows(rows)
@@ -174,20 +183,6 @@ class Plan:
         return {"sampling_mask": found, "kept_bounds": bounds}
 
 
-class Source(NamedTuple):
-    """Where a plan's tokens get their advantages: as of the fields of `Plan`."""
-
-    advantages: torch.Tensor
-    narrow: Signal | None
-    per_token: bool
-
-    def strength(self) -> torch.Tensor:
-        """Not 0 where an advantage is not, be it of a float32 or of a float64 loss."""
-        if self.narrow is None:
-            return self.advantages
-        return ((self.advantages != 0) | (self.narrow.advantages != 0)).to(torch.float32)
-
-
 def groups_of(
     given: Mapping[str, Any], is_double: bool, device: torch.device | None = None
 ) -> GroupInputs | None:
@@ -198,6 +193,8 @@ def groups_of(
     group_size, group_ids, success = given["group_size"], given["group_ids"], given["success"]
     rewards, process_group = given["rewards"], given["process_group"]
     grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
+    if given["spec"].how.denominator == "prompts":
+        grouping = {"success": success}
     checks.check_source(rewards, given["advantages"], grouping)
     checks.check_process_group(process_group, given["normalizer"])
     if rewards is None:
@@ -205,6 +202,19 @@ def groups_of(
     is_part = process_group is not None
     return checks.check_groups(
         rewards, group_size, group_ids, success, is_part, device=device, is_double=is_double
+    )
+
+
+def prompts_of(
+    given: Mapping[str, Any], n_sequences: int, device: torch.device
+) -> GroupInputs | None:
+    """Which sequences of a batch with advantages belong together, where its loss asks for that."""
+    if given["rewards"] is not None or given["spec"].how.denominator != "prompts":
+        return None
+    nothing = torch.zeros(n_sequences, dtype=torch.float64, device=device)
+    is_part = given["process_group"] is not None
+    return checks.check_groups(
+        nothing, given["group_size"], given["group_ids"], None, is_part, device=device
     )
 
 
@@ -256,12 +266,19 @@ def make_plan(
         checks.check_advantages(advantages, n_sequences, shape, device)
         tokens = advantages if mask is None else mask
         per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
-    own = None
+    own, shared = None, None
+    prompts = groups or prompts_of(given, n_sequences, device)
+    tokens = advantages if mask is None and per_token else mask
+    batch = Batch(mask=mask, advantages=advantages, cu_seqlens=cu_seqlens, per_token=per_token)
     if process_group is not None:
         part = data.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
-        call = data.Call.of_loss(spec, advantage_spec, normalizer)
+        if spec.needs_count:
+            part = counting.part_of(batch, tokens, spec, prompts)
+        kind = "advantages" if groups is None else "rewards"
+        call = data.Call.of_loss(spec, advantage_spec, normalizer, kind)
         shared = data.share(part, call, process_group, device)
-        groups, own = shared.groups, shared.own
+        if groups is not None:
+            groups, own = shared.groups, shared.own
         normalizer = normalizer if shared.normalizer is None else shared.normalizer
     if sampling_mask is not None:
         # Without a mask of tokens their number is on the device, and the loss checks it.
@@ -270,18 +287,30 @@ def make_plan(
     narrow = None
     if groups is not None:
         signal, narrow = operators.group_signals(groups, advantage_spec)
-        if own is not None:
-            signal, narrow = signal.of_rows(own, device), narrow and narrow.of_rows(own, device)
     else:
         assert advantages is not None
         signal = Signal(advantages)
+    # Of all ranks, where they come from rewards.
+    found = [None if groups is None else x.advantages for x in (signal, narrow or signal)]
+    if own is not None:
+        signal, narrow = signal.of_rows(own, device), narrow and narrow.of_rows(own, device)
     # Valid tokens of each sequence, where that takes one sum.
     n_valid = None if mask is None or cu_seqlens is not None else valid_tokens(mask).sum(1)
-    count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device, n_valid)
+    weights = None
+    if spec.needs_count:
+        scope = counting.Scope(spec, prompts, shared, normalizer)
+        own_signals = (signal, narrow or signal)
+        (weights, count), (_, narrow_count) = [
+            scope.found(batch._replace(advantages=x.advantages), tokens, of_all)
+            for x, of_all in zip(own_signals, found, strict=True)
+        ]
+    else:
+        count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device, n_valid)
+        narrow_count = count
     source = Source(signal.advantages, narrow, per_token)
     decides = groups is not None and threshold_decides(advantage_spec, given["success"])
     never = signal.never_successful if decides else None
-    counts, bounds, has_no_success = _count_live(source, mask, cu_seqlens, spec, never, n_valid)
+    counts, bounds, has_no_success = count_live(source, mask, cu_seqlens, spec, never, n_valid)
     if has_no_success:
         warn_of_threshold(advantage_spec)
     return Plan(
@@ -289,7 +318,7 @@ def make_plan(
         signal.advantages,
         mask,
         cu_seqlens,
-        count.to(torch.float32),
+        narrow_count.to(torch.float32),
         signal.metrics,
         counts,
         bounds,
@@ -300,6 +329,7 @@ def make_plan(
         count,
         sampling_mask,
         sequence_starts(sampling_mask, n_sequences, bounds),
+        weights,
     )
 
 
@@ -317,73 +347,8 @@ def bounds_of(plan: Plan | None, cu_seqlens: torch.Tensor | None) -> torch.Tenso
     return plan.cu_seqlens
 
 
-def valid_tokens(mask: torch.Tensor) -> torch.Tensor:
-    """Which tokens of a padded batch count, bool."""
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
-def count_tokens(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of the batch that count, [] on the device."""
-    if mask is not None:
-        return Layout(mask, Batch(mask=mask, cu_seqlens=cu_seqlens)).valid.sum()
-    assert cu_seqlens is not None
-    return cu_seqlens[-1] - cu_seqlens[0]
-
-
-def _live_tokens(
-    source: Source,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    spec: LossSpec,
-    total: int,
-) -> torch.Tensor:
-    """Which tokens of the batch (`total` of them, if packed without a mask) are live."""
-    tokens, advantages = mask, source.strength()
-    if tokens is None:
-        tokens = torch.ones(total, dtype=torch.bool, device=advantages.device)
-    layout = Layout(tokens, Batch(mask=mask, cu_seqlens=cu_seqlens))
-    if not source.per_token:
-        advantages = layout.spread(advantages)
-    return layout.contributing(spec, advantages, None)
-
-
-def _count_live(
-    source: Source,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    spec: LossSpec,
-    flag: torch.Tensor | None,
-    n_valid: torch.Tensor | None,
-) -> tuple[tuple[int, ...], tuple[int, ...] | None, bool]:
-    """Live tokens of each sequence, the boundaries, a flag [1]: on the host, which waits once."""
-    advantages = source.strength()
-    told = [] if flag is None else [flag.to(advantages.device, torch.int64)]
-    if cu_seqlens is None:
-        if n_valid is None or source.per_token:
-            n_valid = _live_tokens(source, mask, None, spec, 0).sum(1)
-        elif not spec.needs_every_token:
-            n_valid = n_valid * (advantages != 0)
-        numbers = (torch.cat([n_valid, *told]) if told else n_valid).tolist()
-        n_sequences = n_valid.shape[0]
-        return tuple(numbers[:n_sequences]), None, any(numbers[n_sequences:])
-    n_sequences = cu_seqlens.shape[0] - 1
-    if mask is None and not source.per_token:
-        # How many tokens there are is not known yet, and not needed.
-        matters = torch.ones_like(advantages, dtype=torch.bool)
-        if not spec.needs_every_token:
-            matters = advantages != 0
-        counts = cu_seqlens.diff() * matters
-    else:
-        live = _live_tokens(source, mask, cu_seqlens, spec, advantages.shape[0])
-        sequences = Layout(live, Batch(cu_seqlens=cu_seqlens))
-        counts = sequences.sum(live.to(torch.float32))
-    numbers = torch.cat([counts.to(torch.int64), cu_seqlens.to(torch.int64), *told]).tolist()
-    end = 2 * n_sequences + 1
-    return tuple(numbers[:n_sequences]), tuple(numbers[n_sequences:end]), any(numbers[end:])
-
-
 def _denominator(
-    normalizer: torch.Tensor | float | str | None,
+    normalizer: torch.Tensor | float | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     n_sequences: int,
@@ -392,7 +357,6 @@ def _denominator(
     n_valid: torch.Tensor | None,
 ) -> torch.Tensor:
     """The batch's denominator [] float64: as given, or its tokens, or its sequences."""
-    assert not isinstance(normalizer, str)
     found = Batch(normalizer=normalizer).denominator(spec, n_sequences)
     if found is None:
         found = count_tokens(mask, cu_seqlens) if n_valid is None else n_valid.sum()

@@ -6,13 +6,18 @@ combinations of settings make sense. Everything downstream takes a spec as given
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
 from mapo_kernels.keywords import settings_checked
+from mapo_kernels.settings import (
+    Packable,
+    describe,
+    require_bool,
+    require_choice,
+    require_number,
+)
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -20,6 +25,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
 APD_DENOMINATORS = ("bounded", "paper")
+DENOMINATORS = ("all", "contributing")
 
 
 class Aggregation(NamedTuple):
@@ -27,8 +33,9 @@ class Aggregation(NamedTuple):
 
     Attributes:
         divisor: what the sum over a sequence is divided by: see `formula.sequence_divisor`.
-        denominator: what the sum over the batch is divided by: its valid `tokens`, or its
-            `sequences`.
+        denominator: what the sum over the batch is divided by: its valid `tokens`, its
+            `sequences`, or `one`; or its `prompts`, and then each token's loss also by the valid
+            tokens of its prompt.
     """
 
     divisor: str
@@ -39,114 +46,13 @@ class Aggregation(NamedTuple):
 # nothing else; another divisor also needs its line in `formula.sequence_divisor`.
 AGGREGATION_TABLE = {
     "token-mean": Aggregation("one", "tokens"),
+    "token-sum": Aggregation("one", "one"),
+    "prompt-mean": Aggregation("one", "prompts"),
     "seq-mean-token-mean": Aggregation("tokens", "sequences"),
     "seq-mean-token-sum": Aggregation("one", "sequences"),
     "seq-mean-token-sum-norm": Aggregation("length", "sequences"),
 }
 AGGREGATIONS = tuple(AGGREGATION_TABLE)
-
-
-def require_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {sorted(choices)}, got {describe(value)}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
-
-
-def require_number(
-    name: str,
-    value: object,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> None:
-    """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
-    # No infinity is inside, so an infinite end is open too.
-    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    inside = (value > low if open_low else value >= low) and (
-        value < high if open_high else value <= high
-    )
-    if not inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
-
-
-def require_bool(name: str, value: object) -> None:
-    """Raise unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
-
-
-def describe(value: object) -> str:
-    """What came, for an error message: the type and, where it is short, the value."""
-    text = repr(value)
-    return f"{type(value).__name__} {text}" if len(text) <= 60 else type(value).__name__
-
-
-class _Packable:
-    """Lets a spec travel through a compiled graph, and, as a text, from rank to rank."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    _INTEGERS: ClassVar[tuple[str, ...]] = ()
-    _kind: ClassVar[Any]  # of an instance, but no field
-    _numbers: ClassVar[Any]
-
-    def _make_canonical(self) -> None:
-        """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
-
-        Ranks compare these texts. Numbers become floats, but those of `_INTEGERS`.
-        """
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if value is None or isinstance(value, bool) or type(value) is str:
-                continue
-            if isinstance(value, str):
-                value = str.__str__(value)  # of an enum or of NumPy
-            elif name in self._INTEGERS:
-                value = int(value)
-            else:
-                value = float(value) + 0.0
-            object.__setattr__(self, name, value)
-        # Once, and not in every call.
-        kind, numbers = self._split()
-        object.__setattr__(self, "_kind", kind)
-        object.__setattr__(self, "_numbers", numbers)
-
-    def _split(self) -> tuple[Any, Any]:
-        """The compile-time choices and the run-time numbers."""
-        raise NotImplementedError
-
-    def pack(self) -> tuple[list[float], str]:
-        """The fields in order: numbers (0 for other fields), and their kinds or other values.
-
-        A graph may hold the numbers as symbols.
-        """
-        values = [getattr(self, name) for name in self.__dataclass_fields__]
-        numbers = [
-            0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
-        ]
-        return numbers, ",".join([_kind(value) for value in values])
-
-    @classmethod
-    def unpack(cls, numbers: list[float], kinds: str) -> Any:
-        """The spec that was packed."""
-        words = {"None": None, "True": True, "False": False}
-        values = [
-            int(number) if kind == "int" else number if kind == "float" else words.get(kind, kind)
-            for number, kind in zip(numbers, kinds.split(","), strict=True)
-        ]
-        return cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, (bool, str)):
-        return str(value)
-    return "int" if isinstance(value, int) else "float"
 
 
 @dataclass(frozen=True)
@@ -172,7 +78,7 @@ class LossKind:
 
 @settings_checked
 @dataclass(frozen=True, kw_only=True)
-class AdvantageSpec(_Packable):
+class AdvantageSpec(Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
 
     Args:
@@ -261,7 +167,7 @@ class AdvantageSpec(_Packable):
 
 @settings_checked
 @dataclass(frozen=True, kw_only=True)
-class LossSpec(_Packable):
+class LossSpec(Packable):
     """Which token loss, and how it is aggregated.
 
     Args:
@@ -281,7 +187,12 @@ class LossSpec(_Packable):
         entropy_coef: weight of the entropy bonus, where logits are seen.
         rollout_cap: cap C of the truncated importance weight min(exp(old - rollout), C).
         aggregation: verl's names; TRL's loss types in brackets: `token-mean` [bnpo, dapo],
-            `seq-mean-token-mean` [grpo], `seq-mean-token-sum`, `seq-mean-token-sum-norm` [dr_grpo].
+            `token-sum`, `seq-mean-token-mean` [grpo], `seq-mean-token-sum` [luspo],
+            `seq-mean-token-sum-norm` [dr_grpo]; and `prompt-mean` (SkyRL), the mean over groups of
+            the mean over all tokens of each, which needs groups beside advantages too.
+        denominator: what the denominator counts: `all` valid tokens (sequences, prompts), or only
+            the `contributing` ones: tokens whose advantage is not 0, and sequences and prompts that
+            have one; at least 1 (TRL #6367). A `normalizer` takes its place.
         max_tokens: the fixed length that `seq-mean-token-sum-norm` divides by; None means the
             padded length T, as in verl, and is an error for packed input.
         score_all: compute (and report metrics of) tokens that change neither loss nor gradient too.
@@ -305,6 +216,7 @@ class LossSpec(_Packable):
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
     aggregation: str = "token-mean"
+    denominator: str = "all"
     max_tokens: int | None = None
     score_all: bool = False
 
@@ -316,6 +228,7 @@ class LossSpec(_Packable):
         require_choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_choice("aggregation", self.aggregation, AGGREGATIONS)
+        require_choice("denominator", self.denominator, DENOMINATORS)
         require_number("eps_low", self.eps_low, 0.0, 1.0, open_low=True, open_high=True)
         for name in ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
@@ -341,6 +254,11 @@ class LossSpec(_Packable):
                     f"dual_clip: expected a number greater than 1 + eps_high = "
                     f"{1 + self.eps_high:g}, got {self.dual_clip!r}"
                 )
+        if self.how.denominator == "one" and self.denominator != "all":
+            raise ValueError(
+                f"denominator: expected 'all' with aggregation {self.aggregation!r}, which divides "
+                f"by nothing, got {self.denominator!r}"
+            )
         if self.max_tokens is not None:
             if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int):
                 raise TypeError(f"max_tokens: expected an int, got {describe(self.max_tokens)}")
@@ -382,6 +300,11 @@ class LossSpec(_Packable):
     def how(self) -> Aggregation:
         """How token losses become one number."""
         return AGGREGATION_TABLE[self.aggregation]
+
+    @property
+    def needs_count(self) -> bool:
+        """Whether a batch has to be counted before its loss: see `counting`."""
+        return self.denominator == "contributing" or self.how.denominator == "prompts"
 
     def fixed_length(self, length: int) -> float:
         """The divisor `length`, for sequences padded to `length` tokens."""

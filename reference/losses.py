@@ -40,6 +40,8 @@ class LossSettings:
         entropy_coef: coefficient of the entropy bonus.
         rollout_cap: bound of the rollout weight exp(old_logp - rollout_logp); None: no bound.
         aggregation: weights of the tokens, verl's names, see `aggregation_weight`.
+        denominator: "all", or "contributing" to count only tokens with A != 0, and sequences and
+            prompts that have one.
         max_tokens: constant of "seq-mean-token-sum-norm"; None: T.
         score_all: score tokens whose term is 0, too; only the metrics see the difference.
     """
@@ -58,6 +60,7 @@ class LossSettings:
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
     aggregation: str = "token-mean"
+    denominator: str = "all"
     max_tokens: int | None = None
     score_all: bool = False
 
@@ -149,15 +152,22 @@ def token_loss(token: Token, s: LossSettings) -> Tensor:
     return loss
 
 
-def aggregation_weight(s: LossSettings, count: float, live_tokens: int, T: int) -> float:
+def aggregation_weight(
+    s: LossSettings, count: float, live_tokens: int, T: int, prompt_tokens: int
+) -> float:
     """Weight of one live token in the loss.
 
     Args:
         s: settings, of which `aggregation` and `max_tokens` are read.
-        count: tokens ("token-mean") or sequences (the others) of the batch, or the normalizer.
+        count: what `count_batch` counts, or the normalizer.
         live_tokens: number of live tokens in the sequence.
         T: padded length.
+        prompt_tokens: number of live tokens in all sequences of its prompt.
     """
+    if s.aggregation == "token-sum":
+        return 1 / count
+    if s.aggregation == "prompt-mean":
+        return 1 / (count * prompt_tokens)
     if s.aggregation == "token-mean":
         return 1 / count
     if s.aggregation == "seq-mean-token-mean":
@@ -167,6 +177,24 @@ def aggregation_weight(s: LossSettings, count: float, live_tokens: int, T: int) 
     if s.aggregation == "seq-mean-token-sum-norm":
         return 1 / (count * (T if s.max_tokens is None else s.max_tokens))
     raise ValueError(f"aggregation: unknown mode {s.aggregation!r}")
+
+
+def count_batch(
+    s: LossSettings, live: list[list[int]], A: Tensor, prompts: list[int] | None
+) -> float:
+    """What a batch's loss is divided by: tokens, sequences, prompts, or nothing."""
+    if s.aggregation == "token-sum":
+        return 1
+    counted = live
+    if s.denominator == "contributing":
+        counted = [[t for t in live_i if A[i, t] != 0] for i, live_i in enumerate(live)]
+    tokens = sum(len(x) for x in counted)
+    if s.aggregation == "token-mean":
+        return tokens if s.denominator == "all" else max(tokens, 1)
+    who = [i for i in range(len(live)) if s.denominator == "all" or counted[i]]
+    if prompts is not None and s.aggregation == "prompt-mean":
+        who = list({prompts[i] for i in who})
+    return max(len(who), 1)
 
 
 def mean(values: list[Tensor]) -> Tensor:
@@ -218,14 +246,21 @@ def read_token(batch: Batch, i: int, t: int, log_rho: Tensor, s: LossSettings) -
 
 
 def batch_loss(
-    batch: Batch, mask: Tensor, normalizer: float | None, s: LossSettings
+    batch: Batch,
+    mask: Tensor,
+    normalizer: float | None,
+    s: LossSettings,
+    prompts: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of a batch; positions where mask [B, T] is 0 are never read."""
     B, T = mask.shape
     live = [[t for t in range(T) if mask[i, t] != 0] for i in range(B)]
     active = sum(len(live_i) for live_i in live)
     if normalizer is None:
-        normalizer = active if s.aggregation == "token-mean" else B
+        normalizer = count_batch(s, live, batch.A, prompts)
+    of_prompt: dict[int, int] = {}
+    for name, live_i in zip(prompts or (), live, strict=False):
+        of_prompt[name] = of_prompt.get(name, 0) + len(live_i)
     if active and not normalizer > 0:
         normalizer = math.nan  # what is not positive is no number of tokens or sequences
 
@@ -238,7 +273,8 @@ def batch_loss(
             scored = live[i]  # every token moves rho, so a sequence is scored whole or not at all
         for t in scored:
             token = read_token(batch, i, t, log_rho[t], s)
-            weight = aggregation_weight(s, normalizer, len(live[i]), T)
+            prompt_tokens = len(live[i]) if prompts is None else of_prompt[prompts[i]]
+            weight = aggregation_weight(s, normalizer, len(live[i]), T, prompt_tokens)
             loss = loss + weight * token_loss(token, s)
             tokens.append(token)
 
@@ -263,6 +299,7 @@ def mapo_loss(
     token_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    prompts: Tensor | None = None,
     **settings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a padded batch of trajectories; its gradient is autograd's.
@@ -284,6 +321,7 @@ def mapo_loss(
         entropy: [B, T], H, possibly with gradient.
         normalizer: replaces the number of tokens or sequences of the batch in the aggregation, so
             that the losses of micro-batches add up to the loss of the whole batch.
+        prompts: [B] integers, equal for the sequences of a prompt; "prompt-mean" needs them.
         **settings: fields of `LossSettings`.
 
     Returns:
@@ -305,4 +343,7 @@ def mapo_loss(
         rollout=None if rollout_logprobs is None else constant(rollout_logprobs),
         entropy=None if entropy is None else entropy.double(),
     )
-    return batch_loss(batch, mask, None if normalizer is None else float(normalizer), s)
+    if s.aggregation == "prompt-mean" and prompts is None:
+        raise ValueError("prompts: expected a tensor for 'prompt-mean', got None")
+    names = None if prompts is None else prompts.tolist()
+    return batch_loss(batch, mask, None if normalizer is None else float(normalizer), s, names)

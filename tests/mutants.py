@@ -162,7 +162,7 @@ MUTANTS = (
     Mutant("cu_seqlens=cu_seqlens - cu_seqlens[0]", "cu_seqlens=cu_seqlens", PLANS),
     Mutant("tokens if self.per_token else rows", "rows", PLANS),
     Mutant("start = sum(header[2] for header in headers[:rank])", "start = 0", RANKS),
-    Mutant("counts.sum().double() / table.shape[0]", "counts.sum().double()", RANKS),
+    Mutant("total.double() / table.shape[0]", "total.double()", RANKS),
     Mutant("return sum(self.sizes[: self.rank])", "return 0", VOCABULARY),
     Mutant("(gaps + distance).amax(0)", "gaps.amax(0)", VOCABULARY),
     Mutant("value = values.sum()", "value = values.amax()", RANKS),

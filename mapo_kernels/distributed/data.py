@@ -22,7 +22,7 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
 _COUNTS = ("sequences", "tokens", "rewards", "dtype", "success")
-_ROW = 3  # the bits of the reward as float64, the group's id, success
+_ROW = 4  # the bits of the reward as float64, the group's id, success, valid tokens
 _FIRST_CAPACITY = 64
 # Settings that a rank remembers per group: those of a trainer's losses, and not one more for each
 # step of a coefficient that is annealed.
@@ -47,14 +47,17 @@ class Part(NamedTuple):
     """What a rank holds of the batch.
 
     Attributes:
-        n_sequences: B here, which may be 0.
-        n_tokens: live tokens here, a number or a 0-d tensor.
+        n_sequences: B here, which may be 0; those that the denominator counts.
+        n_tokens: likewise of tokens, a number or a 0-d tensor.
         groups: the rewards here; or None where advantages are known.
+        lengths: [B] valid tokens of each sequence, where they have to be known; then `groups` may
+            have another number per sequence in place of rewards.
     """
 
-    n_sequences: int
+    n_sequences: torch.Tensor | int
     n_tokens: torch.Tensor | int = 0
     groups: GroupInputs | None = None
+    lengths: torch.Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -65,24 +68,32 @@ class Call(NamedTuple):
         spec: the loss.
         advantage_spec: the advantages.
         normalizer: what kind of denominator.
+        source: of advantages, if not what is said by the presence of groups.
     """
 
     function: str
     spec: LossSpec | None
     advantage_spec: AdvantageSpec
     normalizer: str | None = None
+    source: str | None = None
 
     @classmethod
-    def of_loss(cls, spec: LossSpec, advantage_spec: AdvantageSpec, normalizer: object) -> Call:
+    def of_loss(
+        cls,
+        spec: LossSpec,
+        advantage_spec: AdvantageSpec,
+        normalizer: object,
+        source: str | None = None,
+    ) -> Call:
         """The call of a loss, or of a plan for one."""
         kind = "counted" if normalizer is None else "given"
         kind = GLOBAL if checks.is_global(normalizer) else kind
-        return cls("loss", spec, advantage_spec, kind)
+        return cls("loss", spec, advantage_spec, kind, source)
 
     def settings(self, groups: GroupInputs | None) -> dict[str, str]:
         """Names and values of all settings: the same names whatever the call."""
         found: dict[str, object] = {"function": self.function, "normalizer": self.normalizer}
-        found["source"] = "advantages" if groups is None else "rewards"
+        found["source"] = self.source or ("advantages" if groups is None else "rewards")
         found["group_size"] = groups and (groups.group_size or None)
         for name, kind in (("spec", LossSpec), ("advantage_spec", AdvantageSpec)):
             for field in fields(kind):
@@ -139,6 +150,8 @@ def _write_message(part: Part, facts: torch.Tensor, capacity: int) -> torch.Tens
             rows[:, 1] = groups.group_ids
         if groups.success is not None:
             rows[:, 2] = groups.success
+        if part.lengths is not None:
+            rows[:, 3] = part.lengths
     return message
 
 
@@ -187,8 +200,8 @@ def _exchange(
 
 def _whole_groups(
     table: torch.Tensor, headers: list[list[int]], groups: GroupInputs
-) -> GroupInputs:
-    """The rewards of all ranks, in the order of the ranks."""
+) -> tuple[GroupInputs, torch.Tensor]:
+    """The rewards of all ranks, in the order of the ranks, and the lengths of their sequences."""
     n_header = len(headers[0])
     counts = [header[2] for header in headers]
     rows = torch.cat(
@@ -202,7 +215,7 @@ def _whole_groups(
         success=rows[:, 2] != 0 if has_success else None,
     )
     checks.check_group_count(whole.rewards.shape[0], whole.group_size)
-    return whole
+    return whole, rows[:, 3]
 
 
 def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
@@ -211,10 +224,15 @@ def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
     Ranks that agreed once do not read each other's settings again: the loss says it, by being NaN.
     """
     assert call.spec is not None
-    counts = table[:, _COUNTS.index(call.spec.how.denominator)]
+    spec = call.spec
+    total = table.new_ones(())
+    if spec.how.denominator in _COUNTS:
+        total = table[:, _COUNTS.index(spec.how.denominator)].sum()
+    if spec.needs_count:
+        total = total.clamp(min=1)
     first, last = len(_COUNTS), len(_COUNTS) + len(call.settings(None))
     agree = (table[:, first:last] == table[0, first:last]).all()
-    return (counts.sum().double() / table.shape[0]).where(agree, float("nan"))
+    return (total.double() / table.shape[0]).where(agree, float("nan"))
 
 
 class Shared(NamedTuple):
@@ -225,11 +243,15 @@ class Shared(NamedTuple):
             rewards.
         own: which of their rewards are this rank's.
         normalizer: [] float64 if one of all ranks was asked for, else None.
+        lengths: [B of all ranks] float64, if they were told.
+        n_ranks: how many ranks have met.
     """
 
     groups: GroupInputs | None
     own: slice
     normalizer: torch.Tensor | None
+    lengths: torch.Tensor | None = None
+    n_ranks: int = 1
 
 
 def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torch.device) -> Shared:
@@ -244,4 +266,6 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     rank = dist.get_rank(process_group)
     start = sum(header[2] for header in headers[:rank])
     own = slice(start, start + headers[rank][2])
-    return Shared(_whole_groups(table, headers, part.groups), own, normalizer)
+    groups, lengths = _whole_groups(table, headers, part.groups)
+    told = None if part.lengths is None else lengths.to(torch.float64)
+    return Shared(groups, own, normalizer, told, table.shape[0])

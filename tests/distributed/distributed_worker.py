@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from support import assert_close, make_batch, make_logits
+from support import AGGREGATIONS, assert_close, make_batch, make_logits
 
 import mapo_kernels as mk
-from mapo_kernels.spec import AGGREGATIONS
 
 NAN = float("nan")
 TOLERANCE = 2e-6
@@ -92,6 +91,9 @@ def check_losses(backend, device):
     specs = [mk.LossSpec(aggregation=name, beta=0.1) for name in AGGREGATIONS]
     specs.append(replace(specs[0], importance_level="sequence"))
     specs.append(mk.LossSpec(aggregation=AGGREGATIONS[1], importance_level="sequence"))
+    counted = ("token-mean", "prompt-mean", "seq-mean-token-mean", "prompt-mean")
+    specs += [mk.LossSpec(aggregation=x, denominator="contributing", beta=0.1) for x in counted]
+    specs += [mk.LossSpec(aggregation=x) for x in ("prompt-mean", "token-sum", "prompt-mean")]
     for i, spec in enumerate(specs):
         # In turn some tokens count, every one, and none of the second sequence.
         batch, source = make_whole(device, ("random", "none", "row")[i % 3])
@@ -110,10 +112,12 @@ def check_losses(backend, device):
         assert_close(out.advantages, whole.advantages[rows], TOLERANCE)
         assert out.metrics["zero_advantage_groups"] == whole.metrics["zero_advantage_groups"]
         assert_metrics(out.metrics.reduce(group), whole.metrics)
-        if i % 3:
+        if i % 3 and not spec.needs_count:
             continue
         # Advantages that are known already: the denominator alone is counted across ranks.
         known = {"advantages": whole.advantages[rows], "normalizer": "global"}
+        if spec.aggregation == "prompt-mean":
+            known |= {k: v for k, v in shared.items() if k != "rewards"}
         again, again_grad = step(part, spec, process_group=group, **known)
         assert_close(again.loss, out.loss, TOLERANCE)
         assert_close(again_grad, grad, TOLERANCE)
@@ -123,7 +127,9 @@ def check_plans(backend, device):
     """Micro-batches of ranks, padded and packed, add up to the batch."""
     mk.set_backend(backend)
     group, n_ranks = dist.group.WORLD, dist.get_world_size()
-    for spec in (mk.LossSpec(), mk.LossSpec(aggregation="seq-mean-token-mean")):
+    specs = [mk.LossSpec(), mk.LossSpec(aggregation="seq-mean-token-mean")]
+    specs += [mk.LossSpec(aggregation="prompt-mean", denominator="contributing")]
+    for spec in specs:
         for counts in SPLITS[n_ranks]:
             batch, source = make_whole(device)
             rows = own_rows(counts)

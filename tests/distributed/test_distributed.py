@@ -1,9 +1,13 @@
 """Data parallel: ranks that hold parts of a batch equal one process that holds all of it."""
 
+from dataclasses import fields
+
 import distributed_worker as worker
 import pytest
 from backends import HAS_GPU, INTERPRETS
 from spawn import run_ranks
+
+from mapo_kernels import AdvantageSpec, LossSpec
 
 # Interpreted kernels know nothing of ranks: they are quick with two.
 FOUR_INTERPRETED = pytest.param((4, "interpreter"), marks=pytest.mark.slow)
@@ -76,7 +80,8 @@ def test_ranks_that_disagree_are_told(on_ranks):
 
 
 def test_collectives_of_a_step_are_few_and_small(on_ranks):
-    header, room = 8 * 32, 24 * 64
+    settings = len(fields(LossSpec)) + len(fields(AdvantageSpec)) + 4
+    header, room = 8 * (5 + settings), 32 * 64
     for found in on_ranks(worker.collectives_of_a_step):
         assert found == {
             "advantages": [header + room],

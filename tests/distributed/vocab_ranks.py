@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from hidden import make_hidden, run
-from support import POLICIES, assert_close, keep, logits_run, make_logits, tensors_of
+from support import AGGREGATIONS, POLICIES, assert_close, keep, logits_run, make_logits, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mapo_kernels as mk
 from mapo_kernels import config
-from mapo_kernels.spec import AGGREGATIONS
 
 # Shares of 50 columns that are as uneven as can be.
 SIZES = {1: (50,), 2: (31, 19), 4: (13, 20, 1, 16)}

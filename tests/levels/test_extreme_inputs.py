@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from support import assert_accurate, assert_close, exact_scores, make_logits
+from support import AGGREGATIONS, assert_accurate, assert_close, exact_scores, make_logits
 
 import mapo_kernels as mk
 import reference
-from mapo_kernels.spec import AGGREGATIONS, ESTIMATORS
+from mapo_kernels.spec import ESTIMATORS
 
 NAN = float("nan")
 LARGEST = torch.finfo(torch.float32).max

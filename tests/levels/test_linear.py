@@ -5,6 +5,7 @@ import torch
 from backends import with_two_threads_too
 from hidden import HEADS, H, V, check_against_oracle, logits_of, make_hidden, oracle, run
 from support import (
+    AGGREGATIONS,
     NAN,
     POLICIES,
     assert_accurate,
@@ -20,7 +21,6 @@ import reference
 from benchmarks.memory import MemoryOfTensors
 from mapo_kernels.batch import HeadInputs
 from mapo_kernels.head import chunk_rows_of
-from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
 

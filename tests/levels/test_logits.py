@@ -4,6 +4,7 @@ import pytest
 import torch
 from backends import with_two_threads_too
 from support import (
+    AGGREGATIONS,
     KLS,
     MASKS,
     NAN,
@@ -23,7 +24,6 @@ import mapo_kernels as mk
 import reference
 from mapo_kernels._triton import HAS_TRITON, interprets, jit, tl
 from mapo_kernels.kernels.gradient import narrow
-from mapo_kernels.spec import AGGREGATIONS
 
 LEVELS = ("token", "sequence")
 BONUSES = (0.0, 0.1, 0.0, 0.1)  # one for each mask

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from support import NAN, assert_close, make_logits, tune
+from support import AGGREGATIONS, NAN, assert_close, make_logits, tune
 
 import mapo_kernels as mk
-from mapo_kernels.spec import AGGREGATIONS
 
 N_SEQUENCES, LENGTH = 4, 3
 REWARDS = torch.tensor([1.0, 0.0, 0.5, NAN])

@@ -3,11 +3,10 @@ import itertools
 import pytest
 import torch
 from backends import with_two_threads_too
-from support import assert_close, make_batch, pack
+from support import AGGREGATIONS, assert_close, make_batch, pack
 
 import mapo_kernels as mk
 from mapo_kernels import config
-from mapo_kernels.spec import AGGREGATIONS
 
 REWARDS = torch.tensor([1, 0, 0, 0.0, 1, 1, 1, 1, 0.1, 0, 0, 1])
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from backends import with_two_threads_too
 from support import (
+    AGGREGATIONS,
     KLS,
     MASKS,
     POLICIES,
@@ -18,7 +19,7 @@ from support import (
 )
 
 import mapo_kernels as mk
-from mapo_kernels.spec import AGGREGATIONS, OBJECTIVES
+from mapo_kernels.spec import OBJECTIVES
 
 
 def check_against_oracle(batch, spec, device, tolerance, on_policy=False):

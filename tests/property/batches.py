@@ -12,7 +12,7 @@ from cases import Batch, Rows, lists_of
 from hypothesis import assume
 from hypothesis import strategies as st
 from oracle import is_read, leaves_of, logits_of
-from strategies import NARROW, groups, input_dtypes, layouts, loss_specs, one_of, seeds
+from strategies import NARROW, groupings, groups, input_dtypes, layouts, loss_specs, one_of, seeds
 
 import reference
 
@@ -136,6 +136,8 @@ def _advantages(draw, batch, numbers, with_rewards):
     shape = (n, layout.length) if per_token else (n,)
     A = numbers.normal(*shape) * draw(one_of(1.0, 1.0, 30.0))
     batch.advantages = (A * (numbers.uniform(*shape) < draw(one_of(0.6, 1)))).to(dtype)
+    if batch.spec.aggregation == "prompt-mean":
+        batch.ids, batch.told = draw(groupings(n))
 
 
 @st.composite

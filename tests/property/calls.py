@@ -64,6 +64,7 @@ def source_arguments(batch: Batch, device) -> dict:
         given["advantages"] = batch.layout.arrange(batch.advantages, torch.nan)
     else:
         given["advantages"] = batch.advantages
+    given |= batch.told
     return _to(device, given | {"spec": batch.spec})
 
 

@@ -122,6 +122,8 @@ class Batch:
         dtype: of log-probs, logits or hidden states.
         groups: rewards, or None where advantages are given.
         advantages: [B] or [B, T], or None.
+        told: who belongs together, where the loss asks beside advantages: `Groups.arguments`.
+        ids: [B] likewise, as `Groups.ids`.
         tensors: old_logprobs and so on, by argument name, each [B, T].
         normalizer: a number, a tensor, or None.
         upstream: gradient of the loss.
@@ -143,6 +145,13 @@ class Batch:
     strided: bool = False
     logprobs: Tensor | None = None
     rows: Any = None
+    told: dict[str, Any] = field(default_factory=dict)
+    ids: Tensor | None = None
+
+    @property
+    def prompts(self) -> Tensor | None:
+        """Which prompt each sequence answers, [B]; None where nobody knows."""
+        return self.ids if self.groups is None else self.groups.ids
 
 
 def lists_of(kept: Tensor | None) -> list[list[int]] | None:

@@ -226,12 +226,24 @@ def token_scales(
     return TokenScales(*[clean(x) for x in found])
 
 
-def token_factors(batch: Batch) -> Tensor:
+def token_factors(batch: Batch, advantages: Tensor) -> Tensor:
     """What the aggregation multiplies each live token's loss by, [B, T]; 0 elsewhere."""
     s, live = batch.spec, batch.layout.live.double()
-    count = live.sum() if s.aggregation == "token-mean" else len(live)
+    signal = live
+    if s.denominator == "contributing":
+        A = advantages if advantages.dim() == 2 else advantages[:, None]
+        signal = live * (A != 0)
+    counted = signal.sum(1) > 0 if s.denominator == "contributing" else torch.ones(len(live)) > 0
+    count = {"token-mean": signal.sum(), "token-sum": 1}.get(s.aggregation, counted.sum())
+    if s.aggregation == "prompt-mean":
+        count = len(batch.prompts[counted].unique())
+    if s.denominator == "contributing":
+        count = max(float(count), 1.0)
     count = float(count if batch.normalizer is None else batch.normalizer)
     factors = live / max(count, torch.finfo(torch.float64).tiny)
+    if s.aggregation == "prompt-mean":
+        same = (batch.prompts[:, None] == batch.prompts).double()
+        factors = factors / (same @ live.sum(1)).clamp(min=1)[:, None]
     if s.aggregation == "seq-mean-token-mean":
         factors = factors / live.sum(1, keepdim=True).clamp(min=1)
     if s.aggregation == "seq-mean-token-sum-norm":
@@ -262,13 +274,14 @@ def exact_results(batch: Batch, advantages: Tensor) -> Exact:
         batch.layout.live,
         entropy=entropy,
         normalizer=batch.normalizer,
+        prompts=batch.prompts,
         **batch.tensors,
         **settings,
     )
     (loss * batch.upstream).backward()
     entropy_scale = None if rows is None else scales.entropy
     found = token_scales(batch, logp, logp_scale, advantages, entropy_scale)
-    factors = token_factors(batch)
+    factors = token_factors(batch, advantages)
     gradients = {k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
     slope = abs(batch.upstream) * factors * found.gradient
     if rows is None:

@@ -53,6 +53,7 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
     eps_high = draw(one_of(0.2, 0.28, 0.05, 1, 3.0))
     dual_clip = draw(one_of(None, 0.1, 1.0, 5.0)) if objective == "clip" else None
     aggregation = draw(st.sampled_from(AGGREGATIONS))
+    denominators = ("all",) if aggregation == "token-sum" else ("all", "all", "contributing")
     fixed = aggregation == "seq-mean-token-sum-norm" and needs_max_tokens
     return mk.LossSpec(
         objective=objective,
@@ -69,6 +70,7 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
         entropy_coef=draw(one_of(0.0, 0, 0.01, 1.0)) if with_entropy else 0.0,
         rollout_cap=draw(one_of(None, None, 0.5, 2, 1e9)),
         aggregation=aggregation,
+        denominator=draw(one_of(*denominators)),
         max_tokens=draw(st.integers(1, 20)) if fixed else draw(one_of(None, 1, 7)),
         score_all=draw(one_of(False, False, True)),
     )
