@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mapo_kernels.batch import Batch, GroupInputs, replaced
+from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.distributed.data import Part, Shared
 from mapo_kernels.eager.sums import accumulator_dtype, sum_by
 from mapo_kernels.groups import order_by_group
@@ -62,7 +63,9 @@ class Sequences(NamedTuple):
 
 def lengths_of(batch: Batch, tokens: torch.Tensor | None) -> torch.Tensor:
     """Valid tokens of each sequence, [B]; without `tokens` all those of a packed batch are."""
-    if tokens is None:
+    if batch.parts is not None:
+        found = batch.parts.n_valid
+    elif tokens is None:
         assert batch.cu_seqlens is not None
         found = batch.cu_seqlens.diff()
     else:
@@ -77,7 +80,12 @@ def contributing_of(batch: Batch, tokens: torch.Tensor | None) -> torch.Tensor:
         lengths = lengths_of(batch, tokens)
         return lengths * (batch.advantages != 0).to(lengths.device)
     layout = Layout(tokens, batch)
-    return layout.sum((layout.valid & (batch.advantages != 0)).to(accumulator_dtype(tokens.device)))
+    found = layout.sum(
+        (layout.valid & (batch.advantages != 0)).to(accumulator_dtype(tokens.device))
+    )
+    if batch.parts is not None:
+        found = all_gather(found, batch.parts.group).sum(0)
+    return found
 
 
 def prompts_of(groups: GroupInputs | None, spec: LossSpec) -> torch.Tensor | None:

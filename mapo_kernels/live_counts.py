@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,15 @@ class Source(NamedTuple):
         if self.narrow is None:
             return self.advantages
         return ((self.advantages != 0) | (self.narrow.advantages != 0)).to(torch.float32)
+
+
+def spec_of_live(spec: LossSpec, per_token: bool, sequence_group: object) -> LossSpec:
+    """What says which tokens here are live.
+
+    Where tokens of a sequence have advantages of their own, another rank may know of its signal.
+    """
+    is_split = sequence_group is not None and per_token and spec.importance_level == "sequence"
+    return replace(spec, score_all=True) if is_split else spec
 
 
 def valid_tokens(mask: torch.Tensor) -> torch.Tensor:

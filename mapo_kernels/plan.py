@@ -13,10 +13,17 @@ import torch
 from mapo_kernels import checks, counting, operators
 from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
 from mapo_kernels.batch import Batch, GroupInputs
-from mapo_kernels.distributed import data
+from mapo_kernels.distributed import data, sequences
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
-from mapo_kernels.live_counts import Source, count_live, count_tokens, live_tokens, valid_tokens
+from mapo_kernels.live_counts import (
+    Source,
+    count_live,
+    count_tokens,
+    live_tokens,
+    spec_of_live,
+    valid_tokens,
+)
 from mapo_kernels.masks import SamplingMask, check_sampling_mask, cut, sequence_starts
 from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
@@ -55,6 +62,7 @@ class Plan:
         kept_bounds: where in it each sequence begins, and the last one ends, on the host.
         sequence_weights: [B] float64 that multiply the tokens' losses: of `prompt-mean`, 1 over the
             valid tokens of each sequence's prompt in the whole batch; or None.
+        sequence_group: ranks that hold the other tokens of these sequences; None if there are none.
     """
 
     spec: LossSpec
@@ -73,6 +81,7 @@ class Plan:
     sampling_mask: SamplingMask | None = None
     kept_bounds: tuple[int, ...] = ()
     sequence_weights: torch.Tensor | None = None
+    sequence_group: Any = None
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""
@@ -103,7 +112,8 @@ class Plan:
             # There may be tokens after those of the last sequence.
             total = self.advantages.shape[0] if self.per_token else self.bounds[-1]
         source = Source(self.advantages, self.narrow, self.per_token)
-        return live_tokens(source, self.mask, self.cu_seqlens, self.spec, total)
+        spec = spec_of_live(self.spec, self.per_token, self.sequence_group)
+        return live_tokens(source, self.mask, self.cu_seqlens, spec, total)
 
     @cached_property
     def live_rows(self) -> torch.Tensor:
@@ -229,9 +239,10 @@ def make_plan(
         sampling_mask: as in `mapo_loss_from_logits`; micro-batches cut it as they cut the mask.
 
     Returns:
-        A `Plan`. This waits for the device once, to learn how many tokens of each sequence are
-        live; with a sampling mask once more, and with `process_group` where the collective has to
-        be waited for, which is whenever there are rewards.
+        A `Plan`, of the tokens here where a `sequence_group` has the others. This waits for the
+        device once, to learn how many tokens of each sequence are live; with a sampling mask or a
+        `sequence_group` once more, and with `process_group` where the collective has to be waited
+        for, which is whenever there are rewards.
 
     Raises:
         ValueError: arguments that contradict each other, or whose shapes or devices do not fit.
@@ -266,12 +277,20 @@ def make_plan(
         checks.check_advantages(advantages, n_sequences, shape, device)
         tokens = advantages if mask is None else mask
         per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
-    own, shared = None, None
+    own, shared, parts = None, None, None
     prompts = groups or prompts_of(given, n_sequences, device)
     tokens = advantages if mask is None and per_token else mask
     batch = Batch(mask=mask, advantages=advantages, cu_seqlens=cu_seqlens, per_token=per_token)
+    sequence_group = given["sequence_group"]
+    if sequence_group is not None:
+        sequences.check_sequence_group(sequence_group)
+        called = batch._replace(groups=groups, normalizer=normalizer)
+        like = torch.empty(int(cu_seqlens[-1]), device=device) if tokens is None else tokens
+        parts = sequences.meet(sequence_group, like, called, spec, advantage_spec)
+        batch = batch._replace(parts=parts)
     if process_group is not None:
-        part = data.Part(n_sequences, count_tokens(mask, cu_seqlens), groups)
+        n_valid = count_tokens(mask, cu_seqlens) if parts is None else parts.n_valid.sum().long()
+        part = data.Part(n_sequences, n_valid, groups)
         if spec.needs_count:
             part = counting.part_of(batch, tokens, spec, prompts)
         kind = "advantages" if groups is None else "rewards"
@@ -305,12 +324,14 @@ def make_plan(
             for x, of_all in zip(own_signals, found, strict=True)
         ]
     else:
-        count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device, n_valid)
+        of_all = n_valid if parts is None else parts.n_valid
+        count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device, of_all)
         narrow_count = count
     source = Source(signal.advantages, narrow, per_token)
     decides = groups is not None and threshold_decides(advantage_spec, given["success"])
     never = signal.never_successful if decides else None
-    counts, bounds, has_no_success = count_live(source, mask, cu_seqlens, spec, never, n_valid)
+    live_spec = spec_of_live(spec, per_token, sequence_group)
+    counts, bounds, has_no_success = count_live(source, mask, cu_seqlens, live_spec, never, n_valid)
     if has_no_success:
         warn_of_threshold(advantage_spec)
     return Plan(
@@ -330,6 +351,7 @@ def make_plan(
         sampling_mask,
         sequence_starts(sampling_mask, n_sequences, bounds),
         weights,
+        sequence_group,
     )
 
 
