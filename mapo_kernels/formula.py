@@ -25,6 +25,7 @@ class LossNumbers(NamedTuple):
     eps_high: Any
     dual_clip: Any
     eps_high_cispo: Any
+    eps_low_cispo: Any
     sapo_tau_pos: Any
     sapo_tau_neg: Any
     beta: Any
@@ -190,7 +191,11 @@ def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr
         d_log_ratio = tl.where(flat, 0.0, price * ratio_slope)
     elif LOSS.objective == "cispo":
         clipped_high = (ratio > numbers.eps_high_cispo) & (advantage > 0)
-        d_logp = -clamp(ratio, 0.0, numbers.eps_high_cispo) * advantage
+        least = 0.0
+        if numbers.eps_low_cispo is not None:
+            clipped_low = (ratio < numbers.eps_low_cispo) & (advantage < 0)
+            least = numbers.eps_low_cispo
+        d_logp = -clamp(ratio, least, numbers.eps_high_cispo) * advantage
         loss = d_logp * logp
         d_log_ratio = ratio * 0.0
     elif LOSS.objective == "sapo":

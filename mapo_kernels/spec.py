@@ -178,6 +178,8 @@ class LossSpec(Packable):
         dual_clip: cap of the ratio in the unclipped term (TRL's `delta`, verl's `clip_ratio_c`);
             greater than 1 + eps_high, or None.
         eps_high_cispo: upper bound of the detached ratio of `cispo`, as TRL's `epsilon_high` there.
+        eps_low_cispo: its lower bound, in [0, eps_high_cispo], or None (TRL); verl's bounds are
+            1 - clip_ratio_low and 1 + clip_ratio_high.
         sapo_tau_pos: temperature of `sapo` where the advantage is positive.
         sapo_tau_neg: temperature of `sapo` elsewhere.
         beta: weight of the KL term to the reference policy; 0 leaves it out.
@@ -208,6 +210,7 @@ class LossSpec(Packable):
     eps_high: float = 0.2
     dual_clip: float | None = None
     eps_high_cispo: float = 5.0
+    eps_low_cispo: float | None = None
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
     beta: float = 0.0
@@ -236,6 +239,8 @@ class LossSpec(Packable):
             require_number(name, getattr(self, name), 0.0)
         for name in ("kl_importance_correction", "score_all"):
             require_bool(name, getattr(self, name))
+        if self.eps_low_cispo is not None:
+            require_number("eps_low_cispo", self.eps_low_cispo, 0.0, self.eps_high_cispo)
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
         self._check_combinations()
@@ -289,6 +294,7 @@ class LossSpec(Packable):
             float(self.eps_high),
             None if self.dual_clip is None else float(self.dual_clip),
             float(self.eps_high_cispo),
+            None if self.eps_low_cispo is None else float(self.eps_low_cispo),
             float(self.sapo_tau_pos),
             float(self.sapo_tau_neg),
             float(self.beta),

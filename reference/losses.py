@@ -32,6 +32,7 @@ class LossSettings:
         eps_high: `clip` keeps rho below 1 + eps_high (DAPO: higher than eps_low).
         dual_clip: upper bound of rho in the unclipped term (TRL `delta`, verl `clip_ratio_c`).
         eps_high_cispo: upper bound of rho in `cispo`; not 1 + eps.
+        eps_low_cispo: its lower bound; None: 0.
         sapo_tau_pos: temperature of `sapo` where A > 0.
         sapo_tau_neg: temperature of `sapo` elsewhere.
         beta: coefficient of the KL term.
@@ -52,6 +53,7 @@ class LossSettings:
     eps_high: float = 0.2
     dual_clip: float | None = None
     eps_high_cispo: float = 5.0
+    eps_low_cispo: float | None = None
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
     beta: float = 0.0
@@ -121,7 +123,7 @@ def policy_term(token: Token, s: LossSettings) -> Tensor:
         clipped = rho.clamp(1 - s.eps_low, 1 + s.eps_high)
         return -torch.minimum(unclipped * A, clipped * A)
     if s.objective == "cispo":
-        return -rho.clamp(max=s.eps_high_cispo).detach() * A * token.logp
+        return -rho.clamp(s.eps_low_cispo, s.eps_high_cispo).detach() * A * token.logp
     if s.objective == "sapo":
         tau = s.sapo_tau_pos if A > 0 else s.sapo_tau_neg
         return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * A
@@ -208,6 +210,8 @@ def ratio_metrics(tokens: list[Token], s: LossSettings) -> dict[str, Tensor]:
     """Metrics of the importance ratio, means over the scored tokens."""
     # An objective without a bound never clips.
     lower = 1 - s.eps_low if s.objective == "clip" else -math.inf
+    if s.objective == "cispo" and s.eps_low_cispo is not None:
+        lower = s.eps_low_cispo
     upper = {"clip": 1 + s.eps_high, "cispo": s.eps_high_cispo}.get(s.objective, math.inf)
     return {
         "clip_fraction_low": mean([(k.rho < lower) & (k.A < 0) for k in tokens]),

@@ -57,7 +57,7 @@ def _borders(spec):
     if spec.objective == "clip":
         ratios = [1 - spec.eps_low, 1 + spec.eps_high, spec.dual_clip]
     elif spec.objective == "cispo":
-        ratios = [spec.eps_high_cispo]
+        ratios = [spec.eps_low_cispo, spec.eps_high_cispo]
     return torch.tensor([20.0, -20.0, *[math.log(x) for x in ratios if x]], dtype=torch.float64)
 
 

@@ -145,7 +145,7 @@ def _policy_scales(s, ratio, A, size, logp_size):
         slope = (1 - gate) * (1 + tau * ratio) * size + 1
         return 4 / tau * gate * strength * size, 4 * strength * ratio * gate * slope
     if s.objective == "cispo":
-        factor = ratio.clamp(max=s.eps_high_cispo) * strength * size
+        factor = ratio.clamp(s.eps_low_cispo, s.eps_high_cispo) * strength * size
         return factor * logp_size, factor
     if s.objective == "clip":
         bounded = ratio.clamp(max=s.dual_clip) if s.dual_clip is not None else ratio

@@ -62,6 +62,7 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
         eps_high=eps_high,
         dual_clip=None if dual_clip is None else 1 + eps_high + dual_clip,
         eps_high_cispo=draw(one_of(5.0, 1.28, 0.5)),
+        eps_low_cispo=draw(one_of(None, None, 0.5, 0.2, 0)),
         sapo_tau_pos=draw(one_of(1.0, 0.3, 4)),
         sapo_tau_neg=draw(one_of(1.05, 0.3, 4)),
         beta=draw(one_of(0.0, 0, 0.04, 1.0)),
