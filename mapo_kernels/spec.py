@@ -20,6 +20,8 @@ from mapo_kernels.settings import (
 )
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
+# Of whole sequences: with importance_level="sequence".
+SEQUENCE_OBJECTIVES = ("gmpo",)
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
@@ -171,10 +173,13 @@ class LossSpec(Packable):
     """Which token loss, and how it is aggregated.
 
     Args:
-        objective: `clip` (PPO, GRPO, DAPO), `cispo`, `sapo`, or `none` (the plain policy gradient).
+        objective: `clip` (PPO, GRPO, DAPO), `cispo`, `sapo`, or `none` (the plain policy gradient);
+            or of whole sequences, `gmpo` (the geometric mean of clipped ratios; verl's `geo_mean`).
         importance_level: `token`, or `sequence` (GSPO: one ratio per sequence).
-        eps_low: the ratio is clipped below 1 - eps_low; in (0, 1).
-        eps_high: the ratio is clipped above 1 + eps_high; positive.
+        eps_low: the ratio is clipped below 1 - eps_low; in (0, 1). In `gmpo`, as in verl, its
+            logarithm is clipped below -eps_low.
+        eps_high: the ratio is clipped above 1 + eps_high (`gmpo`: its logarithm above eps_high);
+            positive.
         dual_clip: cap of the ratio in the unclipped term (TRL's `delta`, verl's `clip_ratio_c`);
             greater than 1 + eps_high, or None.
         eps_high_cispo: upper bound of the detached ratio of `cispo`, as TRL's `epsilon_high` there.
@@ -227,7 +232,7 @@ class LossSpec(Packable):
 
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
-        require_choice("objective", self.objective, OBJECTIVES)
+        require_choice("objective", self.objective, OBJECTIVES + SEQUENCE_OBJECTIVES)
         require_choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -247,6 +252,11 @@ class LossSpec(Packable):
         self._make_canonical()
 
     def _check_combinations(self) -> None:
+        if self.objective in SEQUENCE_OBJECTIVES and self.importance_level != "sequence":
+            raise ValueError(
+                f"importance_level: expected 'sequence' with objective {self.objective!r}, whose "
+                f"ratio is that of a sequence, got {self.importance_level!r}"
+            )
         if self.dual_clip is not None:
             require_number("dual_clip", self.dual_clip)
             if self.objective != "clip":

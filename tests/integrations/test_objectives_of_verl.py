@@ -67,3 +67,14 @@ def test_dro_is_cispo_on_policy_with_k2_to_the_old_policy():
     spec = mk.LossSpec(objective="cispo", kl_estimator="k2", beta=0.7)
     given = {"old_logprobs": None, "ref_logprobs": batch()[1]}
     assert_equal(ours(spec, **given), of_verl("dro", dro_beta=0.7))
+
+
+def test_gmpo_is_geo_mean():
+    spec = mk.LossSpec(
+        objective="gmpo",
+        importance_level="sequence",
+        eps_low=0.2,
+        eps_high=0.3,
+        aggregation="seq-mean-token-mean",
+    )
+    assert_equal(ours(spec), of_verl("geo_mean"))

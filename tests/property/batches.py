@@ -64,6 +64,8 @@ def _borders(spec):
 def off_borders(old, logp, live, spec):
     """Old log-probs [B, T], moved until no ratio is at a border; in their own dtype."""
     borders = _borders(spec)
+    sides = [-spec.eps_low, spec.eps_high] if spec.objective == "gmpo" else [20.0, -20.0]
+    of_tokens = torch.tensor(sides, dtype=torch.float64)
     for _ in range(30):
         own = torch.where(live, logp - old.double(), 0.0)
         level = own
@@ -72,6 +74,7 @@ def off_borders(old, logp, live, spec):
             level = mean.expand_as(own)
         # The metric of the KL clamps each token's own ratio, whatever the level, without a jump.
         near = ((level[..., None] - borders).abs() < _MARGIN).any(-1) & live
+        near |= ((own[..., None] - of_tokens).abs() < _MARGIN).any(-1) & live
         if not near.any():
             return old
         step = 0.01 + 0.02 * old.double().abs() * torch.finfo(old.dtype).eps / 1e-3

@@ -188,10 +188,13 @@ def token_scales(
     log_ratio = logp - old
     own_size = 1 + size + log_ratio.abs()
     size = own_size
-    level = log_ratio
+    level = part = log_ratio
+    if s.objective == "gmpo":
+        part = torch.where(A > 0, log_ratio.clamp(max=s.eps_high), log_ratio)
+        part = torch.where(A < 0, log_ratio.clamp(min=-s.eps_low), part)
     if s.importance_level == "sequence":
         n = read.sum(1, keepdim=True).clamp(min=1)
-        level = (log_ratio.sum(1, keepdim=True) / n).expand_as(logp)
+        level = (part.sum(1, keepdim=True) / n).expand_as(logp)
         size = (clean(own_size).sum(1, keepdim=True) / n).expand_as(logp)
     ratio = level.clamp(-20, 20).exp()
     loss, slope = _policy_scales(s, ratio, A, size, 1 + clean(logp_scale))
