@@ -25,6 +25,7 @@ class LossNumbers(NamedTuple):
     eps_high: Any
     dual_clip: Any
     eps_high_cispo: Any
+    eps_low_cispo: Any
     sapo_tau_pos: Any
     sapo_tau_neg: Any
     beta: Any
@@ -163,11 +164,25 @@ def importance_ratio(log_ratio):
 
 
 @jit
+def ratio_part(log_ratio, advantage, numbers, LOSS: tl.constexpr):
+    """What a token's own l adds to its sequence's, and on which side it was clipped.
+
+    GMPO (arXiv 2507.20673) clips each token's l, where its advantage pushes, before the mean: a
+    clipped token moves the sequence's ratio no more. Returns (part, clipped low, clipped high).
+    """
+    clipped_low = (log_ratio < -numbers.eps_low) & (advantage < 0)
+    clipped_high = (log_ratio > numbers.eps_high) & (advantage > 0)
+    part = tl.where(clipped_low, -numbers.eps_low + 0.0 * log_ratio, log_ratio)
+    part = tl.where(clipped_high, numbers.eps_high + 0.0 * log_ratio, part)
+    return part, clipped_low, clipped_high
+
+
+@jit
 def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr):
     """Per-token policy loss, its derivatives by l and by logp, and where the ratio was clipped.
 
     PPO (arXiv 1707.06347), DAPO's clip-higher, dual clip (arXiv 1912.09729), CISPO (arXiv
-    2506.13585), SAPO (arXiv 2511.20347).
+    2506.13585), SAPO (arXiv 2511.20347); GMPO clips before, in `ratio_part`.
     Returns (loss, dloss/dl, dloss/dlogp, clipped low, clipped high).
     """
     d_logp = ratio * 0.0
@@ -190,7 +205,11 @@ def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr
         d_log_ratio = tl.where(flat, 0.0, price * ratio_slope)
     elif LOSS.objective == "cispo":
         clipped_high = (ratio > numbers.eps_high_cispo) & (advantage > 0)
-        d_logp = -clamp(ratio, 0.0, numbers.eps_high_cispo) * advantage
+        least = 0.0
+        if numbers.eps_low_cispo is not None:
+            clipped_low = (ratio < numbers.eps_low_cispo) & (advantage < 0)
+            least = numbers.eps_low_cispo
+        d_logp = -clamp(ratio, least, numbers.eps_high_cispo) * advantage
         loss = d_logp * logp
         d_log_ratio = ratio * 0.0
     elif LOSS.objective == "sapo":
@@ -222,7 +241,10 @@ def kl_term(logp, ref_logp, LOSS: tl.constexpr):
 
 
 @jit
-def token_loss(logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, LOSS: tl.constexpr):
+def token_loss(
+    logp, log_ratio, own_log_ratio, ref_logp, advantage, weight, entropy, numbers,
+    LOSS: tl.constexpr,
+):  # fmt: skip
     """The loss of one token: `weight` times policy term, plus beta KL, minus the entropy bonus.
 
     `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071). The two
@@ -234,6 +256,8 @@ def token_loss(logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, L
     loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
         logp, ratio, ratio_slope, advantage, numbers, LOSS
     )
+    if LOSS.objective == "gmpo":
+        _, clipped_low, clipped_high = ratio_part(own_log_ratio, advantage, numbers, LOSS)
     if weight is not None:
         loss = weight * loss
         d_log_ratio = weight * d_log_ratio

@@ -20,6 +20,8 @@ from mapo_kernels.settings import (
 )
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
+# Of whole sequences: with importance_level="sequence".
+SEQUENCE_OBJECTIVES = ("gmpo",)
 IMPORTANCE_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
@@ -171,13 +173,18 @@ class LossSpec(Packable):
     """Which token loss, and how it is aggregated.
 
     Args:
-        objective: `clip` (PPO, GRPO, DAPO), `cispo`, `sapo`, or `none` (the plain policy gradient).
+        objective: `clip` (PPO, GRPO, DAPO), `cispo`, `sapo`, or `none` (the plain policy gradient);
+            or of whole sequences, `gmpo` (the geometric mean of clipped ratios; verl's `geo_mean`).
         importance_level: `token`, or `sequence` (GSPO: one ratio per sequence).
-        eps_low: the ratio is clipped below 1 - eps_low; in (0, 1).
-        eps_high: the ratio is clipped above 1 + eps_high; positive.
+        eps_low: the ratio is clipped below 1 - eps_low; in (0, 1). In `gmpo`, as in verl, its
+            logarithm is clipped below -eps_low.
+        eps_high: the ratio is clipped above 1 + eps_high (`gmpo`: its logarithm above eps_high);
+            positive.
         dual_clip: cap of the ratio in the unclipped term (TRL's `delta`, verl's `clip_ratio_c`);
             greater than 1 + eps_high, or None.
         eps_high_cispo: upper bound of the detached ratio of `cispo`, as TRL's `epsilon_high` there.
+        eps_low_cispo: its lower bound, in [0, eps_high_cispo], or None (TRL); verl's bounds are
+            1 - clip_ratio_low and 1 + clip_ratio_high.
         sapo_tau_pos: temperature of `sapo` where the advantage is positive.
         sapo_tau_neg: temperature of `sapo` elsewhere.
         beta: weight of the KL term to the reference policy; 0 leaves it out.
@@ -208,6 +215,7 @@ class LossSpec(Packable):
     eps_high: float = 0.2
     dual_clip: float | None = None
     eps_high_cispo: float = 5.0
+    eps_low_cispo: float | None = None
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
     beta: float = 0.0
@@ -224,7 +232,7 @@ class LossSpec(Packable):
 
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
-        require_choice("objective", self.objective, OBJECTIVES)
+        require_choice("objective", self.objective, OBJECTIVES + SEQUENCE_OBJECTIVES)
         require_choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -236,12 +244,19 @@ class LossSpec(Packable):
             require_number(name, getattr(self, name), 0.0)
         for name in ("kl_importance_correction", "score_all"):
             require_bool(name, getattr(self, name))
+        if self.eps_low_cispo is not None:
+            require_number("eps_low_cispo", self.eps_low_cispo, 0.0, self.eps_high_cispo)
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
         self._check_combinations()
         self._make_canonical()
 
     def _check_combinations(self) -> None:
+        if self.objective in SEQUENCE_OBJECTIVES and self.importance_level != "sequence":
+            raise ValueError(
+                f"importance_level: expected 'sequence' with objective {self.objective!r}, whose "
+                f"ratio is that of a sequence, got {self.importance_level!r}"
+            )
         if self.dual_clip is not None:
             require_number("dual_clip", self.dual_clip)
             if self.objective != "clip":
@@ -289,6 +304,7 @@ class LossSpec(Packable):
             float(self.eps_high),
             None if self.dual_clip is None else float(self.dual_clip),
             float(self.eps_high_cispo),
+            None if self.eps_low_cispo is None else float(self.eps_low_cispo),
             float(self.sapo_tau_pos),
             float(self.sapo_tau_neg),
             float(self.beta),

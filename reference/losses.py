@@ -26,12 +26,13 @@ class LossSettings:
     """What the loss is made of; the keyword arguments of `mapo_loss` that are not tensors.
 
     Attributes:
-        objective: "clip", "cispo", "sapo" or "none", see `policy_term`.
+        objective: "clip", "cispo", "sapo", "none" or "gmpo", see `policy_term`.
         importance_level: "token", or "sequence" as in GSPO, see `log_ratios`.
         eps_low: `clip` keeps rho above 1 - eps_low.
         eps_high: `clip` keeps rho below 1 + eps_high (DAPO: higher than eps_low).
         dual_clip: upper bound of rho in the unclipped term (TRL `delta`, verl `clip_ratio_c`).
         eps_high_cispo: upper bound of rho in `cispo`; not 1 + eps.
+        eps_low_cispo: its lower bound; None: 0.
         sapo_tau_pos: temperature of `sapo` where A > 0.
         sapo_tau_neg: temperature of `sapo` elsewhere.
         beta: coefficient of the KL term.
@@ -52,6 +53,7 @@ class LossSettings:
     eps_high: float = 0.2
     dual_clip: float | None = None
     eps_high_cispo: float = 5.0
+    eps_low_cispo: float | None = None
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
     beta: float = 0.0
@@ -99,13 +101,25 @@ def constant(x: Tensor) -> Tensor:
     return x.detach().double()
 
 
-def log_ratios(logp: Tensor, old: Tensor, live: list[int], level: str) -> dict[int, Tensor]:
-    """log_rho at the live positions of one sequence, from its logp [T] and old [T].
+def clipped_where_pushed(log_ratio: Tensor, A: Tensor, s: LossSettings) -> Tensor:
+    """A token's log ratio in `gmpo`: bounded above if A > 0, below if A < 0."""
+    if A > 0:
+        return log_ratio.clamp(max=s.eps_high)
+    return log_ratio.clamp(min=-s.eps_low) if A < 0 else log_ratio
+
+
+def log_ratios(
+    logp: Tensor, old: Tensor, A: Tensor, live: list[int], s: LossSettings
+) -> dict[int, Tensor]:
+    """log_rho at the live positions of one sequence, from its logp, old and A, [T] each.
 
     At level "sequence" every token gets the mean over the live tokens, clamped after the mean; its
     gradient reaches all of them.
     """
+    level = s.importance_level
     ratios = {t: logp[t] - old[t] for t in live}
+    if s.objective == "gmpo":
+        ratios = {t: clipped_where_pushed(ratio, A[t], s) for t, ratio in ratios.items()}
     if level == "sequence" and live:
         ratios = dict.fromkeys(live, torch.stack(list(ratios.values())).mean())
     elif level not in ("token", "sequence"):
@@ -121,13 +135,13 @@ def policy_term(token: Token, s: LossSettings) -> Tensor:
         clipped = rho.clamp(1 - s.eps_low, 1 + s.eps_high)
         return -torch.minimum(unclipped * A, clipped * A)
     if s.objective == "cispo":
-        return -rho.clamp(max=s.eps_high_cispo).detach() * A * token.logp
+        return -rho.clamp(s.eps_low_cispo, s.eps_high_cispo).detach() * A * token.logp
     if s.objective == "sapo":
         tau = s.sapo_tau_pos if A > 0 else s.sapo_tau_neg
         return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * A
-    if s.objective == "none":
+    if s.objective in ("none", "gmpo"):  # of gmpo, rho is made of what was clipped already
         return -rho * A
-    raise ValueError(f"objective: expected clip, cispo, sapo or none, got {s.objective!r}")
+    raise ValueError(f"objective: expected a known one, got {s.objective!r}")
 
 
 def kl_term(d: Tensor, estimator: str) -> Tensor:
@@ -208,10 +222,16 @@ def ratio_metrics(tokens: list[Token], s: LossSettings) -> dict[str, Tensor]:
     """Metrics of the importance ratio, means over the scored tokens."""
     # An objective without a bound never clips.
     lower = 1 - s.eps_low if s.objective == "clip" else -math.inf
+    if s.objective == "cispo" and s.eps_low_cispo is not None:
+        lower = s.eps_low_cispo
     upper = {"clip": 1 + s.eps_high, "cispo": s.eps_high_cispo}.get(s.objective, math.inf)
+    clipped = [(k, k.rho) for k in tokens]
+    if s.objective == "gmpo":  # clips the logarithm of each token's own ratio
+        lower, upper = -s.eps_low, s.eps_high
+        clipped = [(k, k.logp - k.old) for k in tokens]
     return {
-        "clip_fraction_low": mean([(k.rho < lower) & (k.A < 0) for k in tokens]),
-        "clip_fraction_high": mean([(k.rho > upper) & (k.A > 0) for k in tokens]),
+        "clip_fraction_low": mean([(rho < lower) & (k.A < 0) for k, rho in clipped]),
+        "clip_fraction_high": mean([(rho > upper) & (k.A > 0) for k, rho in clipped]),
         "ratio_mean": mean([k.rho for k in tokens]),
         "ratio_max": torch.stack([k.rho.detach() for k in tokens]).max() if tokens else mean([]),
         # The token's own ratio, also where the loss takes the sequence's.
@@ -267,7 +287,7 @@ def batch_loss(
     loss = batch.logp[:0].sum()  # an empty sum: 0 whatever logp holds, yet part of the graph
     tokens = []
     for i in range(B):
-        log_rho = log_ratios(batch.logp[i], batch.old[i], live[i], s.importance_level)
+        log_rho = log_ratios(batch.logp[i], batch.old[i], batch.A[i], live[i], s)
         scored = [t for t in live[i] if is_scored(batch.A[i, t], batch.w[i, t], s)]
         if s.importance_level == "sequence" and scored:
             scored = live[i]  # every token moves rho, so a sequence is scored whole or not at all

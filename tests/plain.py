@@ -15,7 +15,7 @@ def _policy(logp, ratio, A, s):
         free = ratio if s.dual_clip is None else ratio.clamp(max=s.dual_clip)
         return -torch.min(free * A, ratio.clamp(1 - s.eps_low, 1 + s.eps_high) * A)
     if s.objective == "cispo":
-        return -ratio.clamp(max=s.eps_high_cispo).detach() * A * logp
+        return -ratio.clamp(s.eps_low_cispo, s.eps_high_cispo).detach() * A * logp
     if s.objective == "sapo":
         tau = torch.where(A > 0, s.sapo_tau_pos, s.sapo_tau_neg).to(ratio.dtype)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A

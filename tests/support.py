@@ -20,6 +20,7 @@ KLS = [
     ),
 ]
 POLICIES = [*({"objective": name} for name in OBJECTIVES), {"objective": "clip", "dual_clip": 1.5}]
+POLICIES.append({"objective": "cispo", "eps_low_cispo": 0.8, "eps_high_cispo": 1.2})
 # The two that are left out differ in weights and denominators alone: see test_counting.py.
 AGGREGATIONS = tuple(x for x in mk.spec.AGGREGATIONS if x not in ("token-sum", "prompt-mean"))
 MASKS = ("none", "random", "row", "all")

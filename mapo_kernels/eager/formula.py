@@ -76,6 +76,7 @@ for _name, _value in list(_namespace.items()):
         _namespace[_name] = FunctionType(_value.fn.__code__, _namespace, _name)
 
 token_loss = _namespace["token_loss"]
+ratio_part = _namespace["ratio_part"]
 rollout_weight = _namespace["rollout_weight"]
 group_advantage = _namespace["group_advantage"]
 reward_unit = _namespace["reward_unit"]

@@ -63,12 +63,18 @@ def _score_chunk(
     n_valid = layout.n_valid().to(dtype)
     log_ratio = logp - old
     level_ratio = log_ratio
+    clipped = None
     if spec.importance_level == "sequence":
-        mean = layout.sum(log_ratio) / n_valid.clamp(min=1.0)
+        part = log_ratio
+        if spec.objective == "gmpo":
+            part, low, high = formula.ratio_part(log_ratio, advantage, spec.numbers, spec.kind)
+            clipped = low | high
+        mean = layout.sum(part) / n_valid.clamp(min=1.0)
         level_ratio = kept(layout.spread(mean))
     found = formula.token_loss(
         logp,
         level_ratio,
+        log_ratio,
         ref,
         advantage,
         weight,
@@ -89,6 +95,8 @@ def _score_chunk(
         if spec.importance_level == "sequence":
             slope = layout.sum(kept(d_log_ratio)) / n_valid.clamp(min=1.0)
             d_log_ratio = layout.spread(slope)
+            if clipped is not None:
+                d_log_ratio = d_log_ratio.where(~clipped, 0.0)
         grad = d_log_ratio + d_logp
         grad = kept(grad if spec.how.divisor == "one" else grad / layout.spread(divisor))
     return _Chunk(*_sums(layout.sum(kept(loss)) / divisor, n_valid, scored, metrics), grad)

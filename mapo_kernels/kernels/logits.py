@@ -212,7 +212,7 @@ def logits_loss_kernel(
                 n_valid = tl.maximum(tl.load(batch.n_valid + sequence), 1.0)
             else:
                 n_valid, mean, signal = sequence_statistics(
-                    Row, tokens, 0, begin, end, False, BLOCK_T, 1
+                    Row, tokens, 0, begin, end, advantage, numbers, LOSS, BLOCK_T, 1
                 )
         reference, total, logp, rest, entropy = row_statistics(
             rows, Row, target, vocab, c, True, TILE

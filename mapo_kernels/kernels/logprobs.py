@@ -15,6 +15,7 @@ from mapo_kernels.kernels.token import (
     block_tokens,
     load_row,
     no_scores,
+    own_ratio_part,
     program_sums,
     publish_sums,
     score_tokens,
@@ -27,15 +28,24 @@ from mapo_kernels.kernels.token import (
 
 @jit
 def spread_slope(
-    Grad, Mask, row, slope, begin, end, THREADS: tl.constexpr, PER_THREAD: tl.constexpr
-):
-    """Add a sequence's common slope to the gradient of its valid tokens."""
+    Grad, Logp, tokens, row, slope, begin, end, sequence_advantage, numbers, LOSS: tl.constexpr,
+    THREADS: tl.constexpr, PER_THREAD: tl.constexpr,
+):  # fmt: skip
+    """Add a sequence's common slope to the gradient of its valid tokens that move its ratio."""
     tl.debug_barrier()
     for start in range(begin, end, THREADS * PER_THREAD):
         offs = block_tokens(start, THREADS, PER_THREAD)
-        inside, valid = valid_tokens(Mask, row, offs, begin, end, end)
+        inside, valid = valid_tokens(tokens.mask, row, offs, begin, end, end)
+        moves = valid
+        if LOSS.objective == "gmpo" and tokens.old is not None:
+            log_ratio = load_row(Logp, row, offs, inside, valid)
+            log_ratio = log_ratio - load_row(tokens.old, row, offs, inside, valid)
+            _, low, high = own_ratio_part(
+                log_ratio, tokens, row, offs, inside, valid, sequence_advantage, numbers, LOSS
+            )
+            moves = valid & ~low & ~high
         grad = tl.load(Grad + row + offs, mask=inside, other=0.0)
-        tl.store(Grad + row + offs, grad + tl.where(valid, slope, 0.0), mask=inside)
+        tl.store(Grad + row + offs, grad + tl.where(moves, slope, 0.0), mask=inside)
 
 
 @jit
@@ -59,7 +69,7 @@ def loss_of_sequence(
     stats_end = tl.where(has_signal > 0, end, begin)
     if LOSS.sequence_level or LOSS.divisor == "tokens":
         n_valid, mean_log_ratio, signal = sequence_statistics(
-            Logp, tokens, row, begin, stats_end, LOSS.sequence_level, THREADS, PER_THREAD
+            Logp, tokens, row, begin, stats_end, advantage, numbers, LOSS, THREADS, PER_THREAD
         )
         if LOSS.sequence_level:
             advantage = tl.where(signal > 0, advantage, 0.0)
@@ -97,7 +107,10 @@ def loss_of_sequence(
     if Grad is not None and LOSS.sequence_level:
         # The mean over a sequence is self-adjoint: every valid token gets the mean of the slopes.
         slope = tl.sum(slopes, 0) / n_valid * scale
-        spread_slope(Grad, tokens.mask, row, slope, begin, stats_end, THREADS, PER_THREAD)
+        spread_slope(
+            Grad, Logp, tokens, row, slope, begin, stats_end, advantage, numbers, LOSS, THREADS,
+            PER_THREAD,
+        )  # fmt: skip
     return sums, active
 
 

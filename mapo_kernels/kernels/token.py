@@ -11,6 +11,7 @@ from mapo_kernels.formula import (
     GroupMetrics,
     TokenMetrics,
     loss_denominator,
+    ratio_part,
     rollout_weight,
     signal_behind_weight,
     token_loss,
@@ -162,11 +163,25 @@ def block_tokens(start, THREADS: tl.constexpr, PER_THREAD: tl.constexpr):
 
 
 @jit
+def own_ratio_part(
+    log_ratio, tokens, row, offs, inside, valid, sequence_advantage, numbers, LOSS: tl.constexpr
+):
+    """`formula.ratio_part` of a block of tokens."""
+    advantage = tl.where(valid, sequence_advantage, 0.0)
+    if tokens.advantage is not None:
+        advantage = load_row(tokens.advantage, row, offs, inside, valid)
+    if tokens.weight is not None:
+        weight = load_row(tokens.weight, row, offs, inside, valid)
+        advantage = signal_behind_weight(advantage, weight)
+    return ratio_part(log_ratio, advantage, numbers, LOSS)
+
+
+@jit
 def sequence_statistics(
-    Logp, tokens, row, begin, end, SEQUENCE_LEVEL: tl.constexpr,
+    Logp, tokens, row, begin, end, sequence_advantage, numbers, LOSS: tl.constexpr,
     THREADS: tl.constexpr, PER_THREAD: tl.constexpr,
 ):  # fmt: skip
-    """Of a sequence: valid tokens, their mean of logp - old, whether any of them has A w != 0."""
+    """Of a sequence: valid tokens, the logarithm of its ratio, whether any token has A w != 0."""
     count = tl.zeros([THREADS], tl.float32)
     total = tl.zeros([THREADS], tl.float32)
     signal = tl.zeros([THREADS], tl.float32)
@@ -174,12 +189,17 @@ def sequence_statistics(
         offs = block_tokens(start, THREADS, PER_THREAD)
         inside, valid = valid_tokens(tokens.mask, row, offs, begin, end, end)
         count = count + tl.sum(valid.to(tl.float32), 1)
-        if SEQUENCE_LEVEL:
+        if LOSS.sequence_level:
             logp = load_row(Logp, row, offs, inside, valid)
             old = logp
             if tokens.old is not None:
                 old = load_row(tokens.old, row, offs, inside, valid)
-            total = total + tl.sum(logp - old, 1)
+            part = logp - old
+            if LOSS.objective == "gmpo":
+                part, _, _ = own_ratio_part(
+                    part, tokens, row, offs, inside, valid, sequence_advantage, numbers, LOSS
+                )
+            total = total + tl.sum(part, 1)
             strength = valid.to(tl.float32)
             # Whether both differ from 0; their product may underflow, or be NaN.
             if tokens.advantage is not None:
@@ -324,7 +344,9 @@ def score_tokens(
     level_ratio = log_ratio
     if LOSS.sequence_level:
         level_ratio = tl.where(scored, mean_log_ratio, 0.0)
-    t = token_loss(logp, level_ratio, ref, values.advantage, weight, bonus, numbers, LOSS)
+    t = token_loss(
+        logp, level_ratio, log_ratio, ref, values.advantage, weight, bonus, numbers, LOSS
+    )
     loss, d_log_ratio, d_logp = t.loss, t.d_log_ratio, tl.where(scored, t.d_logp, 0.0)
     if tokens.loss_weight is not None:
         factor = values.factor

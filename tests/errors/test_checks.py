@@ -148,6 +148,18 @@ CASES = [
         "'sapo'",
     ),
     (lambda: mk.LossSpec(objective="ppo"), ValueError, "objective: expected one of", "'ppo'"),
+    (
+        lambda: mk.LossSpec(objective="gmpo"),
+        ValueError,
+        "importance_level: expected 'sequence' with objective 'gmpo'",
+        "'token'",
+    ),
+    (
+        lambda: mk.LossSpec(eps_low_cispo=6.0),
+        ValueError,
+        "eps_low_cispo: expected a number in [0, 5]",
+        "6.0",
+    ),
     (lambda: mk.LossSpec(importance_level="x"), ValueError, "importance_level: exp", "'x'"),
     (lambda: mk.LossSpec(kl_estimator="k4"), ValueError, "kl_estimator: expected", "'k4'"),
     (lambda: mk.LossSpec(aggregation="sum"), ValueError, "aggregation: expected", "'sum'"),

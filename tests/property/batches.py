@@ -57,13 +57,15 @@ def _borders(spec):
     if spec.objective == "clip":
         ratios = [1 - spec.eps_low, 1 + spec.eps_high, spec.dual_clip]
     elif spec.objective == "cispo":
-        ratios = [spec.eps_high_cispo]
+        ratios = [spec.eps_low_cispo, spec.eps_high_cispo]
     return torch.tensor([20.0, -20.0, *[math.log(x) for x in ratios if x]], dtype=torch.float64)
 
 
 def off_borders(old, logp, live, spec):
     """Old log-probs [B, T], moved until no ratio is at a border; in their own dtype."""
     borders = _borders(spec)
+    sides = [-spec.eps_low, spec.eps_high] if spec.objective == "gmpo" else [20.0, -20.0]
+    of_tokens = torch.tensor(sides, dtype=torch.float64)
     for _ in range(30):
         own = torch.where(live, logp - old.double(), 0.0)
         level = own
@@ -72,6 +74,7 @@ def off_borders(old, logp, live, spec):
             level = mean.expand_as(own)
         # The metric of the KL clamps each token's own ratio, whatever the level, without a jump.
         near = ((level[..., None] - borders).abs() < _MARGIN).any(-1) & live
+        near |= ((own[..., None] - of_tokens).abs() < _MARGIN).any(-1) & live
         if not near.any():
             return old
         step = 0.01 + 0.02 * old.double().abs() * torch.finfo(old.dtype).eps / 1e-3

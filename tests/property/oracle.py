@@ -145,7 +145,7 @@ def _policy_scales(s, ratio, A, size, logp_size):
         slope = (1 - gate) * (1 + tau * ratio) * size + 1
         return 4 / tau * gate * strength * size, 4 * strength * ratio * gate * slope
     if s.objective == "cispo":
-        factor = ratio.clamp(max=s.eps_high_cispo) * strength * size
+        factor = ratio.clamp(s.eps_low_cispo, s.eps_high_cispo) * strength * size
         return factor * logp_size, factor
     if s.objective == "clip":
         bounded = ratio.clamp(max=s.dual_clip) if s.dual_clip is not None else ratio
@@ -188,10 +188,13 @@ def token_scales(
     log_ratio = logp - old
     own_size = 1 + size + log_ratio.abs()
     size = own_size
-    level = log_ratio
+    level = part = log_ratio
+    if s.objective == "gmpo":
+        part = torch.where(A > 0, log_ratio.clamp(max=s.eps_high), log_ratio)
+        part = torch.where(A < 0, log_ratio.clamp(min=-s.eps_low), part)
     if s.importance_level == "sequence":
         n = read.sum(1, keepdim=True).clamp(min=1)
-        level = (log_ratio.sum(1, keepdim=True) / n).expand_as(logp)
+        level = (part.sum(1, keepdim=True) / n).expand_as(logp)
         size = (clean(own_size).sum(1, keepdim=True) / n).expand_as(logp)
     ratio = level.clamp(-20, 20).exp()
     loss, slope = _policy_scales(s, ratio, A, size, 1 + clean(logp_scale))

@@ -10,7 +10,14 @@ from cases import Groups, Layout
 from hypothesis import strategies as st
 
 import mapo_kernels as mk
-from mapo_kernels.spec import AGGREGATIONS, CERTAINTIES, ESTIMATORS, KL_ESTIMATORS, OBJECTIVES
+from mapo_kernels.spec import (
+    AGGREGATIONS,
+    CERTAINTIES,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    SEQUENCE_OBJECTIVES,
+)
 
 NAN, INF = math.nan, math.inf
 NARROW = (torch.bfloat16, torch.float16)
@@ -49,7 +56,8 @@ def advantage_specs(draw):
 
 @st.composite
 def loss_specs(draw, with_entropy, needs_max_tokens):
-    objective = draw(st.sampled_from(OBJECTIVES))
+    objective = draw(st.sampled_from(OBJECTIVES + SEQUENCE_OBJECTIVES))
+    levels = ("sequence",) if objective in SEQUENCE_OBJECTIVES else ("token", "sequence")
     eps_high = draw(one_of(0.2, 0.28, 0.05, 1, 3.0))
     dual_clip = draw(one_of(None, 0.1, 1.0, 5.0)) if objective == "clip" else None
     aggregation = draw(st.sampled_from(AGGREGATIONS))
@@ -57,11 +65,12 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
     fixed = aggregation == "seq-mean-token-sum-norm" and needs_max_tokens
     return mk.LossSpec(
         objective=objective,
-        importance_level=draw(one_of("token", "sequence")),
+        importance_level=draw(one_of(*levels)),
         eps_low=draw(one_of(0.2, 0.05, 0.6, 0.99)),
         eps_high=eps_high,
         dual_clip=None if dual_clip is None else 1 + eps_high + dual_clip,
         eps_high_cispo=draw(one_of(5.0, 1.28, 0.5)),
+        eps_low_cispo=draw(one_of(None, None, 0.5, 0.2, 0)),
         sapo_tau_pos=draw(one_of(1.0, 0.3, 4)),
         sapo_tau_neg=draw(one_of(1.05, 0.3, 4)),
         beta=draw(one_of(0.0, 0, 0.04, 1.0)),
