@@ -1,4 +1,9 @@
-"""The autograd nodes: forward computes loss and gradient, backward scales the gradient."""
+"""The autograd nodes of losses and of log-probs.
+
+A loss's forward computes its gradient, too, and backward scales that. What the gradient by
+log-probs will be is not known before backward, which reads the logits again, or has them multiplied
+again.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mapo_kernels import hidden as hidden_level
 from mapo_kernels import operators
-from mapo_kernels.batch import Batch, HeadInputs, RowInputs, empty_results
+from mapo_kernels.batch import Batch, HeadInputs, Kept, RowInputs, empty_results, replaced
 from mapo_kernels.live_rows import Wanted
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -188,3 +193,121 @@ class MapoLinearLossFunction(torch.autograd.Function):
                     _note_write(kept)
                     grads[i] = kept.to(ctx.dtypes[i])
         return (*grads, None, None, None, None, None)
+
+
+class LogitsScoresFunction(torch.autograd.Function):
+    """Log-probs and entropies from logits as an autograd node.
+
+    `LogitsScoresFunction.apply(logits, rows, mask)` returns both, in the shape of the token ids and
+    differentiable by `logits` [B, T, V] or [total, V]; nothing is validated: `token_logprobs` does
+    that. The logits are kept, and 5 numbers a row; backward reads them once and may run again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies, 0 where masked."""
+        table = operators.score_rows(logits, rows, mask, 5)
+        _keep(ctx, rows, logits, mask, table)
+        return _two_of(table, rows)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor | None, entropy_slope: torch.Tensor | None) -> Any:
+        """The gradient by the logits; exactly 0 where masked."""
+        if slope is None and entropy_slope is None:
+            return None, None, None
+        (logits, mask, table), rows = _kept(ctx)
+        slope, bonus = _slopes(slope, entropy_slope)
+        one = table.new_ones(1)
+        grad = operators.row_gradient(logits, rows, mask, table, slope, bonus, one)
+        return grad, None, None
+
+
+class LinearScoresFunction(torch.autograd.Function):
+    """Log-probs and entropies from hidden states as an autograd node.
+
+    `LinearScoresFunction.apply(hidden, weight, bias, head, rows)` returns both, in the shape of the
+    token ids and differentiable by `hidden` [B, T, H] or [total, H], `weight` [V, H] and `bias` [V]
+    (or None). `head` is a `HeadInputs` with `live_rows`, whose weight and bias are ignored; nothing
+    is validated: `token_logprobs_from_hidden` does that.
+
+    Inputs are kept, and 5 numbers a row. Backward has the logits multiplied again, chunk by chunk,
+    and may run again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        head: HeadInputs,
+        rows: RowInputs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies, 0 where a row is not live."""
+        head = head._replace(weight=weight, bias=bias)
+        # Products choose their dtypes themselves.
+        with torch.autocast(hidden.device.type, enabled=False):
+            table = hidden_level.linear_scores(hidden, head, rows, 5)
+        _keep(ctx, rows, hidden, weight, bias, head.live_rows, table)
+        # Tensors are kept where autograd can see to them.
+        ctx.head = replaced(head, weight=None, bias=None, live_rows=None)
+        return _two_of(table, rows)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor | None, entropy_slope: torch.Tensor | None) -> Any:
+        """The gradients that are asked for; exactly 0 where a row is not live."""
+        grads: list[torch.Tensor | None] = [None] * 3
+        if slope is not None or entropy_slope is not None:
+            (hidden, weight, bias, live_rows, table), rows = _kept(ctx)
+            head = ctx.head._replace(weight=weight, bias=bias, live_rows=live_rows)
+            wanted = Wanted(*ctx.needs_input_grad[:3])
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = hidden_level.linear_scores_gradient(
+                    hidden, head, rows, table, *_slopes(slope, entropy_slope), wanted
+                )
+            given = zip(found, (hidden, weight, bias), strict=True)
+            grads = [None if grad is None else grad.to(x.dtype) for grad, x in given]
+        return (*grads, None, None)
+
+
+def _keep(ctx: Any, rows: RowInputs, *tensors: torch.Tensor | None) -> None:
+    """Save for backward the rows, and some tensors."""
+    temperature = rows.temperature
+    of_rows = temperature if isinstance(temperature, torch.Tensor) else None
+    kept = rows.kept or (None,) * len(Kept._fields)
+    ctx.save_for_backward(rows.token_ids, of_rows, *kept, *tensors)
+    ctx.rows = replaced(
+        rows, token_ids=None, temperature=temperature if of_rows is None else None, kept=None
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _kept(ctx: Any) -> tuple[tuple[Any, ...], RowInputs]:
+    """What `_keep` saved: the tensors, and the rows."""
+    token_ids, temperature, columns, row, bounds, *tensors = ctx.saved_tensors
+    kept = None if columns is None else Kept(columns, row, bounds)
+    temperature = ctx.rows.temperature if temperature is None else temperature
+    rows = replaced(ctx.rows, token_ids=token_ids, temperature=temperature, kept=kept)
+    return tuple(tensors), rows
+
+
+def _two_of(table: torch.Tensor, rows: RowInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of a table, which is kept: whoever overwrites these leaves it be."""
+    shape = rows.token_ids.shape
+    return table[0].reshape(shape).clone(), table[1].reshape(shape).clone()
+
+
+def _slopes(
+    slope: torch.Tensor | None, entropy_slope: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `operators.row_gradient` takes, from the gradients by log-probs and entropies."""
+    # An entropy bonus of weight b adds -b H to a loss.
+    bonus = None if entropy_slope is None else -entropy_slope.contiguous()
+    if slope is None:
+        assert entropy_slope is not None
+        slope = torch.zeros_like(entropy_slope, memory_format=torch.contiguous_format)
+    return slope.contiguous(), bonus

@@ -28,6 +28,8 @@ from mapo_kernels.layout import Layout, loss_denominator
 from mapo_kernels.live_rows import LiveRows, Wanted
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
+_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
 
 def linear_loss(
     hidden: torch.Tensor,
@@ -56,25 +58,48 @@ def linear_loss(
             live_rows, scored = live_rows[scored[live_rows]], None
         live_rows, few, rows = _split(hidden, head, rows, live_rows)
     live = LiveRows(hidden, head, rows, live_rows, scored)
-    # Each rank has what its columns contribute: one sum over ranks, then one rounding.
-    dtype = hidden.dtype if rows.share is None else result_dtype(hidden)
+    dtype = _dtype_of_sums(hidden, rows)
     if any(wanted) and spec.importance_level == "token" and few is None:
         found, gradients = _token_level(live, inputs, spec, layout, advantage, wanted, dtype)
     else:
         found, gradients = _in_two_passes(live, few, inputs, spec, layout, wanted, dtype)
+    gradients = _of_the_batch(gradients, live, few, hidden, head, rows, wanted)
+    none = found.loss.new_empty(0)
+    return HeadResults(found.loss, found.results, none, *gradients)
+
+
+def _dtype_of_sums(hidden: torch.Tensor, rows: RowInputs) -> torch.dtype:
+    """The dtype of the gradient by hidden states before it is summed over ranks."""
+    # Each rank has what its columns contribute: one sum over ranks, then one rounding.
+    return hidden.dtype if rows.share is None else result_dtype(hidden)
+
+
+def _of_the_batch(
+    gradients: _Gradients,
+    live: LiveRows,
+    few: KeptRows | None,
+    hidden: torch.Tensor,
+    head: HeadInputs,
+    rows: RowInputs,
+    wanted: Wanted,
+) -> _Gradients:
+    """The gradients by all hidden states, contiguous, and by weight and bias, on this rank."""
     d_hidden, d_weight, d_bias = gradients
     if d_hidden is not None:
         if rows.share is not None:
             d_hidden = vocabulary.sum_over_ranks(d_hidden, rows.share).to(hidden.dtype)
-        if few is not None:
-            live_rows = torch.cat([live_rows, few.chosen])
-        d_hidden = _in_place(d_hidden, live_rows, hidden, few is None)
+        if few is None and d_hidden.numel() == hidden.numel():
+            d_hidden = d_hidden.view(hidden.shape)
+        else:
+            chosen = live.chosen if few is None else torch.cat([live.chosen, few.chosen])
+            whole = hidden.new_zeros(hidden.shape)
+            whole.view(-1, hidden.shape[-1]).index_copy_(0, chosen, d_hidden)
+            d_hidden = whole
     if wanted.weight and d_weight is None:
         d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
     if wanted.bias and d_bias is None:
         d_bias = head.weight.new_zeros(head.weight.shape[0])
-    none = found.loss.new_empty(0)
-    return HeadResults(found.loss, found.results, none, d_hidden, d_weight, d_bias)
+    return d_hidden, d_weight, d_bias
 
 
 def _split(
@@ -91,20 +116,6 @@ def _split(
     if not bool((rows.kept.counts[live] > 0).any()):
         rows = rows._replace(kept=None)
     return live, parts, rows
-
-
-def _in_place(
-    d_hidden: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor, in_order: bool
-) -> torch.Tensor:
-    """The gradient of all hidden states, contiguous, from that of the live ones."""
-    if in_order and d_hidden.numel() == hidden.numel():
-        return d_hidden.view(hidden.shape)
-    whole = hidden.new_zeros(hidden.shape)
-    whole.view(-1, hidden.shape[-1]).index_copy_(0, live, d_hidden)
-    return whole
-
-
-_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def _token_level(
@@ -195,7 +206,26 @@ def _in_two_passes(
     found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), any(wanted))
     if not any(wanted):
         return found, (None, None, None)
-    slopes, bonuses = found.grad, layout.entropy_weights(spec, table)
+    tables = table, None if few is None else few_table
+    weights = found.grad, layout.entropy_weights(spec, table), found.results
+    return found, _second_pass(live, few, tables, weights, wanted, dtype)
+
+
+def _second_pass(
+    live: LiveRows,
+    few: KeptRows | None,
+    tables: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    wanted: Wanted,
+    dtype: torch.dtype,
+) -> _Gradients:
+    """Gradients from logits that are computed again.
+
+    `tables` are those of `operators.score_rows` of the live rows and of the few, `weights` the
+    slopes and bonuses of the batch, and the results, as `operators.row_gradient` takes them.
+    """
+    table, few_table = tables
+    slopes, bonuses, results = weights
     slope, bonus = live.take(slopes), None if bonuses is None else live.take(bonuses)
     live.is_all = few is None
 
@@ -207,16 +237,17 @@ def _in_two_passes(
             table[:, span].contiguous(),
             slope[span],
             None if bonus is None else bonus[span],
-            found.results,
+            results,
             place,
         )
 
     gradients = live.differentiate(gradient, wanted, dtype)
     if few is not None:
+        assert few_table is not None
         bonus = None if bonuses is None else few.take(bonuses)
-        few.differentiate(few_table, few.take(slopes), bonus, found.results)
+        few.differentiate(few_table, few.take(slopes), bonus, results)
         gradients = _with_few(few, gradients, wanted, dtype)
-    return found, gradients
+    return gradients
 
 
 def _with_few(
@@ -238,20 +269,43 @@ def _with_few(
 
 
 def linear_scores(
+    hidden: torch.Tensor, head: HeadInputs, rows: RowInputs, columns: int
+) -> torch.Tensor:
+    """Table [columns, N] of `operators.score_rows`; 0 but for `head.live_rows`."""
+    live, few = _rows_of(hidden, head, rows)
+    table = live.spread(live.score(columns), rows.token_ids.numel())
+    return table if few is None else table.index_copy_(1, few.chosen, few.score(columns))
+
+
+def linear_scores_gradient(
     hidden: torch.Tensor,
     head: HeadInputs,
     rows: RowInputs,
-    mask: torch.Tensor | None,
-    columns: int,
-) -> torch.Tensor:
-    """Table [columns, N] of log-probs and entropies, without gradient; 0 where masked."""
-    n = rows.token_ids.numel()
-    chosen = torch.arange(n, device=hidden.device)
-    if mask is not None:
-        chosen = chosen[mask.reshape(-1) != 0]
-    few = None
+    table: torch.Tensor,
+    slopes: torch.Tensor,
+    bonuses: torch.Tensor | None,
+    wanted: Wanted,
+) -> _Gradients:
+    """Gradients by hidden states, weight and bias, the last two in the dtype of sums.
+
+    `table` [5, N] is that of `linear_scores`, whose `head.live_rows` are the only ones that have
+    a gradient; `slopes` and `bonuses` have the shape of the token ids, as `row_gradient` takes
+    them, and no scale is to come.
+    """
+    live, few = _rows_of(hidden, head, rows)
+    tables = table[:, live.chosen], None if few is None else table[:, few.chosen]
+    weights = slopes, bonuses, table.new_ones(1)
+    dtype = _dtype_of_sums(hidden, rows)
+    gradients = _second_pass(live, few, tables, weights, wanted, dtype)
+    return _of_the_batch(gradients, live, few, hidden, head, rows, wanted)
+
+
+def _rows_of(
+    hidden: torch.Tensor, head: HeadInputs, rows: RowInputs
+) -> tuple[LiveRows, KeptRows | None]:
+    """The head's live rows: those that go through the whole of it, and those of few columns."""
+    chosen, few = head.live_rows, None
+    assert chosen is not None
     if rows.kept is not None:
         chosen, few, rows = _split(hidden, head, rows, chosen)
-    live = LiveRows(hidden, head, rows, chosen)
-    table = live.spread(live.score(columns), n)
-    return table if few is None else table.index_copy_(1, few.chosen, few.score(columns))
+    return LiveRows(hidden, head, rows, chosen), few

@@ -81,6 +81,7 @@ class KeptRows:
         self._columns = self._entries.columns[self._read]
         every = torch.arange(chosen.shape[0] + 1, device=chosen.device)
         self._bounds = torch.searchsorted(self._row, every)
+        self._logits: torch.Tensor | None = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """What a token tensor has for these rows, [n]."""
@@ -88,6 +89,12 @@ class KeptRows:
 
     def score(self, columns: int) -> torch.Tensor:
         """Table [columns, n] of `operators.score_rows`."""
+        return operators.score_kept(self._read_logits(), self._rows, self._entries, columns)
+
+    def _read_logits(self) -> torch.Tensor:
+        """Tempered logits [nnz] of the entries; the first call multiplies."""
+        if self._logits is not None:
+            return self._logits
         head, wide = self._head, result_dtype(self._hidden)
         x = self._hidden.new_empty(self._read.shape, dtype=wide)
         x = operators.gather_products(
@@ -104,7 +111,7 @@ class KeptRows:
             self._slope = head.logit_scale * (1.0 - bent.square())
         logits = x.new_zeros(self._entries.row.shape).index_copy_(0, self._read, x)
         self._logits = kept.tempered(logits, self._rows, self._entries)
-        return operators.score_kept(self._logits, self._rows, self._entries, columns)
+        return self._logits
 
     def differentiate(
         self,
@@ -114,7 +121,8 @@ class KeptRows:
         results: torch.Tensor,
     ) -> None:
         """Find the gradient by the products, from what `operators.row_gradient` takes."""
-        grad = kept.gradient(self._logits, self._rows, self._entries, table, slope, bonus, results)
+        x = self._read_logits()
+        grad = kept.gradient(x, self._rows, self._entries, table, slope, bonus, results)
         self._grad = grad[self._read] * self._slope
 
     def hidden_gradient(self, dtype: torch.dtype) -> torch.Tensor:

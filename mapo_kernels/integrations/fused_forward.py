@@ -193,16 +193,17 @@ class _Head:
         arguments = call.arguments
         with self._precision(hidden):
             if call.weigh is not None:
-                found = token_logprobs_from_hidden(
-                    hidden,
-                    weight,
-                    call.token_ids,
-                    bias=bias,
-                    mask=arguments["mask"],
-                    sampling_mask=arguments.get("sampling_mask"),
-                    return_entropy=True,
-                    **self.options,
-                )
+                with torch.no_grad():
+                    found = token_logprobs_from_hidden(
+                        hidden,
+                        weight,
+                        call.token_ids,
+                        bias=bias,
+                        mask=arguments["mask"],
+                        sampling_mask=arguments.get("sampling_mask"),
+                        return_entropy=True,
+                        **self.options,
+                    )
                 arguments = {**arguments, "token_weights": call.weigh(*found)}
             out = mapo_loss_from_hidden(
                 hidden, weight, call.token_ids, bias=bias, **arguments, **self.options
@@ -244,6 +245,7 @@ class _Head:
             kwargs["logits_to_keep"] = n_tokens + 1
         return forward(*args, **{**kwargs, "use_cache": False})
 
+    @torch.no_grad()
     def _scored(
         self,
         logits: torch.Tensor,
@@ -299,7 +301,7 @@ class _Head:
             n_tokens = sampling_mask.n_tokens // labels.shape[0]
         hidden, weight, bias = self._matrices(model, hidden[:, -n_tokens - 1 : -1])
         labels = labels[:, -n_tokens:]
-        with self._precision(hidden):
+        with torch.no_grad(), self._precision(hidden):
             log_probs, entropy = token_logprobs_from_hidden(
                 hidden,
                 weight,

@@ -1,4 +1,4 @@
-"""verl 0.9.1: the advantage estimator `mapo` and the policy loss `mapo_fused`.
+"""verl 0.9.1: the estimator `mapo`, the policy loss `mapo_fused`, the fused-kernel backend `mapo`.
 
 verl imports this module by the entry point `verl.plugins` on `import verl`, in every process of a
 run. So importing it does next to nothing: registration waits for verl to import its registries, and
@@ -15,7 +15,7 @@ import importlib.abc
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mapo_kernels.spec import LossSpec
 
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
+MONKEY_PATCH = "verl.models.transformers.monkey_patch"
 ESTIMATOR, POLICY_LOSS = "mapo", "mapo_fused"
 log = logging.getLogger(__name__)
 
@@ -242,11 +243,35 @@ def register(core_algos: ModuleType) -> None:
         core_algos.register_adv_est(ESTIMATOR)(mapo_advantages)
         core_algos.register_policy_loss(POLICY_LOSS)(mapo_fused_loss)
     except Exception as error:
-        log.warning(
-            "mapo_kernels is not registered with verl (tested with 0.9.1): %s: %s",
-            type(error).__name__,
-            error,
-        )
+        _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    log.warning(
+        "mapo_kernels is not registered with verl (tested with 0.9.1): %s: %s",
+        type(error).__name__,
+        error,
+    )
+
+
+def register_head(monkey_patch: ModuleType) -> None:
+    """Let `fused_kernel_options.impl_backend` be `mapo`; log a warning where that fails.
+
+    Args:
+        monkey_patch: the module `verl.models.transformers.monkey_patch`.
+    """
+    try:
+        from mapo_kernels.integrations import verl_head
+
+        verl_head.register(monkey_patch)
+    except Exception as error:
+        _warn(error)
+
+
+_HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    CORE_ALGOS: register,
+    MONKEY_PATCH: register_head,
+}
 
 
 class _Registering:
@@ -265,11 +290,11 @@ class _Registering:
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        register(module)
+        _HOOKS[module.__name__](module)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers as soon as verl has imported its registries, which most processes never do.
+    """Registers as soon as verl has imported what to register with: most processes never do.
 
     There is no other way: verl has no call for plugins after that, and importing the registries
     here would import torch, and verl, which is importing this module. The hook stays, because
@@ -283,7 +308,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         # Another hook may ask every finder too, this one among them.
-        if fullname != CORE_ALGOS or getattr(self._asking, "others", False):
+        if fullname not in _HOOKS or getattr(self._asking, "others", False):
             return None
         self._asking.others = True
         try:
@@ -306,13 +331,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _install() -> None:
-    """Register now if verl's registries are there, and whenever they are imported from now on."""
+    """Register now with what is there, and with the rest whenever it is imported from now on."""
     # This module may be executed twice; once in a process is enough.
     name = _AfterImport.__module__, _AfterImport.__qualname__
     if any((type(x).__module__, type(x).__qualname__) == name for x in sys.meta_path):
         return
-    if CORE_ALGOS in sys.modules:
-        register(sys.modules[CORE_ALGOS])
+    for known, hook in _HOOKS.items():
+        if known in sys.modules:
+            hook(sys.modules[known])
     sys.meta_path.insert(0, _AfterImport())
 
 

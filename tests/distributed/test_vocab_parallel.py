@@ -32,8 +32,8 @@ def world(request):
 
 
 JOBS = [
-    ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.certain_tokens, ranks.odd_rows,
-    ranks.sampling_masks,
+    ranks.logits_level, ranks.hidden_level, ranks.scores, ranks.score_gradients,
+    ranks.certain_tokens, ranks.odd_rows, ranks.sampling_masks,
 ]  # fmt: skip
 
 

@@ -241,6 +241,43 @@ def scores(backend):
         assert_close(b, a, LOOSE)
 
 
+def score_gradients(backend):
+    """Gradients of scores are those of a process that has whole rows, each rank's own columns."""
+    device, group = begin(backend)
+    upstream = [torch.randn(4, 3, device=device) for _ in range(2)]
+
+    def compare_scores(call, inputs, dims, given):
+        def run(inputs, **more):
+            leaves = [x.to(device, copy=True).requires_grad_() for x in inputs]
+            found = call(*leaves, **given, **more)
+            return [*found, *torch.autograd.grad(found, leaves, upstream)]
+
+        whole = run(inputs)
+        shares = [x if dim is None else mine(x, dim) for x, dim in zip(inputs, dims, strict=True)]
+        part = run(shares, vocab_group=group)
+        for a, b, dim in zip(whole, part, (None, None, *dims), strict=True):
+            assert_close(b, a if dim is None else mine(a, dim), LOOSE)
+            assert dim is not None or same_on_every_rank(b)
+
+    batch = make_logits(vocab=50, dtype=torch.float32)
+    given = {"token_ids": batch["ids"].to(device), "mask": batch["mask"].to(device)}
+    given |= {"return_entropy": True, "temperature": 0.7}
+    compare_scores(mk.token_logprobs, [batch["logits"]], [-1], given)
+    batch = make_hidden()
+    given |= {k: batch[j].to(device) for k, j in (("token_ids", "ids"), ("mask", "mask"))}
+    given |= {"chunk_rows": 5, "softcap": 4.0}
+    inputs = [batch[k] for k in ("hidden", "weight", "bias")]
+
+    def from_hidden(hidden, weight, bias, **given):
+        return mk.token_logprobs_from_hidden(hidden, weight, bias=bias, **given)
+
+    compare_scores(from_hidden, inputs, [None, 0, 0], given)
+    lists = keep(batch["ids"], 50, (1, 2, 5, 0, 30))
+    given["sampling_mask"] = mk.SamplingMask.from_lists(lists, device)
+    with config.override({"KEPT.cpu_share": 4, "KEPT.gpu_share": 4}):
+        compare_scores(from_hidden, inputs, [None, 0, 0], given)
+
+
 def certain_tokens(backend):
     """Tokens of p within 1e-12 of 1, whose rival lies anywhere: log p and 1 - p are exact."""
     device, group = begin(backend)

@@ -44,13 +44,16 @@ def dtensors(backend):
                 assert grad.placements == (placement,) and grad.shape == exact.shape
                 grad = grad.full_tensor()
             assert_close(grad, exact, LOOSE)
+        of_rows = {"token_ids": batch["ids"], "mask": batch["mask"]}
         scored = mk.token_logprobs_from_hidden(
-            batch["hidden"], head.weight, batch["ids"], bias=head.bias, mask=batch["mask"]
+            batch["hidden"], head.weight, bias=head.bias, **of_rows
         )
-        exact = mk.token_logprobs_from_hidden(
-            batch["hidden"], batch["weight"], batch["ids"], bias=batch["bias"], mask=batch["mask"]
-        )
+        plain = batch["weight"].clone().requires_grad_()
+        exact = mk.token_logprobs_from_hidden(batch["hidden"], plain, bias=batch["bias"], **of_rows)
         assert_close(scored, exact, LOOSE)
+        (grad,) = torch.autograd.grad(scored.sum(), head.weight)
+        assert grad.placements == (placement,)
+        assert_close(grad.full_tensor(), torch.autograd.grad(exact.sum(), plain)[0], LOOSE)
 
     def error(weight, hidden=None, **more):
         hidden = batch["hidden"] if hidden is None else hidden

@@ -215,7 +215,9 @@ def test_fullgraph_from_logits(dynamic, level, inplace, device):
     spec = mk.LossSpec(importance_level=level, entropy_coef=0.1, aggregation="seq-mean-token-mean")
 
     def step(logits, ids, old, mask, rewards):
-        scored = mk.token_logprobs(logits, ids, mask=mask, temperature=0.9)
+        scored, entropy = mk.token_logprobs(
+            logits, ids, mask=mask, temperature=0.9, return_entropy=True
+        )
         out = mk.mapo_loss_from_logits(
             logits * 1.5,
             ids,
@@ -227,7 +229,8 @@ def test_fullgraph_from_logits(dynamic, level, inplace, device):
             inplace=inplace,
             temperature=0.9,
         )
-        return out.loss * 2, out.metrics["entropy"], scored
+        own = scored.sum() - 0.3 * entropy.square().sum()
+        return out.loss * 2 + own, out.metrics["entropy"], scored
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")

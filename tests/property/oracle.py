@@ -291,9 +291,9 @@ def exact_results(batch: Batch, advantages: Tensor) -> Exact:
         gradient_scales = {"logprobs": slope}
     else:
         bonus = abs(batch.upstream) * factors * batch.spec.entropy_coef
-        at_logits = _logits_gradient_scale(rows, scales, slope, bonus)
+        at_logits = logits_gradient_scale(rows, scales, slope, bonus)
         at_logits = torch.where(read[..., None], at_logits, 0.0)
-        gradient_scales = _leaf_scales(rows, at_logits, constants, read)
+        gradient_scales = leaf_scales(rows, at_logits, constants, read)
     metric_scales = {
         "ratio_mean": _mean(found.ratio, read),
         "ratio_max": found.ratio.amax() if found.ratio.numel() else torch.ones(()),
@@ -325,7 +325,7 @@ def _without_scored_tokens(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v if k in counts else torch.full_like(v, torch.nan) for k, v in metrics.items()}
 
 
-def _logits_gradient_scale(rows: Rows, scales: RowScales, slope: Tensor, bonus: Tensor) -> Tensor:
+def logits_gradient_scale(rows: Rows, scales: RowScales, slope: Tensor, bonus: Tensor) -> Tensor:
     """Scale [B, T, V] of the gradient by logits, of tokens with these scales of their slopes.
 
     The probability of a nearly certain token's own column enters as 1 - p, which is exact.
@@ -344,7 +344,7 @@ def _logits_gradient_scale(rows: Rows, scales: RowScales, slope: Tensor, bonus: 
     return grad / temperatures(rows)
 
 
-def _leaf_scales(
+def leaf_scales(
     rows: Rows, at_logits: Tensor, leaves: dict[str, Tensor], read: Tensor
 ) -> dict[str, Tensor]:
     """Scales of the gradients by the leaves, from that by the logits."""

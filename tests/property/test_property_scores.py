@@ -1,4 +1,4 @@
-"""Scoring: log-probs and entropies against the oracle, on rows of every kind."""
+"""Scoring: log-probs, entropies and their gradients against the oracle, on rows of every kind."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from batches import Numbers, constants, draw_kept, garbage
 from calls import TOLERANCES, assert_within
 from cases import Rows, lists_of
 from hypothesis import strategies as st
-from oracle import leaves_of, logits_of, row_scales
+from oracle import leaf_scales, leaves_of, logits_gradient_scale, logits_of, row_scales
 from strategies import NARROW, input_dtypes, one_of, seeds
 
 import mapo_kernels as mk
@@ -26,6 +26,7 @@ class Scoring:
         shape: of the token ids: [B, T], or [N] if packed.
         temperature: as the call takes it.
         mask: whether the call has a mask.
+        upstream: [2, N, 1] float64, gradients by log-probs and by entropies.
         constants: package constants that are shrunk.
         options: of the hidden level.
     """
@@ -35,6 +36,7 @@ class Scoring:
     shape: tuple[int, ...]
     temperature: float | torch.Tensor
     mask: bool
+    upstream: torch.Tensor
     constants: dict
     options: dict = field(default_factory=dict)
 
@@ -62,6 +64,9 @@ class Scoring:
 # Rows as [B, T] or [N], some of them none.
 SHAPES = ((2, 3), (9,), (1, 1), (4, 5), (1,), (3, 1), (1, 7), (4,), (0,), (3, 0))
 
+
+# Of the gradients by log-probs, and by entropies.
+WEIGHTS = st.sampled_from(((1.0, 0.0), (0.0, 1.0), (1.0, 0.3)))
 
 KINDS = ("plain", "offset", "certain", "forbidden", "lost", "abyss", "nan", "infinite", "no id")
 
@@ -127,7 +132,8 @@ def scorings(draw, device, hidden):
         rows.logits = garbage(x.to(dtype), live, numbers.generator)
     rows.kept = draw_kept(draw, ids, vocab, numbers)
     rows.ids = garbage(ids.to(draw(one_of(torch.int64, torch.int32))), live, numbers.generator)
-    return Scoring(rows, live, shape, temperature, has_mask, draw(constants()), options)
+    upstream = numbers.normal(2, n, 1).double() * torch.tensor(draw(WEIGHTS)).view(2, 1, 1)
+    return Scoring(rows, live, shape, temperature, has_mask, upstream, draw(constants()), options)
 
 
 def check_scores(scoring, device):
@@ -154,6 +160,52 @@ def check_scores(scoring, device):
     scale = scales.entropy.where(live, 0.0)[known]
     assert_within("entropy", entropy[known], exact_entropy[known], scale, tolerance)
     assert not (entropy < 0).any()
+
+
+def check_gradients(scoring, device):
+    rows, live = scoring.rows, scoring.live
+    given, named = scoring.given(device)
+    call = mk.token_logprobs if rows.logits is not None else mk.token_logprobs_from_hidden
+    leaves = {k: x.requires_grad_() for k, x in leaves_of(rows).items()}
+    x = logits_of(rows, live, leaves)
+    logp, entropy = reference.token_logprobs(
+        x, rows.ids, rows.temperature, live, lists_of(rows.kept)
+    )
+    constants = {k: v.detach() for k, v in leaves.items()}
+    scales = row_scales(rows, x, constants, logp)
+    # Of rows that have no log-prob, or none that is finite, nobody wants a gradient.
+    known = (logp.isfinite() & entropy.isfinite()).detach()
+    upstream = scoring.upstream.where(known & live, 0.0)
+    exact = torch.autograd.grad((logp, entropy), list(leaves.values()), list(upstream))
+    mine = {"token_ids": given[-1], **named, "return_entropy": True}
+    inputs = list(given[:-1])
+    inputs += [] if (bias := mine.pop("bias", None)) is None else [bias]
+    inputs = [v.to(device, copy=True).requires_grad_() for v in inputs]
+    names = ("hidden", "lm_head_weight", "bias") if rows.hidden is not None else ("logits",)
+    with override(scoring.constants):
+        found = call(**dict(zip(names, inputs, strict=False)), **mine)
+        # Where a token is masked there may be anything.
+        grads = [u.where(live, torch.nan).view(scoring.shape).to(found[0]) for u in upstream]
+        grads = torch.autograd.grad(found, inputs, grads)
+    at_logits = logits_gradient_scale(rows, scales, *upstream.abs())
+    at_logits = torch.where((live & known)[..., None], at_logits, 0.0)
+    allowed = leaf_scales(rows, at_logits, constants, live)
+    # Rows without an id, or with NaN in them, are NaN as their losses are.
+    finite = x.detach().isfinite().all(-1) & known
+    for name, grad, expected in zip(leaves, grads, exact, strict=True):
+        grad = grad.cpu().view(expected.shape)
+        scale, tolerance = allowed[name], TOLERANCES[found[0].dtype]
+        if rows.logits is not None:
+            grad, expected, scale = grad[finite], expected[finite], scale[finite]
+        assert_within(f"gradient of {name}", grad, expected, scale, tolerance, upstream=1.0)
+
+
+def test_gradients_of_token_logprobs(device, search):
+    search(lambda x: check_gradients(x, device), scorings(device, hidden=False), examples=30)
+
+
+def test_gradients_of_token_logprobs_from_hidden(device, search):
+    search(lambda x: check_gradients(x, device), scorings(device, hidden=True), examples=20)
 
 
 def test_token_logprobs(device, search):
