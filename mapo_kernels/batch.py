@@ -24,6 +24,7 @@ class GroupInputs(NamedTuple):
         group_ids: [B] integers in any order, or None where `group_size` says it.
         success: [B] bool, or None to compare rewards with the threshold.
         wide: whether statistics are float64: every input of the call is. Else they are float32.
+        weight: [B] floating-point, what a row's advantage is multiplied by; None for 1.
     """
 
     rewards: torch.Tensor
@@ -31,6 +32,7 @@ class GroupInputs(NamedTuple):
     group_ids: torch.Tensor | None = None
     success: torch.Tensor | None = None
     wide: bool = False
+    weight: torch.Tensor | None = None
 
 
 class Batch(NamedTuple):

@@ -23,7 +23,8 @@ from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # What a plan stands for.
-_SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success", "process_group")
+_REWARDS = ("rewards", "group_size", "group_ids", "success", "group_weight")
+_SOURCE = ("advantages", *_REWARDS, "process_group")
 _LAYOUT = ("mask", "cu_seqlens", "normalizer")
 _NOTHING = KnownMetrics({})
 

@@ -56,6 +56,7 @@ class Signal(NamedTuple):
 
 
 _has_warned = False
+_has_warned_of_single = False
 
 
 def threshold_decides(spec: AdvantageSpec, success: torch.Tensor | None) -> bool:
@@ -80,8 +81,8 @@ def warn_of_threshold(spec: AdvantageSpec) -> None:
 
 def forget_warnings() -> None:
     """Warn again of what was warned of already: for tests."""
-    global _has_warned
-    _has_warned = False
+    global _has_warned, _has_warned_of_single
+    _has_warned = _has_warned_of_single = False
 
 
 # What float32 holds exactly. A kernel compares such rewards with the threshold as they are.
@@ -115,6 +116,35 @@ def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
         limit = torch.finfo(torch.float32).max
         rewards = rewards.clamp(-limit, limit).where(rewards.isfinite(), rewards)
     return replaced(groups, rewards=rewards.to(torch.float32), success=success)
+
+
+def weight_of_rows(
+    weight: torch.Tensor, n_rows: int, group_size: int, group_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Weights [B] of rows from those of rows [B] or of groups [Q]; nothing waits.
+
+    Of groups by id there have to be as many as there are ids, ascending; else all are NaN.
+    """
+    n = weight.shape[0]
+    if n == n_rows:
+        return weight
+    if group_ids is None:
+        return weight.repeat_interleave(group_size)
+    index = order_by_group(group_ids)[2]
+    return weight[index.clamp(max=n - 1)].where(index.amax() == n - 1, float("nan"))
+
+
+def warn_of_single() -> None:
+    """Say, once in a process, that groups of one sequence teach nothing."""
+    global _has_warned_of_single
+    if _has_warned_of_single or torch.compiler.is_compiling():
+        return
+    _has_warned_of_single = True
+    warnings.warn(
+        "group_size: expected at least 2, got 1. Every estimator takes its baseline from the other "
+        "sequences of a group, so all advantages are 0 and nothing is learned from these rewards.",
+        stacklevel=4,
+    )
 
 
 def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -141,6 +141,7 @@ def group_advantages(
     eps: float = 1e-6,
     apd: str = "bounded",
     max_abs: float | None = None,
+    group_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, GroupStats]]:
     """One advantage per trajectory, from the rewards of its group.
 
@@ -160,6 +161,7 @@ def group_advantages(
         eps: added to the denominators of z and APD.
         apd: "bounded" or "paper", see `percent_deviation`.
         max_abs: clamp advantages to [-max_abs, max_abs].
+        group_weight: [B], factor of each row's advantage before that clamp.
 
     Returns:
         Advantages [B] in float64, and the statistics of each group by its id.
@@ -180,4 +182,8 @@ def group_advantages(
         )
         lam = stats[group_id].certainty
         A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd)
+    if group_weight is not None:
+        for i in range(len(A)):
+            if A[i] != 0:
+                A[i] *= group_weight[i].double()
     return (A if max_abs is None else A.clamp(-max_abs, max_abs)), stats

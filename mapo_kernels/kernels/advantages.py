@@ -20,6 +20,7 @@ class Rewards(NamedTuple):
     success: Any = None
     ids: Any = None
     order: Any = None
+    weight: Any = None
 
 
 class Span(NamedTuple):
@@ -120,8 +121,10 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
 
 
 @jit
-def member_advantage(reward, finite, unit, lowest, offset, factor, numbers):
+def member_advantage(rewards, rows, reward, finite, unit, lowest, offset, factor, numbers):
     """Advantages of members of a group from its moments, at most what float32 can hold."""
+    if rewards.weight is not None:
+        factor = factor * tl.load(rewards.weight + rows, mask=finite, other=0.0).to(tl.float32)
     limit = 3.4028234663852886e38
     if numbers.max_abs is not None:
         limit = numbers.max_abs
@@ -149,7 +152,9 @@ def advantage_of_sequence(
     )  # fmt: skip
     reward = tl.load(rewards.reward + index).to(tl.float32)
     finite = tl.abs(reward) < float("inf")
-    advantage = member_advantage(reward, finite, m.unit, m.lowest, m.offset, factor, numbers)
+    advantage = member_advantage(
+        rewards, index, reward, finite, m.unit, m.lowest, m.offset, factor, numbers
+    )
     tl.store(Out + index, advantage, mask=is_first)
     # One program speaks for the group: the first of the group's first row.
     speaks = ((m.leader == index) & is_first).to(tl.float32)
@@ -217,14 +222,16 @@ def advantages_kernel(
     if rewards.ids is not None:
         reward = tl.load(rewards.reward + groups, mask=present, other=0.0).to(tl.float32)
         finite = tl.abs(reward) < float("inf")
-        advantage = member_advantage(reward, finite, m.unit, m.lowest, m.offset, factor, numbers)
+        advantage = member_advantage(
+            rewards, groups, reward, present & finite, m.unit, m.lowest, m.offset, factor, numbers
+        )
         tl.store(Advantages + groups, advantage, mask=present)
     else:
         for start in range(0, span.longest, BLOCK_G):
             rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
             advantage = member_advantage(
-                reward, finite, m.unit[:, None], m.lowest[:, None], m.offset[:, None],
-                factor[:, None], numbers,
+                rewards, rows, reward, finite, m.unit[:, None], m.lowest[:, None],
+                m.offset[:, None], factor[:, None], numbers,
             )  # fmt: skip
             tl.store(Advantages + rows, advantage, mask=member)
     if Stats is not None:

@@ -49,10 +49,22 @@ def successes(groups: Groups) -> Tensor:
     return rewards.double() >= threshold
 
 
+def weights(groups: Groups) -> Tensor:
+    """What each row's advantage is multiplied by, [B], 1 where nothing is given."""
+    given = groups.arguments.get("group_weight")
+    if given is None:
+        return torch.ones(len(groups.ids), dtype=torch.float64)
+    if len(given) == len(groups.ids):
+        return given.double()
+    names = sorted(set(groups.ids.tolist()))
+    return torch.stack([given[names.index(i)] for i in groups.ids.tolist()]).double()
+
+
 def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     """Advantages and statistics of rewards that are first rounded to `dtype`."""
     spec, r = groups.spec, groups.rewards.to(dtype).double()
     succeeded, in_units = successes(groups), spec.estimator in ("mean", "rloo")
+    w = weights(groups)
     A, scale, table, sizes = torch.zeros_like(r), torch.zeros_like(r), [], []
     for i in groups.ids.unique():
         rows = groups.ids == i
@@ -62,13 +74,18 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
         unit = 2.0 ** (math.frexp(sizes[-1])[1] - 1) if sizes[-1] > _LARGE else 1.0
         settings = {k: getattr(spec, k) for k in _SETTINGS} | {"eps": spec.eps / unit}
         own, stats = reference.group_advantages(
-            r[rows] / unit, groups.ids[rows], success=succeeded[rows], **settings
+            r[rows] / unit,
+            groups.ids[rows],
+            success=succeeded[rows],
+            group_weight=w[rows],
+            **settings,
         )
         A[rows] = own * unit if in_units else own
         scale[finite] = _scale(r[finite] / unit, spec, unit, dtype) * (unit if in_units else 1.0)
         (found,) = stats.values()
         found = replace(found, mean=found.mean * unit, std=found.std * unit)
         table.append([getattr(found, name) for name in STATS])
+    scale = scale * w.abs()
     A = A if spec.max_abs is None else A.clamp(-spec.max_abs, spec.max_abs)
     stats = dict(zip(STATS, torch.tensor(table, dtype=torch.float64).T, strict=True))
     size, ones = torch.tensor(sizes, dtype=torch.float64), torch.ones(len(sizes)).double()

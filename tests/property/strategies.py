@@ -134,6 +134,11 @@ def groups(draw, n, tame=False, wide=True):
     spec = draw(advantage_specs())
     success = draw(one_of(None, None, torch.tensor([draw(st.booleans()) for _ in range(n)])))
     told |= {} if success is None else {"success": success}
+    if draw(one_of(False, False, True)):
+        per_row = draw(st.booleans())
+        weights = st.sampled_from([0.0, 1.0, 0.5, 1.7, -2.0])
+        count = n if per_row else len(ids.unique())
+        told["group_weight"] = torch.tensor([draw(weights) for _ in range(count)])
     return Groups(torch.tensor(values, dtype=dtype), ids, told, spec)
 
 
