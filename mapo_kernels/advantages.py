@@ -51,6 +51,8 @@ def group_advantages(
     eps: float = 1e-6,
     apd: str = "bounded",
     max_abs: float | None = None,
+    difficulty: str | None = None,
+    difficulty_exponent: float = 0.5,
     group_weight: torch.Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
@@ -76,6 +78,8 @@ def group_advantages(
         eps: added to both denominators.
         apd: `bounded` or `paper`, the denominator D.
         max_abs: optional symmetric clamp.
+        difficulty: `focal` or `power`, a factor by the group's success ratio.
+        difficulty_exponent: of that factor.
         group_weight: factors of the advantages, before that clamp: [B], or [Q] one per group, in
             order or by ascending id (NaN if there are not as many ids); with `process_group` [B].
             Statistics do not know of them. Such as weights from the history of a prompt (HA-DW,
@@ -98,7 +102,10 @@ def group_advantages(
             with different settings.
         TypeError: an argument of the wrong type.
     """
-    settings = (estimator, certainty, success_threshold, std_correction, eps, apd, max_abs)
+    settings = (
+        estimator, certainty, success_threshold, std_correction, eps, apd, max_abs,
+        difficulty, difficulty_exponent,
+    )  # fmt: skip
     spec = _spec(settings) if is_compiling() else _known_spec(settings)
     require_bool("return_stats", return_stats)
     checks.check_process_group(process_group, None)

@@ -15,6 +15,7 @@ the ratio of the new to the old probability.
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
+from mapo_kernels.group_factors import difficulty_weight
 from mapo_kernels.numerics import clamp, exp, k3, log1p
 
 
@@ -40,6 +41,7 @@ class AdvantageNumbers(NamedTuple):
     eps: Any
     fixed_certainty: Any
     max_abs: Any
+    difficulty_exponent: Any
 
 
 class TokenLoss(NamedTuple):
@@ -340,8 +342,8 @@ def group_advantage(
 
     Both the z-score and the percent deviation are multiples of (r - mu), hence so is their mixture.
     The factor is 0 where there is nothing to learn from: all rewards equal (tested on the rewards,
-    not on a small sigma), or fewer than two of them. Rewards come in times `unit`, sigma goes out
-    without it. Returns (factor, sigma, p, lambda).
+    not on a small sigma), or fewer than two of them; or where the group's difficulty weighs 0.
+    Rewards come in times `unit`, sigma goes out without it. Returns (factor, sigma, p, lambda).
     """
     others = tl.where(count > 1, count - 1.0, 1.0)
     divisor = count - numbers.std_correction
@@ -361,5 +363,8 @@ def group_advantage(
         # No percent deviation where it has no weight: `paper` may divide by a mean of -eps.
         percent = certainty / tl.where(certainty > 0, scale + eps, 1.0)
         factor = (1.0 - certainty) / (std + eps) + percent
+    if GROUP.difficulty is not None:
+        weight = difficulty_weight(successes, count, numbers.difficulty_exponent, GROUP)
+        factor = tl.where(weight != 0, factor * weight, 0.0)
     has_signal = (highest > lowest) & (count > 1)
     return tl.where(has_signal, factor, 0.0 * mean), std / unit, success_ratio, certainty

@@ -61,20 +61,29 @@ _has_warned_of_single = False
 
 def threshold_decides(spec: AdvantageSpec, success: torch.Tensor | None) -> bool:
     """Whether the advantages depend on which rewards reach the threshold."""
-    return success is None and spec.certainty_mode != "fixed"
+    return success is None and _needs_success(spec)
+
+
+def _needs_success(spec: AdvantageSpec) -> bool:
+    return spec.certainty_mode != "fixed" or spec.difficulty is not None
 
 
 def warn_of_threshold(spec: AdvantageSpec) -> None:
     """Say, once in a process, that no reward of a batch reached the threshold."""
     global _has_warned
-    if _has_warned or spec.certainty_mode == "fixed":
+    if _has_warned or not _needs_success(spec):
         return
     _has_warned = True
+    says = []
+    if spec.certainty_mode != "fixed":
+        says.append("its certainty lambda is that of p = 0 (1 in the paper: the percent deviation)")
+    if spec.difficulty is not None:
+        says.append("its difficulty is that of p = 0")
     warnings.warn(
         f"success_threshold: no reward of this batch reached {spec.success_threshold:g}, though "
-        f"rewards differ. Every group then counts as failed, its certainty lambda is that of p = 0 "
-        f"(1 in the paper), and MAPO is the percent deviation alone. If some of these sequences "
-        f"did succeed, lower success_threshold, or pass success= (in MAPOConfig: success_reward).",
+        f"rewards differ. Every group then counts as failed, and {' and '.join(says)}. If some of "
+        f"these sequences did succeed, lower success_threshold, or pass success= (in MAPOConfig: "
+        f"success_reward).",
         stacklevel=3,
     )
 

@@ -6,13 +6,18 @@ combinations of settings make sense. Everything downstream takes a spec as given
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
 from mapo_kernels.keywords import settings_checked
+from mapo_kernels.settings import (
+    Packable,
+    describe,
+    require_bool,
+    require_choice,
+    require_number,
+)
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -20,6 +25,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
 APD_DENOMINATORS = ("bounded", "paper")
+DIFFICULTIES = ("focal", "power")
 
 
 class Aggregation(NamedTuple):
@@ -46,109 +52,6 @@ AGGREGATION_TABLE = {
 AGGREGATIONS = tuple(AGGREGATION_TABLE)
 
 
-def require_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {sorted(choices)}, got {describe(value)}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
-
-
-def require_number(
-    name: str,
-    value: object,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> None:
-    """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
-    # No infinity is inside, so an infinite end is open too.
-    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    inside = (value > low if open_low else value >= low) and (
-        value < high if open_high else value <= high
-    )
-    if not inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
-
-
-def require_bool(name: str, value: object) -> None:
-    """Raise unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
-
-
-def describe(value: object) -> str:
-    """What came, for an error message: the type and, where it is short, the value."""
-    text = repr(value)
-    return f"{type(value).__name__} {text}" if len(text) <= 60 else type(value).__name__
-
-
-class _Packable:
-    """Lets a spec travel through a compiled graph, and, as a text, from rank to rank."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    _INTEGERS: ClassVar[tuple[str, ...]] = ()
-    _kind: ClassVar[Any]  # of an instance, but no field
-    _numbers: ClassVar[Any]
-
-    def _make_canonical(self) -> None:
-        """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
-
-        Ranks compare these texts. Numbers become floats, but those of `_INTEGERS`.
-        """
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if value is None or isinstance(value, bool) or type(value) is str:
-                continue
-            if isinstance(value, str):
-                value = str.__str__(value)  # of an enum or of NumPy
-            elif name in self._INTEGERS:
-                value = int(value)
-            else:
-                value = float(value) + 0.0
-            object.__setattr__(self, name, value)
-        # Once, and not in every call.
-        kind, numbers = self._split()
-        object.__setattr__(self, "_kind", kind)
-        object.__setattr__(self, "_numbers", numbers)
-
-    def _split(self) -> tuple[Any, Any]:
-        """The compile-time choices and the run-time numbers."""
-        raise NotImplementedError
-
-    def pack(self) -> tuple[list[float], str]:
-        """The fields in order: numbers (0 for other fields), and their kinds or other values.
-
-        A graph may hold the numbers as symbols.
-        """
-        values = [getattr(self, name) for name in self.__dataclass_fields__]
-        numbers = [
-            0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
-        ]
-        return numbers, ",".join([_kind(value) for value in values])
-
-    @classmethod
-    def unpack(cls, numbers: list[float], kinds: str) -> Any:
-        """The spec that was packed."""
-        words = {"None": None, "True": True, "False": False}
-        values = [
-            int(number) if kind == "int" else number if kind == "float" else words.get(kind, kind)
-            for number, kind in zip(numbers, kinds.split(","), strict=True)
-        ]
-        return cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, (bool, str)):
-        return str(value)
-    return "int" if isinstance(value, int) else "float"
-
-
 @dataclass(frozen=True)
 class AdvantageKind:
     """What a kernel is compiled for; numbers and tensors that are absent are None."""
@@ -156,6 +59,7 @@ class AdvantageKind:
     estimator: str
     certainty: str
     apd: str
+    difficulty: str | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +76,7 @@ class LossKind:
 
 @settings_checked
 @dataclass(frozen=True, kw_only=True)
-class AdvantageSpec(_Packable):
+class AdvantageSpec(Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
 
     Args:
@@ -192,6 +96,11 @@ class AdvantageSpec(_Packable):
             which equals mu for non-negative rewards and keeps order and bound for signed ones;
             `paper` is mu verbatim.
         max_abs: symmetric clamp of the advantage; None leaves it alone.
+        difficulty: factor of a group's advantages by its success ratio p: `focal` is
+            (1 - p)^exponent (F-GRPO, arXiv 2602.06717), `power` p^-exponent (the focus on hard
+            groups of A-GRAE, arXiv 2602.05548, is p^-1/2, and that on easy ones `focal` with -1/2).
+            Where it would be infinite it is 1. None has no factor.
+        difficulty_exponent: that exponent, any number; from 0 up it favours hard groups.
 
     Raises:
         ValueError: a value outside its range.
@@ -205,6 +114,8 @@ class AdvantageSpec(_Packable):
     eps: float = 1e-6
     apd: str = "bounded"
     max_abs: float | None = None
+    difficulty: str | None = None
+    difficulty_exponent: float = 0.5
 
     _INTEGERS = ("std_correction",)
 
@@ -222,6 +133,9 @@ class AdvantageSpec(_Packable):
         require_choice("apd", self.apd, APD_DENOMINATORS)
         if self.max_abs is not None:
             require_number("max_abs", self.max_abs, 0.0, open_low=True)
+        if self.difficulty is not None:
+            require_choice("difficulty", self.difficulty, DIFFICULTIES)
+        require_number("difficulty_exponent", self.difficulty_exponent)
         self._make_canonical()
 
     @property
@@ -235,12 +149,14 @@ class AdvantageSpec(_Packable):
         return self._numbers
 
     def _split(self) -> tuple[AdvantageKind, AdvantageNumbers]:
-        return AdvantageKind(self.estimator, self.certainty_mode, self.apd), AdvantageNumbers(
+        kind = AdvantageKind(self.estimator, self.certainty_mode, self.apd, self.difficulty)
+        return kind, AdvantageNumbers(
             float(self.success_threshold),
             float(self.std_correction),
             float(self.eps),
             self.certainty_value,
             self.max_abs if self.max_abs is None else float(self.max_abs),
+            None if self.difficulty is None else float(self.difficulty_exponent),
         )
 
     @property
@@ -261,7 +177,7 @@ class AdvantageSpec(_Packable):
 
 @settings_checked
 @dataclass(frozen=True, kw_only=True)
-class LossSpec(_Packable):
+class LossSpec(Packable):
     """Which token loss, and how it is aggregated.
 
     Args:

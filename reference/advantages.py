@@ -129,6 +129,18 @@ def estimate(r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str
     raise ValueError(f"estimator: expected mapo, grpo, apd, mean or rloo, got {estimator!r}")
 
 
+def difficulty_weight(p: float, difficulty: str | None, exponent: float) -> float:
+    """Factor of the advantages of a group with success ratio p.
+
+    "focal" is (1 - p)^exponent (F-GRPO, arXiv 2602.06717), "power" p^(-exponent) (A-GRAE, arXiv
+    2602.05548, with 1/2 and without its constant 0.5). A power of 0 that is infinite counts as 1.
+    """
+    if difficulty is None:
+        return 1.0
+    base, power = {"focal": (1 - p, exponent), "power": (p, -exponent)}[difficulty]
+    return 1.0 if base == 0 and power < 0 else base**power
+
+
 def group_advantages(
     rewards: Tensor,
     group_ids: Tensor,
@@ -141,6 +153,8 @@ def group_advantages(
     eps: float = 1e-6,
     apd: str = "bounded",
     max_abs: float | None = None,
+    difficulty: str | None = None,
+    difficulty_exponent: float = 0.5,
     group_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, GroupStats]]:
     """One advantage per trajectory, from the rewards of its group.
@@ -161,6 +175,8 @@ def group_advantages(
         eps: added to the denominators of z and APD.
         apd: "bounded" or "paper", see `percent_deviation`.
         max_abs: clamp advantages to [-max_abs, max_abs].
+        difficulty: None, "focal" or "power", see `difficulty_weight`.
+        difficulty_exponent: see there.
         group_weight: [B], factor of each row's advantage before that clamp.
 
     Returns:
@@ -182,6 +198,8 @@ def group_advantages(
         )
         lam = stats[group_id].certainty
         A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd)
+        p = stats[group_id].success_ratio
+        A[finite] *= difficulty_weight(p, difficulty, difficulty_exponent)
     if group_weight is not None:
         for i in range(len(A)):
             if A[i] != 0:

@@ -322,3 +322,24 @@ def test_groups_of_one_warn_once(device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         advantages(rewards, device, group_size=1)
+
+
+@pytest.mark.parametrize("difficulty", ["focal", "power"])
+def test_difficulty_is_a_factor_of_the_group(difficulty, device):
+    """F-GRPO's (1 - p)^gamma and A-GRAE's p^-1/2; a power of 0 that is infinite is left out."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0.1, 0, 0, 0, 2, 1, 1, 1])
+    p = torch.tensor([0.25, 0.75, 0.0, 1.0]).double()
+    settings = {"group_size": 4, "estimator": "grpo"}
+    plain = advantages(rewards, device, **settings).cpu().double().view(4, 4)
+    for exponent in (0.5, 2.0, 0.0, -0.5):
+        factor = {"focal": 1 - p, "power": p}[difficulty].pow(
+            exponent if difficulty == "focal" else -exponent
+        )
+        factor = factor.where(factor.isfinite(), 1.0)
+        given = {"difficulty": difficulty, "difficulty_exponent": exponent}
+        found, stats = advantages(rewards, device, return_stats=True, **settings, **given)
+        assert_close(found.view(4, 4), plain * factor[:, None], 3e-6)
+        assert torch.equal(found.cpu().view(4, 4)[:, 0] == 0, factor == 0)
+        ids = torch.arange(16) // 4
+        by_id = advantages(rewards, device, group_ids=ids, estimator="grpo", **given)
+        assert_close(by_id, found.cpu().double(), 1e-6)

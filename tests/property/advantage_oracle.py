@@ -11,7 +11,7 @@ import reference
 
 STATS = tuple(f.name for f in fields(reference.GroupStats))
 _LARGE = 1e100
-_SETTINGS = ("estimator", "certainty", "std_correction", "apd")
+_SETTINGS = ("estimator", "certainty", "std_correction", "apd", "difficulty", "difficulty_exponent")
 
 
 @dataclass
@@ -64,7 +64,7 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     """Advantages and statistics of rewards that are first rounded to `dtype`."""
     spec, r = groups.spec, groups.rewards.to(dtype).double()
     succeeded, in_units = successes(groups), spec.estimator in ("mean", "rloo")
-    w = weights(groups)
+    w, weighs_nothing = weights(groups), []
     A, scale, table, sizes = torch.zeros_like(r), torch.zeros_like(r), [], []
     for i in groups.ids.unique():
         rows = groups.ids == i
@@ -83,6 +83,11 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
         A[rows] = own * unit if in_units else own
         scale[finite] = _scale(r[finite] / unit, spec, unit, dtype) * (unit if in_units else 1.0)
         (found,) = stats.values()
+        told = (found.success_ratio, spec.difficulty, spec.difficulty_exponent)
+        weight = reference.advantages.difficulty_weight(*told)
+        # A power of a ratio carries the rounding of its logarithm.
+        scale[finite] *= weight * (1 + 4 * abs(spec.difficulty_exponent))
+        weighs_nothing.append(weight == 0)
         found = replace(found, mean=found.mean * unit, std=found.std * unit)
         table.append([getattr(found, name) for name in STATS])
     scale = scale * w.abs()
@@ -90,7 +95,7 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     stats = dict(zip(STATS, torch.tensor(table, dtype=torch.float64).T, strict=True))
     size, ones = torch.tensor(sizes, dtype=torch.float64), torch.ones(len(sizes)).double()
     stats_scale = {"mean": size, "std": size, "success_ratio": ones, "certainty": 4 * ones}
-    return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats))
+    return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats, weighs_nothing))
 
 
 def _scale(r: Tensor, spec, unit: float, dtype: torch.dtype) -> float:
@@ -112,13 +117,15 @@ def _scale(r: Tensor, spec, unit: float, dtype: torch.dtype) -> float:
     return {"grpo": z, "apd": apd}.get(spec.estimator, 2 * z + 4 * apd)
 
 
-def _metrics(groups: Groups, r: Tensor, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+def _metrics(
+    groups: Groups, r: Tensor, stats: dict[str, Tensor], weighs_nothing: list[bool]
+) -> dict[str, Tensor]:
     """The metrics about groups of a loss call; means are over groups with a finite reward."""
     active = stats["size"] > 0
     without_signal = 0
-    for i in groups.ids.unique():
+    for i, is_off in zip(groups.ids.unique(), weighs_nothing, strict=True):
         own = r[(groups.ids == i) & r.isfinite()]
-        without_signal += len(own) < 2 or float(own.max()) == float(own.min())
+        without_signal += is_off or len(own) < 2 or float(own.max()) == float(own.min())
     return {
         "success_ratio_mean": stats["success_ratio"][active].mean(),
         "lambda_mean": stats["certainty"][active].mean(),

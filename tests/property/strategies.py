@@ -10,7 +10,14 @@ from cases import Groups, Layout
 from hypothesis import strategies as st
 
 import mapo_kernels as mk
-from mapo_kernels.spec import AGGREGATIONS, CERTAINTIES, ESTIMATORS, KL_ESTIMATORS, OBJECTIVES
+from mapo_kernels.spec import (
+    AGGREGATIONS,
+    CERTAINTIES,
+    DIFFICULTIES,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+)
 
 NAN, INF = math.nan, math.inf
 NARROW = (torch.bfloat16, torch.float16)
@@ -44,6 +51,8 @@ def advantage_specs(draw):
         eps=draw(one_of(1e-6, 1e-4, 1e-30, 1.0)),
         apd=draw(one_of("bounded", "paper")),
         max_abs=draw(one_of(None, 0.5, 3)),
+        difficulty=draw(one_of(None, None, *DIFFICULTIES)),
+        difficulty_exponent=draw(one_of(0.5, 1, 2.5, 0, -0.5)),
     )
 
 
