@@ -53,6 +53,7 @@ def group_advantages(
     max_abs: float | None = None,
     difficulty: str | None = None,
     difficulty_exponent: float = 0.5,
+    scale: str = "group",
     group_weight: torch.Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
@@ -80,6 +81,7 @@ def group_advantages(
         max_abs: optional symmetric clamp.
         difficulty: `focal` or `power`, a factor by the group's success ratio.
         difficulty_exponent: of that factor.
+        scale: what the z-score divides by: deviation of the `group` or of the `batch`, or `none`.
         group_weight: factors of the advantages, before that clamp: [B], or [Q] one per group, in
             order or by ascending id (NaN if there are not as many ids); with `process_group` [B].
             Statistics do not know of them. Such as weights from the history of a prompt (HA-DW,
@@ -104,7 +106,7 @@ def group_advantages(
     """
     settings = (
         estimator, certainty, success_threshold, std_correction, eps, apd, max_abs,
-        difficulty, difficulty_exponent,
+        difficulty, difficulty_exponent, scale,
     )  # fmt: skip
     spec = _spec(settings) if is_compiling() else _known_spec(settings)
     require_bool("return_stats", return_stats)

@@ -336,14 +336,16 @@ def row_advantage(deviation, finite, factor, limit):
 
 @jit
 def group_advantage(
-    count, lowest, highest, mean, square_deviations, successes, unit, numbers, GROUP: tl.constexpr
-):
+    count, lowest, highest, mean, square_deviations, successes, unit, batch_std, numbers,
+    GROUP: tl.constexpr,
+):  # fmt: skip
     """A group's statistics and the one factor that turns (r - mu) into its advantages.
 
     Both the z-score and the percent deviation are multiples of (r - mu), hence so is their mixture.
     The factor is 0 where there is nothing to learn from: all rewards equal (tested on the rewards,
     not on a small sigma), or fewer than two of them; or where the group's difficulty weighs 0.
-    Rewards come in times `unit`, sigma goes out without it. Returns (factor, sigma, p, lambda).
+    Rewards come in times `unit`, as does `batch_std`, the deviation of the whole batch's rewards
+    where that is the scale; sigma goes out without it. Returns (factor, sigma, p, lambda).
     """
     others = tl.where(count > 1, count - 1.0, 1.0)
     divisor = count - numbers.std_correction
@@ -362,7 +364,12 @@ def group_advantage(
         eps = numbers.eps * unit
         # No percent deviation where it has no weight: `paper` may divide by a mean of -eps.
         percent = certainty / tl.where(certainty > 0, scale + eps, 1.0)
-        factor = (1.0 - certainty) / (std + eps) + percent
+        if GROUP.scale == "group":
+            factor = (1.0 - certainty) / (std + eps) + percent
+        elif GROUP.scale == "batch":
+            factor = (1.0 - certainty) / (batch_std + eps) + percent
+        else:
+            factor = (1.0 - certainty) / unit + percent
     if GROUP.difficulty is not None:
         weight = difficulty_weight(successes, count, numbers.difficulty_exponent, GROUP)
         factor = tl.where(weight != 0, factor * weight, 0.0)

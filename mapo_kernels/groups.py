@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mapo_kernels.batch import GroupInputs, replaced
+from mapo_kernels.eager.sums import accumulator_dtype, row_sum
 from mapo_kernels.spec import AdvantageSpec
 
 
@@ -110,7 +111,16 @@ def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
 
     The one place that knows the rule: statistics are float32, unless every input of a call is
     float64 (`groups.wide`); a reward is a success if it reaches the threshold in its own dtype.
+    The deviation of the whole batch's rewards comes with them where the spec divides by it.
     """
+    groups = _decided(groups, spec)
+    if spec.scale != "batch" or groups.batch_std is not None:
+        return groups
+    dtype = torch.float64 if groups.wide else torch.float32
+    return replaced(groups, batch_std=batch_deviation(groups.rewards, spec.std_correction, dtype))
+
+
+def _decided(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
     rewards, success = groups.rewards, groups.success
     if groups.wide or rewards.dtype in _NARROW:
         return groups
@@ -154,6 +164,26 @@ def warn_of_single() -> None:
         "sequences of a group, so all advantages are 0 and nothing is learned from these rewards.",
         stacklevel=4,
     )
+
+
+def batch_deviation(rewards: torch.Tensor, std_correction: int, dtype: torch.dtype) -> torch.Tensor:
+    """Standard deviation of all finite rewards, in units of the largest, and that unit: [2].
+
+    0 of fewer than two. By a few torch operations before the launch: every group's advantages need
+    this number of the whole batch first, and no program of a launch can wait for all others.
+    """
+    # In ascending order, so that the order of the rows does not show.
+    wide = rewards.to(accumulator_dtype(rewards.device)).sort().values
+    finite = wide.isfinite()
+    count = finite.sum().clamp(min=1)
+    # Squares of the largest numbers are none.
+    size = wide.where(finite, 0.0).abs().amax()
+    scaled = (wide / size.where(size > 0, 1.0)).where(finite, 0.0)
+    # Twice: the mean of large rewards that differ little is off by their rounding.
+    for _ in range(2):
+        scaled = (scaled - row_sum(scaled[None]) / count).where(finite, 0.0)
+    std = (row_sum((scaled * scaled)[None]) / (count - std_correction).clamp(min=1)).sqrt()
+    return torch.cat([std, size.reshape(1)]).to(dtype)
 
 
 def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,6 +26,9 @@ ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
 APD_DENOMINATORS = ("bounded", "paper")
 DIFFICULTIES = ("focal", "power")
+SCALES = ("group", "batch", "none")
+# Of estimators without a z-score, whose own scale every one of these is.
+SCALES_OF = {"mean": ("group", "none"), "rloo": ("group", "none"), "apd": ("group",)}
 
 
 class Aggregation(NamedTuple):
@@ -60,6 +63,7 @@ class AdvantageKind:
     certainty: str
     apd: str
     difficulty: str | None
+    scale: str
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class AdvantageSpec(Packable):
             groups of A-GRAE, arXiv 2602.05548, is p^-1/2, and that on easy ones `focal` with -1/2).
             Where it would be infinite it is 1. None has no factor.
         difficulty_exponent: that exponent, any number; from 0 up it favours hard groups.
+        scale: what the z-score of `grpo` and `mapo` divides by: the deviation of the `group`; that
+            of the whole `batch`'s rewards (LitePPO, arXiv 2508.08221, and TRL's `scale_rewards`),
+            of all ranks with a process group; or `none`, 1 (Dr.GRPO, arXiv 2503.20783). `mean` and
+            `rloo` have none in any case, and take no `batch`; `apd` has no z-score.
 
     Raises:
         ValueError: a value outside its range.
@@ -116,6 +124,7 @@ class AdvantageSpec(Packable):
     max_abs: float | None = None
     difficulty: str | None = None
     difficulty_exponent: float = 0.5
+    scale: str = "group"
 
     _INTEGERS = ("std_correction",)
 
@@ -136,6 +145,13 @@ class AdvantageSpec(Packable):
         if self.difficulty is not None:
             require_choice("difficulty", self.difficulty, DIFFICULTIES)
         require_number("difficulty_exponent", self.difficulty_exponent)
+        require_choice("scale", self.scale, SCALES)
+        allowed = SCALES_OF.get(self.estimator, SCALES)
+        if self.scale not in allowed:
+            raise ValueError(
+                f"scale: expected one of {sorted(allowed)} with estimator {self.estimator!r}, "
+                f"which has no z-score, got {self.scale!r}"
+            )
         self._make_canonical()
 
     @property
@@ -149,7 +165,9 @@ class AdvantageSpec(Packable):
         return self._numbers
 
     def _split(self) -> tuple[AdvantageKind, AdvantageNumbers]:
-        kind = AdvantageKind(self.estimator, self.certainty_mode, self.apd, self.difficulty)
+        kind = AdvantageKind(
+            self.estimator, self.certainty_mode, self.apd, self.difficulty, self.scale
+        )
         return kind, AdvantageNumbers(
             float(self.success_threshold),
             float(self.std_correction),

@@ -110,8 +110,13 @@ def percent_deviation(r: Tensor, eps: float, apd: str) -> Tensor:
     return (r - mu) / (D + eps)
 
 
-def estimate(r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str) -> Tensor:
-    """Advantages [G] of one group from its finite rewards r [G] and its certainty weight lam."""
+def estimate(
+    r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str, scale: float | None = None
+) -> Tensor:
+    """Advantages [G] of one group from its finite rewards r [G] and its certainty weight lam.
+
+    `scale` is what the z-score divides by, eps included; None for the group's own deviation.
+    """
     if not has_signal(r, c):
         return torch.zeros_like(r)
     G, mu = len(r), r.mean()
@@ -121,7 +126,7 @@ def estimate(r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str
         return (r - mu) * G / (G - 1)
     if estimator == "apd":
         return percent_deviation(r, eps, apd)
-    z = (r - mu) / (standard_deviation(r, c) + eps)
+    z = (r - mu) / (standard_deviation(r, c) + eps if scale is None else scale)
     if estimator == "grpo":
         return z
     if estimator == "mapo":
@@ -155,6 +160,8 @@ def group_advantages(
     max_abs: float | None = None,
     difficulty: str | None = None,
     difficulty_exponent: float = 0.5,
+    scale: str = "group",
+    batch_std: float | None = None,
     group_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, GroupStats]]:
     """One advantage per trajectory, from the rewards of its group.
@@ -177,6 +184,9 @@ def group_advantages(
         max_abs: clamp advantages to [-max_abs, max_abs].
         difficulty: None, "focal" or "power", see `difficulty_weight`.
         difficulty_exponent: see there.
+        scale: what the z-score divides by: "group", the group's own deviation; "batch", that of all
+            finite rewards with the same correction; "none", 1.
+        batch_std: that of all rewards, where only some of them are given.
         group_weight: [B], factor of each row's advantage before that clamp.
 
     Returns:
@@ -186,6 +196,14 @@ def group_advantages(
     r = rewards.detach().double()
     A = torch.zeros_like(r)
     stats = {}
+    divisor = None
+    if scale == "batch":
+        known = r[r.isfinite()]
+        if batch_std is None and len(known) > std_correction:
+            batch_std = float(standard_deviation(known, std_correction))
+        divisor = (batch_std or 0.0) + eps
+    elif scale == "none":
+        divisor = 1.0
     for group_id in group_ids.unique().tolist():
         members = group_ids == group_id
         finite = members & r.isfinite()
@@ -197,7 +215,7 @@ def group_advantages(
             c=std_correction,
         )
         lam = stats[group_id].certainty
-        A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd)
+        A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd, divisor)
         p = stats[group_id].success_ratio
         A[finite] *= difficulty_weight(p, difficulty, difficulty_exponent)
     if group_weight is not None:

@@ -112,6 +112,7 @@ def _of_ordinary(
         row_sum(deviation * deviation),
         success.to(dtype).sum(1) if torch.compiler.is_compiling() else success.sum(1).to(dtype),
         1.0,
+        _batch_std(groups, 1.0),
         spec.numbers,
         spec.kind,
     )
@@ -124,6 +125,12 @@ def _of_ordinary(
     columns = [mean, *statistics, count, torch.zeros_like(mean), factor]
     table = torch.stack(columns) if want_stats else mean[None, :][:0]
     return advantages.reshape(-1), table, is_within & (factor.abs().amax() < float("inf"))
+
+
+def _batch_std(groups: GroupInputs, unit: torch.Tensor | float) -> torch.Tensor | None:
+    """The deviation of the batch's rewards times `unit`; None where nothing divides by it."""
+    found = groups.batch_std
+    return None if found is None else found[0] * (found[1] * unit)
 
 
 def _successes(groups: GroupInputs, given: torch.Tensor, spec: AdvantageSpec) -> torch.Tensor:
@@ -163,6 +170,7 @@ def _of_any(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, tor
         reduce(deviation * deviation, "sum"),
         successes,
         unit,
+        _batch_std(groups, unit),
         spec.numbers,
         spec.kind,
     )

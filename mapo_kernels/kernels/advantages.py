@@ -21,6 +21,7 @@ class Rewards(NamedTuple):
     ids: Any = None
     order: Any = None
     weight: Any = None
+    batch_std: Any = None
 
 
 class Span(NamedTuple):
@@ -146,9 +147,12 @@ def advantage_of_sequence(
         first = index // group_size * group_size
         span = Span(first, index * 0 + group_size, index, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, 1, BLOCK_G)
+    batch_std = 0.0
+    if rewards.batch_std is not None:
+        batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
     factor, std, success_ratio, certainty = group_advantage(
         m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
-        numbers, GROUP,
+        batch_std, numbers, GROUP,
     )  # fmt: skip
     reward = tl.load(rewards.reward + index).to(tl.float32)
     finite = tl.abs(reward) < float("inf")
@@ -216,9 +220,13 @@ def advantages_kernel(
         span = Span(groups * group_size, size, groups, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, TILE, BLOCK_G)
     mean = m.lowest + m.offset
+    batch_std = 0.0
+    if rewards.batch_std is not None:
+        batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
     factor, std, success_ratio, certainty = group_advantage(
-        m.count, m.lowest, m.highest, mean, m.squares, m.successes, m.unit, numbers, GROUP
-    )
+        m.count, m.lowest, m.highest, mean, m.squares, m.successes, m.unit, batch_std, numbers,
+        GROUP,
+    )  # fmt: skip
     if rewards.ids is not None:
         reward = tl.load(rewards.reward + groups, mask=present, other=0.0).to(tl.float32)
         finite = tl.abs(reward) < float("inf")

@@ -55,6 +55,7 @@ def launch_advantages(
                 ids,
                 order,
                 None if groups.weight is None else groups.weight.contiguous(),
+                groups.batch_std,
             ),
             starts,
             advantages,

@@ -343,3 +343,29 @@ def test_difficulty_is_a_factor_of_the_group(difficulty, device):
         ids = torch.arange(16) // 4
         by_id = advantages(rewards, device, group_ids=ids, estimator="grpo", **given)
         assert_close(by_id, found.cpu().double(), 1e-6)
+
+
+@pytest.mark.parametrize("scale", ["batch", "none"])
+@pytest.mark.parametrize("estimator", ["grpo", "mapo"])
+def test_the_scale_of_the_z_score(scale, estimator, device):
+    rewards, ids = ragged()
+    settings = {"scale": scale, "estimator": estimator}
+    for correction in (0, 1):
+        check_against_oracle(rewards, ids, device, std_correction=correction, **settings)
+    if scale == "batch":
+        z = reference.group_advantages(rewards, ids, estimator="mean")[0]
+        z = z / (rewards[rewards.isfinite()].double().std() + 1e-6)
+    else:
+        z = reference.group_advantages(rewards, ids, estimator="mean")[0]
+    assert_close(
+        advantages(rewards, device, group_ids=ids, **settings | {"estimator": "grpo"}), z, 3e-6
+    )
+    ones = torch.ones(4)
+    assert not advantages(ones, device, group_size=2, **settings).any()
+
+
+def test_a_scale_without_a_z_score_is_an_error():
+    for estimator, scale in (("mean", "batch"), ("rloo", "batch"), ("apd", "none")):
+        with pytest.raises(ValueError, match=f"scale: expected .*{estimator}"):
+            mk.AdvantageSpec(estimator=estimator, scale=scale)
+    assert mk.AdvantageSpec(estimator="rloo", scale="none").scale == "none"

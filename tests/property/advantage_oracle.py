@@ -63,7 +63,9 @@ def weights(groups: Groups) -> Tensor:
 def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     """Advantages and statistics of rewards that are first rounded to `dtype`."""
     spec, r = groups.spec, groups.rewards.to(dtype).double()
-    succeeded, in_units = successes(groups), spec.estimator in ("mean", "rloo")
+    succeeded = successes(groups)
+    in_units = spec.estimator in ("mean", "rloo")
+    batch_std, size_of_all = _batch_std(r, spec.std_correction)
     w, weighs_nothing = weights(groups), []
     A, scale, table, sizes = torch.zeros_like(r), torch.zeros_like(r), [], []
     for i in groups.ids.unique():
@@ -73,15 +75,21 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
         # Squares of the largest float64 numbers are none: a power of 2 is taken out, of eps too.
         unit = 2.0 ** (math.frexp(sizes[-1])[1] - 1) if sizes[-1] > _LARGE else 1.0
         settings = {k: getattr(spec, k) for k in _SETTINGS} | {"eps": spec.eps / unit}
+        # A divisor of 1 is 1 / unit here.
+        divisor = {"scale": spec.scale, "batch_std": batch_std * (size_of_all / unit)}
+        if unit != 1 and spec.scale == "none" and not in_units:
+            divisor = {"scale": "batch", "batch_std": (1 - spec.eps) / unit}
         own, stats = reference.group_advantages(
             r[rows] / unit,
             groups.ids[rows],
             success=succeeded[rows],
             group_weight=w[rows],
             **settings,
+            **divisor,
         )
         A[rows] = own * unit if in_units else own
-        scale[finite] = _scale(r[finite] / unit, spec, unit, dtype) * (unit if in_units else 1.0)
+        own_scale = _scale(r[finite] / unit, spec, unit, dtype, batch_std, size_of_all)
+        scale[finite] = own_scale * (unit if in_units else 1.0)
         (found,) = stats.values()
         told = (found.success_ratio, spec.difficulty, spec.difficulty_exponent)
         weight = reference.advantages.difficulty_weight(*told)
@@ -98,7 +106,18 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats, weighs_nothing))
 
 
-def _scale(r: Tensor, spec, unit: float, dtype: torch.dtype) -> float:
+def _batch_std(r: Tensor, correction: int) -> tuple[float, float]:
+    """The deviation of all finite rewards in units of the largest, and that unit."""
+    finite = r[r.isfinite()]
+    size = float(finite.abs().max()) if len(finite) else 0.0
+    if len(finite) <= correction or size == 0.0:
+        return 0.0, 1.0
+    return float(reference.advantages.standard_deviation(finite / size, correction)), size
+
+
+def _scale(
+    r: Tensor, spec, unit: float, dtype: torch.dtype, batch_std: float, size_of_all: float
+) -> float:
     """What the rounding errors of a group's advantages are relative to, from its rewards r."""
     if len(r) < 2:
         return 0.0
@@ -110,8 +129,13 @@ def _scale(r: Tensor, spec, unit: float, dtype: torch.dtype) -> float:
         return reach * len(r)
     eps, G, mu = spec.eps / unit, len(r), float(r.mean())
     std = float(reference.advantages.standard_deviation(r, spec.std_correction))
+    if spec.scale == "batch":
+        std = batch_std * (size_of_all / unit)
+    elif spec.scale == "none":
+        std = 1 / unit - eps
     steep = math.inf if std + eps == 0 else reach / (std + eps)
-    z = steep * (1 + steep * (dtype == torch.float64))
+    cancels = {"group": steep, "batch": 1 / max(batch_std, 1e-300), "none": 0.0}[spec.scale]
+    z = steep * (1 + cancels * (dtype == torch.float64))
     D = mu if spec.apd == "paper" else max(abs(mu), float((r - mu).abs().max()) / (G - 1))
     apd = math.inf if D + eps == 0 else reach / abs(D + eps) * (1 + size / abs(D + eps))
     return {"grpo": z, "apd": apd}.get(spec.estimator, 2 * z + 4 * apd)

@@ -17,6 +17,8 @@ from mapo_kernels.spec import (
     ESTIMATORS,
     KL_ESTIMATORS,
     OBJECTIVES,
+    SCALES,
+    SCALES_OF,
 )
 
 NAN, INF = math.nan, math.inf
@@ -43,8 +45,10 @@ def input_dtypes(device):
 
 @st.composite
 def advantage_specs(draw):
+    estimator = draw(one_of(*ESTIMATORS))
     return mk.AdvantageSpec(
-        estimator=draw(one_of(*ESTIMATORS)),
+        estimator=estimator,
+        scale=draw(one_of("group", *SCALES_OF.get(estimator, SCALES))),
         certainty=draw(st.sampled_from(CERTAINTIES) | one_of(0, 0.0, 0.3, 1.0)),
         success_threshold=draw(one_of(1.0, 1, 0.9, 0.5, 0.0, -1.0, 1e9 + 1)),
         std_correction=draw(one_of(1, 0)),
