@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from mapo_kernels import checks, operators
+from mapo_kernels import checks, checks_groups, operators
 from mapo_kernels.distributed import data
 from mapo_kernels.groups import GroupStats, threshold_decides, warn_of_threshold
 from mapo_kernels.keywords import names_checked
@@ -51,6 +51,10 @@ def group_advantages(
     eps: float = 1e-6,
     apd: str = "bounded",
     max_abs: float | None = None,
+    difficulty: str | None = None,
+    difficulty_exponent: float = 0.5,
+    scale: str = "group",
+    group_weight: torch.Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Any:
@@ -75,6 +79,13 @@ def group_advantages(
         eps: added to both denominators.
         apd: `bounded` or `paper`, the denominator D.
         max_abs: optional symmetric clamp.
+        difficulty: `focal` or `power`, a factor by the group's success ratio.
+        difficulty_exponent: of that factor.
+        scale: what the z-score divides by: deviation of the `group` or of the `batch`, or `none`.
+        group_weight: factors of the advantages, before that clamp: [B], or [Q] one per group, in
+            order or by ascending id (NaN if there are not as many ids); with `process_group` [B].
+            Statistics do not know of them. Such as weights from the history of a prompt (HA-DW,
+            arXiv 2601.08521).
         process_group: ranks that each hold a part of the batch, of any size, 0 included; `rewards`
             and what else is given are this rank's. Groups may lie across ranks: ids are the same on
             all of them, and with `group_size` the ranks' rewards follow one another in the order of
@@ -93,12 +104,17 @@ def group_advantages(
             with different settings.
         TypeError: an argument of the wrong type.
     """
-    settings = (estimator, certainty, success_threshold, std_correction, eps, apd, max_abs)
+    settings = (
+        estimator, certainty, success_threshold, std_correction, eps, apd, max_abs,
+        difficulty, difficulty_exponent, scale,
+    )  # fmt: skip
     spec = _spec(settings) if is_compiling() else _known_spec(settings)
     require_bool("return_stats", return_stats)
     checks.check_process_group(process_group, None)
     is_part = process_group is not None
-    groups = checks.check_groups(rewards, group_size, group_ids, success, is_part)
+    groups = checks_groups.check_groups(
+        rewards, group_size, group_ids, success, is_part, group_weight=group_weight
+    )
     own = None
     if process_group is not None:
         call = data.Call("group_advantages", None, spec)

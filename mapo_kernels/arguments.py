@@ -28,6 +28,9 @@ class BatchArguments(TypedDict, total=False):
             only where the aggregation is `prompt-mean`.
         group_ids: [B] integers, rows in any order, ragged groups.
         success: [B] bool, which sequences succeeded; default `rewards >= success_threshold`.
+        group_weight: factors of the advantages, which `AdvantageSpec.max_abs` bounds after them:
+            [B], or [Q] one per group, in order or by ascending id; with `process_group` [B]. Such
+            as weights from the history of a prompt (HA-DW, arXiv 2601.08521).
         mask: [B, T] or [total], nonzero where a token counts. Whatever lies elsewhere, NaN
             included, changes nothing, and gets a gradient of exactly 0.
         cu_seqlens: [B + 1] int32 or int64, boundaries of the packed sequences.
@@ -57,6 +60,7 @@ class BatchArguments(TypedDict, total=False):
     group_size: int | None
     group_ids: torch.Tensor | None
     success: torch.Tensor | None
+    group_weight: torch.Tensor | None
     mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | float | str | None

@@ -24,6 +24,9 @@ class GroupInputs(NamedTuple):
         group_ids: [B] integers in any order, or None where `group_size` says it.
         success: [B] bool, or None to compare rewards with the threshold.
         wide: whether statistics are float64: every input of the call is. Else they are float32.
+        batch_std: [2], the product is the deviation of all rewards where the z-score divides by it;
+            else None.
+        weight: [B] floating-point, what a row's advantage is multiplied by; None for 1.
     """
 
     rewards: torch.Tensor
@@ -31,6 +34,8 @@ class GroupInputs(NamedTuple):
     group_ids: torch.Tensor | None = None
     success: torch.Tensor | None = None
     wide: bool = False
+    weight: torch.Tensor | None = None
+    batch_std: torch.Tensor | None = None
 
 
 class SequenceParts(NamedTuple):

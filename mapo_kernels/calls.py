@@ -24,7 +24,8 @@ from mapo_kernels.plan import Plan, groups_of, prompts_of, require_plan
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # What a plan stands for.
-_SOURCE = ("rewards", "advantages", "group_size", "group_ids", "success")
+_REWARDS = ("rewards", "group_size", "group_ids", "success", "group_weight")
+_SOURCE = ("advantages", *_REWARDS)
 _GROUPS = ("process_group", "sequence_group")
 _LAYOUT = ("mask", "cu_seqlens", "normalizer")
 _NOTHING = KnownMetrics({})

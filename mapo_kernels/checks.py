@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from mapo_kernels._triton import environment
-from mapo_kernels.batch import Batch, GroupInputs
-from mapo_kernels.dtypes import FLOATING, INTEGER, NUMBER, REAL, comparable, require_dtype, signed
+from mapo_kernels.batch import Batch
+from mapo_kernels.dtypes import FLOATING, NUMBER, REAL, require_dtype
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
 # The normalizer that counts the batch of all ranks.
@@ -83,61 +83,6 @@ def check_shape(name: str, x: torch.Tensor, shape: torch.Size | tuple[int, ...],
     """Raise unless `x` has `shape`, described by `what`."""
     if x.shape != shape and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {dims(shape)} ({what}), got {dims(x.shape)}")
-
-
-def check_groups(
-    rewards: torch.Tensor,
-    group_size: int | None,
-    group_ids: torch.Tensor | None,
-    success: torch.Tensor | None,
-    is_part: bool = False,
-    device: torch.device | None = None,
-    is_double: bool = True,
-) -> GroupInputs:
-    """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete.
-
-    `is_double` says whether all else of the call is float64: then so may their statistics be.
-    """
-    validates_device_data()  # an error, if the environment is not clear about it
-    check_constant("rewards", rewards, device, REAL)
-    if rewards.dim() != 1:
-        raise ValueError(
-            f"rewards: expected shape [B] (one reward per sequence), got {dims(rewards.shape)}"
-        )
-    if (group_size is None) == (group_ids is None):
-        came = "neither" if group_size is None else "both"
-        raise ValueError(f"group_size, group_ids: expected exactly one of them, got {came}")
-    if group_ids is not None:
-        check_tensor("group_ids", group_ids, rewards.device)
-        check_shape("group_ids", group_ids, rewards.shape, "one id per reward")
-        require_dtype("group_ids", group_ids, INTEGER)
-        group_ids = signed(group_ids)
-    else:
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
-            raise TypeError(f"group_size: expected an int, got {describe(group_size)}")
-        if group_size < 1:
-            raise ValueError(
-                f"group_size: expected a positive divisor of all rewards, got {group_size}"
-            )
-    if not is_part:
-        check_group_count(rewards.shape[0], group_size or 0)
-    if success is not None:
-        check_tensor("success", success, rewards.device)
-        check_shape("success", success, rewards.shape, "one flag per reward")
-        if success.dtype != torch.bool:
-            raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
-    wide = is_double and rewards.dtype == torch.float64
-    return GroupInputs(comparable(rewards), group_size or 0, group_ids, success, wide)
-
-
-def check_group_count(n_rows: int, group_size: int) -> None:
-    """Raise unless the rewards of a whole batch are some, and make whole groups of `group_size`."""
-    if n_rows == 0:
-        raise ValueError("rewards: expected at least one sequence (B >= 1), got an empty batch")
-    if group_size and n_rows % group_size:
-        raise ValueError(
-            f"group_size: expected a positive divisor of the {n_rows} rewards, got {group_size}"
-        )
 
 
 def is_global(normalizer: object) -> bool:

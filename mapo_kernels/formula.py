@@ -15,6 +15,7 @@ the ratio of the new to the old probability.
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
+from mapo_kernels.group_factors import difficulty_weight
 from mapo_kernels.numerics import clamp, exp, k3, log1p
 
 
@@ -41,6 +42,7 @@ class AdvantageNumbers(NamedTuple):
     eps: Any
     fixed_certainty: Any
     max_abs: Any
+    difficulty_exponent: Any
 
 
 class TokenLoss(NamedTuple):
@@ -358,14 +360,16 @@ def row_advantage(deviation, finite, factor, limit):
 
 @jit
 def group_advantage(
-    count, lowest, highest, mean, square_deviations, successes, unit, numbers, GROUP: tl.constexpr
-):
+    count, lowest, highest, mean, square_deviations, successes, unit, batch_std, numbers,
+    GROUP: tl.constexpr,
+):  # fmt: skip
     """A group's statistics and the one factor that turns (r - mu) into its advantages.
 
     Both the z-score and the percent deviation are multiples of (r - mu), hence so is their mixture.
     The factor is 0 where there is nothing to learn from: all rewards equal (tested on the rewards,
-    not on a small sigma), or fewer than two of them. Rewards come in times `unit`, sigma goes out
-    without it. Returns (factor, sigma, p, lambda).
+    not on a small sigma), or fewer than two of them; or where the group's difficulty weighs 0.
+    Rewards come in times `unit`, as does `batch_std`, the deviation of the whole batch's rewards
+    where that is the scale; sigma goes out without it. Returns (factor, sigma, p, lambda).
     """
     others = tl.where(count > 1, count - 1.0, 1.0)
     divisor = count - numbers.std_correction
@@ -384,6 +388,14 @@ def group_advantage(
         eps = numbers.eps * unit
         # No percent deviation where it has no weight: `paper` may divide by a mean of -eps.
         percent = certainty / tl.where(certainty > 0, scale + eps, 1.0)
-        factor = (1.0 - certainty) / (std + eps) + percent
+        if GROUP.scale == "group":
+            factor = (1.0 - certainty) / (std + eps) + percent
+        elif GROUP.scale == "batch":
+            factor = (1.0 - certainty) / (batch_std + eps) + percent
+        else:
+            factor = (1.0 - certainty) / unit + percent
+    if GROUP.difficulty is not None:
+        weight = difficulty_weight(successes, count, numbers.difficulty_exponent, GROUP)
+        factor = tl.where(weight != 0, factor * weight, 0.0)
     has_signal = (highest > lowest) & (count > 1)
     return tl.where(has_signal, factor, 0.0 * mean), std / unit, success_ratio, certainty

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mapo_kernels.batch import GroupInputs, replaced
+from mapo_kernels.eager.sums import accumulator_dtype, row_sum
 from mapo_kernels.spec import AdvantageSpec
 
 
@@ -56,32 +57,42 @@ class Signal(NamedTuple):
 
 
 _has_warned = False
+_has_warned_of_single = False
 
 
 def threshold_decides(spec: AdvantageSpec, success: torch.Tensor | None) -> bool:
     """Whether the advantages depend on which rewards reach the threshold."""
-    return success is None and spec.certainty_mode != "fixed"
+    return success is None and _needs_success(spec)
+
+
+def _needs_success(spec: AdvantageSpec) -> bool:
+    return spec.certainty_mode != "fixed" or spec.difficulty is not None
 
 
 def warn_of_threshold(spec: AdvantageSpec) -> None:
     """Say, once in a process, that no reward of a batch reached the threshold."""
     global _has_warned
-    if _has_warned or spec.certainty_mode == "fixed":
+    if _has_warned or not _needs_success(spec):
         return
     _has_warned = True
+    says = []
+    if spec.certainty_mode != "fixed":
+        says.append("its certainty lambda is that of p = 0 (1 in the paper: the percent deviation)")
+    if spec.difficulty is not None:
+        says.append("its difficulty is that of p = 0")
     warnings.warn(
         f"success_threshold: no reward of this batch reached {spec.success_threshold:g}, though "
-        f"rewards differ. Every group then counts as failed, its certainty lambda is that of p = 0 "
-        f"(1 in the paper), and MAPO is the percent deviation alone. If some of these sequences "
-        f"did succeed, lower success_threshold, or pass success= (in MAPOConfig: success_reward).",
+        f"rewards differ. Every group then counts as failed, and {' and '.join(says)}. If some of "
+        f"these sequences did succeed, lower success_threshold, or pass success= (in MAPOConfig: "
+        f"success_reward).",
         stacklevel=3,
     )
 
 
 def forget_warnings() -> None:
     """Warn again of what was warned of already: for tests."""
-    global _has_warned
-    _has_warned = False
+    global _has_warned, _has_warned_of_single
+    _has_warned = _has_warned_of_single = False
 
 
 # What float32 holds exactly. A kernel compares such rewards with the threshold as they are.
@@ -100,7 +111,16 @@ def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
 
     The one place that knows the rule: statistics are float32, unless every input of a call is
     float64 (`groups.wide`); a reward is a success if it reaches the threshold in its own dtype.
+    The deviation of the whole batch's rewards comes with them where the spec divides by it.
     """
+    groups = _decided(groups, spec)
+    if spec.scale != "batch" or groups.batch_std is not None:
+        return groups
+    dtype = torch.float64 if groups.wide else torch.float32
+    return replaced(groups, batch_std=batch_deviation(groups.rewards, spec.std_correction, dtype))
+
+
+def _decided(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
     rewards, success = groups.rewards, groups.success
     if groups.wide or rewards.dtype in _NARROW:
         return groups
@@ -115,6 +135,55 @@ def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
         limit = torch.finfo(torch.float32).max
         rewards = rewards.clamp(-limit, limit).where(rewards.isfinite(), rewards)
     return replaced(groups, rewards=rewards.to(torch.float32), success=success)
+
+
+def weight_of_rows(
+    weight: torch.Tensor, n_rows: int, group_size: int, group_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Weights [B] of rows from those of rows [B] or of groups [Q]; nothing waits.
+
+    Of groups by id there have to be as many as there are ids, ascending; else all are NaN.
+    """
+    n = weight.shape[0]
+    if n == n_rows:
+        return weight
+    if group_ids is None:
+        return weight.repeat_interleave(group_size)
+    index = order_by_group(group_ids)[2]
+    return weight[index.clamp(max=n - 1)].where(index.amax() == n - 1, float("nan"))
+
+
+def warn_of_single() -> None:
+    """Say, once in a process, that groups of one sequence teach nothing."""
+    global _has_warned_of_single
+    if _has_warned_of_single or torch.compiler.is_compiling():
+        return
+    _has_warned_of_single = True
+    warnings.warn(
+        "group_size: expected at least 2, got 1. Every estimator takes its baseline from the other "
+        "sequences of a group, so all advantages are 0 and nothing is learned from these rewards.",
+        stacklevel=4,
+    )
+
+
+def batch_deviation(rewards: torch.Tensor, std_correction: int, dtype: torch.dtype) -> torch.Tensor:
+    """Standard deviation of all finite rewards, in units of the largest, and that unit: [2].
+
+    0 of fewer than two. By a few torch operations before the launch: every group's advantages need
+    this number of the whole batch first, and no program of a launch can wait for all others.
+    """
+    # In ascending order, so that the order of the rows does not show.
+    wide = rewards.to(accumulator_dtype(rewards.device)).sort().values
+    finite = wide.isfinite()
+    count = finite.sum().clamp(min=1)
+    # Squares of the largest numbers are none.
+    size = wide.where(finite, 0.0).abs().amax()
+    scaled = (wide / size.where(size > 0, 1.0)).where(finite, 0.0)
+    # Twice: the mean of large rewards that differ little is off by their rounding.
+    for _ in range(2):
+        scaled = (scaled - row_sum(scaled[None]) / count).where(finite, 0.0)
+    std = (row_sum((scaled * scaled)[None]) / (count - std_correction).clamp(min=1)).sqrt()
+    return torch.cat([std, size.reshape(1)]).to(dtype)
 
 
 def order_by_group(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

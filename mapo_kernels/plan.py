@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mapo_kernels import checks, counting, operators
+from mapo_kernels import checks, checks_groups, counting, operators
 from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
 from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.distributed import data, sequences
@@ -200,18 +200,18 @@ def groups_of(
 
     `is_double` says whether all else of the call is float64.
     """
-    group_size, group_ids, success = given["group_size"], given["group_ids"], given["success"]
     rewards, process_group = given["rewards"], given["process_group"]
-    grouping = {"group_size": group_size, "group_ids": group_ids, "success": success}
+    names = ("group_size", "group_ids", "success", "group_weight")
+    grouping = {name: given[name] for name in names}
     if given["spec"].how.denominator == "prompts":
-        grouping = {"success": success}
+        grouping = {name: given[name] for name in ("success", "group_weight")}
     checks.check_source(rewards, given["advantages"], grouping)
     checks.check_process_group(process_group, given["normalizer"])
     if rewards is None:
         return None
     is_part = process_group is not None
-    return checks.check_groups(
-        rewards, group_size, group_ids, success, is_part, device=device, is_double=is_double
+    return checks_groups.check_groups(
+        rewards, **grouping, is_part=is_part, device=device, is_double=is_double
     )
 
 
@@ -223,7 +223,7 @@ def prompts_of(
         return None
     nothing = torch.zeros(n_sequences, dtype=torch.float64, device=device)
     is_part = given["process_group"] is not None
-    return checks.check_groups(
+    return checks_groups.check_groups(
         nothing, given["group_size"], given["group_ids"], None, is_part, device=device
     )
 

@@ -28,6 +28,10 @@ ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
 APD_DENOMINATORS = ("bounded", "paper")
 DENOMINATORS = ("all", "contributing")
+DIFFICULTIES = ("focal", "power")
+SCALES = ("group", "batch", "none")
+# Of estimators without a z-score, whose own scale every one of these is.
+SCALES_OF = {"mean": ("group", "none"), "rloo": ("group", "none"), "apd": ("group",)}
 
 
 class Aggregation(NamedTuple):
@@ -64,6 +68,8 @@ class AdvantageKind:
     estimator: str
     certainty: str
     apd: str
+    difficulty: str | None
+    scale: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,15 @@ class AdvantageSpec(Packable):
             which equals mu for non-negative rewards and keeps order and bound for signed ones;
             `paper` is mu verbatim.
         max_abs: symmetric clamp of the advantage; None leaves it alone.
+        difficulty: factor of a group's advantages by its success ratio p: `focal` is
+            (1 - p)^exponent (F-GRPO, arXiv 2602.06717), `power` p^-exponent (the focus on hard
+            groups of A-GRAE, arXiv 2602.05548, is p^-1/2, and that on easy ones `focal` with -1/2).
+            Where it would be infinite it is 1. None has no factor.
+        difficulty_exponent: that exponent, any number; from 0 up it favours hard groups.
+        scale: what the z-score of `grpo` and `mapo` divides by: the deviation of the `group`; that
+            of the whole `batch`'s rewards (LitePPO, arXiv 2508.08221, and TRL's `scale_rewards`),
+            of all ranks with a process group; or `none`, 1 (Dr.GRPO, arXiv 2503.20783). `mean` and
+            `rloo` have none in any case, and take no `batch`; `apd` has no z-score.
 
     Raises:
         ValueError: a value outside its range.
@@ -113,6 +128,9 @@ class AdvantageSpec(Packable):
     eps: float = 1e-6
     apd: str = "bounded"
     max_abs: float | None = None
+    difficulty: str | None = None
+    difficulty_exponent: float = 0.5
+    scale: str = "group"
 
     _INTEGERS = ("std_correction",)
 
@@ -130,6 +148,16 @@ class AdvantageSpec(Packable):
         require_choice("apd", self.apd, APD_DENOMINATORS)
         if self.max_abs is not None:
             require_number("max_abs", self.max_abs, 0.0, open_low=True)
+        if self.difficulty is not None:
+            require_choice("difficulty", self.difficulty, DIFFICULTIES)
+        require_number("difficulty_exponent", self.difficulty_exponent)
+        require_choice("scale", self.scale, SCALES)
+        allowed = SCALES_OF.get(self.estimator, SCALES)
+        if self.scale not in allowed:
+            raise ValueError(
+                f"scale: expected one of {sorted(allowed)} with estimator {self.estimator!r}, "
+                f"which has no z-score, got {self.scale!r}"
+            )
         self._make_canonical()
 
     @property
@@ -143,12 +171,16 @@ class AdvantageSpec(Packable):
         return self._numbers
 
     def _split(self) -> tuple[AdvantageKind, AdvantageNumbers]:
-        return AdvantageKind(self.estimator, self.certainty_mode, self.apd), AdvantageNumbers(
+        kind = AdvantageKind(
+            self.estimator, self.certainty_mode, self.apd, self.difficulty, self.scale
+        )
+        return kind, AdvantageNumbers(
             float(self.success_threshold),
             float(self.std_correction),
             float(self.eps),
             self.certainty_value,
             self.max_abs if self.max_abs is None else float(self.max_abs),
+            None if self.difficulty is None else float(self.difficulty_exponent),
         )
 
     @property

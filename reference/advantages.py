@@ -110,8 +110,13 @@ def percent_deviation(r: Tensor, eps: float, apd: str) -> Tensor:
     return (r - mu) / (D + eps)
 
 
-def estimate(r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str) -> Tensor:
-    """Advantages [G] of one group from its finite rewards r [G] and its certainty weight lam."""
+def estimate(
+    r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str, scale: float | None = None
+) -> Tensor:
+    """Advantages [G] of one group from its finite rewards r [G] and its certainty weight lam.
+
+    `scale` is what the z-score divides by, eps included; None for the group's own deviation.
+    """
     if not has_signal(r, c):
         return torch.zeros_like(r)
     G, mu = len(r), r.mean()
@@ -121,12 +126,24 @@ def estimate(r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str
         return (r - mu) * G / (G - 1)
     if estimator == "apd":
         return percent_deviation(r, eps, apd)
-    z = (r - mu) / (standard_deviation(r, c) + eps)
+    z = (r - mu) / (standard_deviation(r, c) + eps if scale is None else scale)
     if estimator == "grpo":
         return z
     if estimator == "mapo":
         return (1 - lam) * z + lam * percent_deviation(r, eps, apd)
     raise ValueError(f"estimator: expected mapo, grpo, apd, mean or rloo, got {estimator!r}")
+
+
+def difficulty_weight(p: float, difficulty: str | None, exponent: float) -> float:
+    """Factor of the advantages of a group with success ratio p.
+
+    "focal" is (1 - p)^exponent (F-GRPO, arXiv 2602.06717), "power" p^(-exponent) (A-GRAE, arXiv
+    2602.05548, with 1/2 and without its constant 0.5). A power of 0 that is infinite counts as 1.
+    """
+    if difficulty is None:
+        return 1.0
+    base, power = {"focal": (1 - p, exponent), "power": (p, -exponent)}[difficulty]
+    return 1.0 if base == 0 and power < 0 else base**power
 
 
 def group_advantages(
@@ -141,6 +158,11 @@ def group_advantages(
     eps: float = 1e-6,
     apd: str = "bounded",
     max_abs: float | None = None,
+    difficulty: str | None = None,
+    difficulty_exponent: float = 0.5,
+    scale: str = "group",
+    batch_std: float | None = None,
+    group_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, GroupStats]]:
     """One advantage per trajectory, from the rewards of its group.
 
@@ -160,6 +182,12 @@ def group_advantages(
         eps: added to the denominators of z and APD.
         apd: "bounded" or "paper", see `percent_deviation`.
         max_abs: clamp advantages to [-max_abs, max_abs].
+        difficulty: None, "focal" or "power", see `difficulty_weight`.
+        difficulty_exponent: see there.
+        scale: what the z-score divides by: "group", the group's own deviation; "batch", that of all
+            finite rewards with the same correction; "none", 1.
+        batch_std: that of all rewards, where only some of them are given.
+        group_weight: [B], factor of each row's advantage before that clamp.
 
     Returns:
         Advantages [B] in float64, and the statistics of each group by its id.
@@ -168,6 +196,14 @@ def group_advantages(
     r = rewards.detach().double()
     A = torch.zeros_like(r)
     stats = {}
+    divisor = None
+    if scale == "batch":
+        known = r[r.isfinite()]
+        if batch_std is None and len(known) > std_correction:
+            batch_std = float(standard_deviation(known, std_correction))
+        divisor = (batch_std or 0.0) + eps
+    elif scale == "none":
+        divisor = 1.0
     for group_id in group_ids.unique().tolist():
         members = group_ids == group_id
         finite = members & r.isfinite()
@@ -179,5 +215,11 @@ def group_advantages(
             c=std_correction,
         )
         lam = stats[group_id].certainty
-        A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd)
+        A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd, divisor)
+        p = stats[group_id].success_ratio
+        A[finite] *= difficulty_weight(p, difficulty, difficulty_exponent)
+    if group_weight is not None:
+        for i in range(len(A)):
+            if A[i] != 0:
+                A[i] *= group_weight[i].double()
     return (A if max_abs is None else A.clamp(-max_abs, max_abs)), stats

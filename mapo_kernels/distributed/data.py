@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from mapo_kernels import checks
+from mapo_kernels import checks, checks_groups
 from mapo_kernels.batch import GroupInputs
 from mapo_kernels.checks import GLOBAL
 from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of, meeting_place
@@ -214,7 +214,7 @@ def _whole_groups(
         group_ids=None if groups.group_ids is None else rows[:, 1].contiguous(),
         success=rows[:, 2] != 0 if has_success else None,
     )
-    checks.check_group_count(whole.rewards.shape[0], whole.group_size)
+    checks_groups.check_group_count(whole.rewards.shape[0], whole.group_size)
     return whole, rows[:, 3]
 
 
@@ -266,6 +266,11 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     rank = dist.get_rank(process_group)
     start = sum(header[2] for header in headers[:rank])
     own = slice(start, start + headers[rank][2])
-    groups, lengths = _whole_groups(table, headers, part.groups)
+    whole, lengths = _whole_groups(table, headers, part.groups)
+    if whole.weight is not None:
+        # Weights play no part in statistics: those of other ranks' rows are not needed here.
+        weight = whole.weight.new_ones(whole.rewards.shape[0]).to(whole.rewards.device)
+        weight[own] = whole.weight.to(weight.device)
+        whole = whole._replace(weight=weight)
     told = None if part.lengths is None else lengths.to(torch.float64)
-    return Shared(groups, own, normalizer, told, table.shape[0])
+    return Shared(whole, own, normalizer, told, table.shape[0])

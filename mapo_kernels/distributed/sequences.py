@@ -62,6 +62,7 @@ def meet(
         "rewards": None if groups is None else groups.rewards,
         "group_ids": None if groups is None else groups.group_ids,
         "success": None if groups is None else groups.success,
+        "group_weight": None if groups is None else groups.weight,
         "value of normalizer": normalizer if isinstance(normalizer, torch.Tensor) else None,
     }
     place = meeting_place(group, tokens.device)

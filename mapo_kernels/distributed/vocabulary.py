@@ -163,6 +163,7 @@ def _tensors(
         "rewards": None if groups is None else groups.rewards,
         "group_ids": None if groups is None else groups.group_ids,
         "success": None if groups is None else groups.success,
+        "group_weight": None if groups is None else groups.weight,
         "token_weights that are 0": None if weights is None else weights == 0,
         "value of normalizer": _if_tensor(normalizer),
     }

@@ -68,7 +68,8 @@ def eager_advantages(
     for first in range(0, n_rows, step):
         r, q = slice(first, first + step), slice(first // size, (first + step) // size)
         success = None if groups.success is None else groups.success[r]
-        some = replaced(groups, rewards=groups.rewards[r], success=success)
+        weight = None if groups.weight is None else groups.weight[r]
+        some = replaced(groups, rewards=groups.rewards[r], success=success, weight=weight)
         advantages[r], table[:, q] = _of_chunk(some, spec, want_stats)
     return advantages, table
 
@@ -77,7 +78,9 @@ def _of_chunk(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of contiguous groups on a CPU: in a hurry, and with care where that will not do."""
-    advantages, table, was_enough = _of_ordinary(groups, spec, want_stats)
+    was_enough: torch.Tensor | bool = False
+    if groups.weight is None:
+        advantages, table, was_enough = _of_ordinary(groups, spec, want_stats)
     if not was_enough:
         advantages, table = _of_contiguous(groups, spec)
     return advantages, table if want_stats else table[:0]
@@ -109,6 +112,7 @@ def _of_ordinary(
         row_sum(deviation * deviation),
         success.to(dtype).sum(1) if torch.compiler.is_compiling() else success.sum(1).to(dtype),
         1.0,
+        _batch_std(groups, 1.0),
         spec.numbers,
         spec.kind,
     )
@@ -121,6 +125,12 @@ def _of_ordinary(
     columns = [mean, *statistics, count, torch.zeros_like(mean), factor]
     table = torch.stack(columns) if want_stats else mean[None, :][:0]
     return advantages.reshape(-1), table, is_within & (factor.abs().amax() < float("inf"))
+
+
+def _batch_std(groups: GroupInputs, unit: torch.Tensor | float) -> torch.Tensor | None:
+    """The deviation of the batch's rewards times `unit`; None where nothing divides by it."""
+    found = groups.batch_std
+    return None if found is None else found[0] * (found[1] * unit)
 
 
 def _successes(groups: GroupInputs, given: torch.Tensor, spec: AdvantageSpec) -> torch.Tensor:
@@ -160,11 +170,15 @@ def _of_any(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, tor
         reduce(deviation * deviation, "sum"),
         successes,
         unit,
+        _batch_std(groups, unit),
         spec.numbers,
         spec.kind,
     )
     limit = torch.finfo(dtype).max if spec.max_abs is None else spec.max_abs
-    advantages = formula.row_advantage(deviation, finite, spread(factor), limit)
+    row_factor = spread(factor)
+    if groups.weight is not None:
+        row_factor = row_factor * groups.weight.to(dtype).reshape(given.shape)
+    advantages = formula.row_advantage(deviation, finite, row_factor, limit)
     table = [mean / unit, std, success_ratio, certainty, count, nonfinite, factor]
     return advantages.reshape(-1), torch.stack(table)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool, require_choice, require_number
+from mapo_kernels.settings import require_bool, require_choice, require_number
+from mapo_kernels.spec import ESTIMATORS, SCALES, SCALES_OF, AdvantageSpec, LossSpec
 
 LEVELS = ("hidden", "logits", "logprobs")
 # TRL's loss types: what is averaged, and over what.
@@ -50,12 +51,6 @@ def check_config(args: Any) -> None:
             f"loss_type: expected one of {sorted(AGGREGATIONS)}, got {args.loss_type!r} (use TRL's "
             f"GRPOTrainer for it)"
         )
-    _expect(
-        args,
-        "scale_rewards",
-        "group",
-        "the estimator decides the scale: 'grpo' divides by the group's deviation, 'mean' does not",
-    )
     _expect(
         args,
         "multi_objective_aggregation",
@@ -167,8 +162,17 @@ def advantage_spec_of(args: Any) -> AdvantageSpec:
             certainty = float(certainty)
         except ValueError:
             pass
+    require_choice("scale_rewards", args.scale_rewards, SCALES)
+    require_choice("estimator", args.estimator, ESTIMATORS)
+    allowed = SCALES_OF.get(args.estimator, SCALES)
+    if args.scale_rewards not in allowed:
+        raise ValueError(
+            f"scale_rewards: expected one of {sorted(allowed)} with estimator {args.estimator!r}, "
+            f"which has no z-score to scale, got {args.scale_rewards!r}"
+        )
     return AdvantageSpec(
         estimator=args.estimator,
+        scale=args.scale_rewards,
         certainty=certainty,
         success_threshold=args.success_threshold,
         eps=args.advantage_eps,

@@ -20,6 +20,8 @@ class Rewards(NamedTuple):
     success: Any = None
     ids: Any = None
     order: Any = None
+    weight: Any = None
+    batch_std: Any = None
 
 
 class Span(NamedTuple):
@@ -120,8 +122,10 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
 
 
 @jit
-def member_advantage(reward, finite, unit, lowest, offset, factor, numbers):
+def member_advantage(rewards, rows, reward, finite, unit, lowest, offset, factor, numbers):
     """Advantages of members of a group from its moments, at most what float32 can hold."""
+    if rewards.weight is not None:
+        factor = factor * tl.load(rewards.weight + rows, mask=finite, other=0.0).to(tl.float32)
     limit = 3.4028234663852886e38
     if numbers.max_abs is not None:
         limit = numbers.max_abs
@@ -143,13 +147,18 @@ def advantage_of_sequence(
         first = index // group_size * group_size
         span = Span(first, index * 0 + group_size, index, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, 1, BLOCK_G)
+    batch_std = 0.0
+    if rewards.batch_std is not None:
+        batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
     factor, std, success_ratio, certainty = group_advantage(
         m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
-        numbers, GROUP,
+        batch_std, numbers, GROUP,
     )  # fmt: skip
     reward = tl.load(rewards.reward + index).to(tl.float32)
     finite = tl.abs(reward) < float("inf")
-    advantage = member_advantage(reward, finite, m.unit, m.lowest, m.offset, factor, numbers)
+    advantage = member_advantage(
+        rewards, index, reward, finite, m.unit, m.lowest, m.offset, factor, numbers
+    )
     tl.store(Out + index, advantage, mask=is_first)
     # One program speaks for the group: the first of the group's first row.
     speaks = ((m.leader == index) & is_first).to(tl.float32)
@@ -211,20 +220,26 @@ def advantages_kernel(
         span = Span(groups * group_size, size, groups, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, TILE, BLOCK_G)
     mean = m.lowest + m.offset
+    batch_std = 0.0
+    if rewards.batch_std is not None:
+        batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
     factor, std, success_ratio, certainty = group_advantage(
-        m.count, m.lowest, m.highest, mean, m.squares, m.successes, m.unit, numbers, GROUP
-    )
+        m.count, m.lowest, m.highest, mean, m.squares, m.successes, m.unit, batch_std, numbers,
+        GROUP,
+    )  # fmt: skip
     if rewards.ids is not None:
         reward = tl.load(rewards.reward + groups, mask=present, other=0.0).to(tl.float32)
         finite = tl.abs(reward) < float("inf")
-        advantage = member_advantage(reward, finite, m.unit, m.lowest, m.offset, factor, numbers)
+        advantage = member_advantage(
+            rewards, groups, reward, present & finite, m.unit, m.lowest, m.offset, factor, numbers
+        )
         tl.store(Advantages + groups, advantage, mask=present)
     else:
         for start in range(0, span.longest, BLOCK_G):
             rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
             advantage = member_advantage(
-                reward, finite, m.unit[:, None], m.lowest[:, None], m.offset[:, None],
-                factor[:, None], numbers,
+                rewards, rows, reward, finite, m.unit[:, None], m.lowest[:, None],
+                m.offset[:, None], factor[:, None], numbers,
             )  # fmt: skip
             tl.store(Advantages + rows, advantage, mask=member)
     if Stats is not None:

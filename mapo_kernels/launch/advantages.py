@@ -54,6 +54,8 @@ def launch_advantages(
                 None if groups.success is None else groups.success.contiguous(),
                 ids,
                 order,
+                None if groups.weight is None else groups.weight.contiguous(),
+                groups.batch_std,
             ),
             starts,
             advantages,

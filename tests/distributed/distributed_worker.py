@@ -174,9 +174,17 @@ def check_advantages(backend, device):
             ids, success = torch.tensor(IDS, device=device), torch.arange(10, device=device) % 3 > 1
             for given in ({"group_ids": ids}, {"group_size": 5}, {"group_ids": ids.short()}):
                 given = {**given, "success": success if dtype != torch.bool else None}
-                whole, stats = mk.group_advantages(rewards, return_stats=True, **given)
+                given["group_weight"] = (
+                    torch.arange(10.0, device=device) if dtype == torch.float32 else None
+                )
+                scale = {"scale": "batch" if "group_size" in given else "group"}
+                whole, stats = mk.group_advantages(rewards, return_stats=True, **given, **scale)
                 part, part_stats = mk.group_advantages(
-                    rewards[rows], return_stats=True, process_group=group, **take(given, rows)
+                    rewards[rows],
+                    return_stats=True,
+                    process_group=group,
+                    **take(given, rows),
+                    **scale,
                 )
                 assert part.dtype == whole.dtype and torch.equal(part, whole[rows])
                 for x, y in zip(part_stats, stats, strict=True):

@@ -25,6 +25,8 @@ PAIRS = [
     (mk.AdvantageSpec, {"success_threshold": 1}, {"success_threshold": 1.0}),
     (mk.AdvantageSpec, {"success_threshold": -0.0}, {"success_threshold": 0}),
     (mk.AdvantageSpec, {"certainty": 1, "max_abs": 5}, {"certainty": 1.0, "max_abs": 5.0}),
+    (mk.AdvantageSpec, {"difficulty": np.str_("focal")}, {"difficulty": "focal"}),
+    (mk.AdvantageSpec, {"difficulty_exponent": 1}, {"difficulty_exponent": 1.0}),
     (mk.AdvantageSpec, {"std_correction": 1.0, "eps": 1}, {"std_correction": 1, "eps": 1.0}),
 ]  # fmt: skip
 

@@ -91,13 +91,13 @@ def test_a_plan_of_advantages_has_no_groups(name):
     refuses(
         lambda: mk.make_plan(advantages=A, mask=MASK, **{name: GROUPING[name]}),
         ValueError,
-        "group_size, group_ids, success: expected None with advantages",
+        "group_size, group_ids, success, group_weight: expected None with advantages",
         f"got a value for {name}",
     )
     refuses(
         lambda: mk.mapo_loss(LOGP, advantages=A, **{name: GROUPING[name]}),
         ValueError,
-        "group_size, group_ids, success: expected None with advantages",
+        "group_size, group_ids, success, group_weight: expected None with advantages",
         f"got a value for {name}",
     )
 

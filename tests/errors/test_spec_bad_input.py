@@ -302,6 +302,8 @@ SETTINGS = [
     (mk.LossSpec, "max_tokens", (0, -1)),
     (mk.AdvantageSpec, "eps", (0, -1e-6, float("nan"), float("inf"))),
     (mk.AdvantageSpec, "max_abs", (0, -1.0, float("nan"), float("inf"))),
+    (mk.AdvantageSpec, "difficulty_exponent", (float("nan"), float("inf"))),
+    (mk.AdvantageSpec, "difficulty", ("hard",)),
     (mk.AdvantageSpec, "certainty", (-0.1, 1.1, "cubic", float("nan"))),
 ]
 

@@ -215,7 +215,8 @@ def failing(function):
 
 
 @pytest.mark.parametrize("functions", ("sound", "flaky"))
-def test_advantages_are_those_of_trl(functions, trl_advantages, tmp_path):
+@pytest.mark.parametrize("scale", ("group", "batch", "none"))
+def test_advantages_are_those_of_trl(functions, scale, trl_advantages, tmp_path):
     rewards = [share_of_a, starts_with_a]
     trainer = new_trainer(
         tmp_path,
@@ -224,6 +225,7 @@ def test_advantages_are_those_of_trl(functions, trl_advantages, tmp_path):
         per_device_train_batch_size=16,
         estimator="grpo",
         advantage_eps=1e-4,
+        scale_rewards=scale,
     )
     ours = []
     original = trainer._generate_and_score_completions

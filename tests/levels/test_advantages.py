@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from support import NAN, assert_close
 
 import mapo_kernels as mk
 import reference
+from mapo_kernels.groups import forget_warnings
 from mapo_kernels.spec import CERTAINTIES, ESTIMATORS
 
 INF = float("inf")
@@ -282,3 +284,88 @@ def test_four_million_rewards(device):
     assert_close(by_id, contiguous[order], 1e-6)
     mk.set_backend("eager")
     assert_close(contiguous, mk.group_advantages(rewards, group_size=16), 1e-6)
+
+
+def test_weights_of_groups_and_of_rows(device):
+    """One per group, in order or by ascending id; or one per row; before the clamp."""
+    rewards, ids = ragged()
+    weight = torch.tensor([0.0, 2.0, -1.0, 0.5, 3.0])[: len(ids.unique())]
+    of_rows = weight[torch.unique(ids, return_inverse=True)[1]]
+    exact, _ = reference.group_advantages(rewards, ids, group_weight=of_rows, max_abs=1.0)
+    for given in (weight, of_rows):
+        told = {"group_ids": ids, "group_weight": given, "max_abs": 1.0}
+        assert_close(advantages(rewards, device, **told), exact, 3e-6)
+        for kind in (torch.float64, torch.bfloat16):
+            again = advantages(rewards, device, **told | {"group_weight": given.to(kind)})
+            assert torch.equal(again, advantages(rewards, device, **told))
+    plain = advantages(rewards, device, group_size=4)
+    weight = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.25])
+    weighted = advantages(rewards, device, group_size=4, group_weight=weight)
+    assert_close(weighted, plain.cpu().double() * weight.repeat_interleave(4), 3e-6)
+    assert torch.equal(weighted.view(5, 4)[1].cpu(), torch.zeros(4))
+
+
+def test_a_wrong_number_of_weights_is_told(device):
+    rewards, ids = torch.tensor([1.0, 0, 0, 1]), torch.tensor([3, 3, 5, 5])
+    with pytest.raises(ValueError, match=r"group_weight: expected one number per reward \(\[4\]\)"):
+        advantages(rewards, device, group_size=2, group_weight=torch.ones(3))
+    # How many ids there are is not known on the host.
+    found = advantages(rewards, device, group_ids=ids, group_weight=torch.ones(3))
+    assert found.isnan().all()
+
+
+def test_groups_of_one_warn_once(device):
+    forget_warnings()
+    rewards = torch.tensor([1.0, 0.0])
+    with pytest.warns(UserWarning, match="group_size: expected at least 2, got 1"):
+        assert not advantages(rewards, device, group_size=1).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        advantages(rewards, device, group_size=1)
+
+
+@pytest.mark.parametrize("difficulty", ["focal", "power"])
+def test_difficulty_is_a_factor_of_the_group(difficulty, device):
+    """F-GRPO's (1 - p)^gamma and A-GRAE's p^-1/2; a power of 0 that is infinite is left out."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0.1, 0, 0, 0, 2, 1, 1, 1])
+    p = torch.tensor([0.25, 0.75, 0.0, 1.0]).double()
+    settings = {"group_size": 4, "estimator": "grpo"}
+    plain = advantages(rewards, device, **settings).cpu().double().view(4, 4)
+    for exponent in (0.5, 2.0, 0.0, -0.5):
+        factor = {"focal": 1 - p, "power": p}[difficulty].pow(
+            exponent if difficulty == "focal" else -exponent
+        )
+        factor = factor.where(factor.isfinite(), 1.0)
+        given = {"difficulty": difficulty, "difficulty_exponent": exponent}
+        found, stats = advantages(rewards, device, return_stats=True, **settings, **given)
+        assert_close(found.view(4, 4), plain * factor[:, None], 3e-6)
+        assert torch.equal(found.cpu().view(4, 4)[:, 0] == 0, factor == 0)
+        ids = torch.arange(16) // 4
+        by_id = advantages(rewards, device, group_ids=ids, estimator="grpo", **given)
+        assert_close(by_id, found.cpu().double(), 1e-6)
+
+
+@pytest.mark.parametrize("scale", ["batch", "none"])
+@pytest.mark.parametrize("estimator", ["grpo", "mapo"])
+def test_the_scale_of_the_z_score(scale, estimator, device):
+    rewards, ids = ragged()
+    settings = {"scale": scale, "estimator": estimator}
+    for correction in (0, 1):
+        check_against_oracle(rewards, ids, device, std_correction=correction, **settings)
+    if scale == "batch":
+        z = reference.group_advantages(rewards, ids, estimator="mean")[0]
+        z = z / (rewards[rewards.isfinite()].double().std() + 1e-6)
+    else:
+        z = reference.group_advantages(rewards, ids, estimator="mean")[0]
+    assert_close(
+        advantages(rewards, device, group_ids=ids, **settings | {"estimator": "grpo"}), z, 3e-6
+    )
+    ones = torch.ones(4)
+    assert not advantages(ones, device, group_size=2, **settings).any()
+
+
+def test_a_scale_without_a_z_score_is_an_error():
+    for estimator, scale in (("mean", "batch"), ("rloo", "batch"), ("apd", "none")):
+        with pytest.raises(ValueError, match=f"scale: expected .*{estimator}"):
+            mk.AdvantageSpec(estimator=estimator, scale=scale)
+    assert mk.AdvantageSpec(estimator="rloo", scale="none").scale == "none"

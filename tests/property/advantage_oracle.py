@@ -11,7 +11,7 @@ import reference
 
 STATS = tuple(f.name for f in fields(reference.GroupStats))
 _LARGE = 1e100
-_SETTINGS = ("estimator", "certainty", "std_correction", "apd")
+_SETTINGS = ("estimator", "certainty", "std_correction", "apd", "difficulty", "difficulty_exponent")
 
 
 @dataclass
@@ -49,10 +49,24 @@ def successes(groups: Groups) -> Tensor:
     return rewards.double() >= threshold
 
 
+def weights(groups: Groups) -> Tensor:
+    """What each row's advantage is multiplied by, [B], 1 where nothing is given."""
+    given = groups.arguments.get("group_weight")
+    if given is None:
+        return torch.ones(len(groups.ids), dtype=torch.float64)
+    if len(given) == len(groups.ids):
+        return given.double()
+    names = sorted(set(groups.ids.tolist()))
+    return torch.stack([given[names.index(i)] for i in groups.ids.tolist()]).double()
+
+
 def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     """Advantages and statistics of rewards that are first rounded to `dtype`."""
     spec, r = groups.spec, groups.rewards.to(dtype).double()
-    succeeded, in_units = successes(groups), spec.estimator in ("mean", "rloo")
+    succeeded = successes(groups)
+    in_units = spec.estimator in ("mean", "rloo")
+    batch_std, size_of_all = _batch_std(r, spec.std_correction)
+    w, weighs_nothing = weights(groups), []
     A, scale, table, sizes = torch.zeros_like(r), torch.zeros_like(r), [], []
     for i in groups.ids.unique():
         rows = groups.ids == i
@@ -61,22 +75,49 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
         # Squares of the largest float64 numbers are none: a power of 2 is taken out, of eps too.
         unit = 2.0 ** (math.frexp(sizes[-1])[1] - 1) if sizes[-1] > _LARGE else 1.0
         settings = {k: getattr(spec, k) for k in _SETTINGS} | {"eps": spec.eps / unit}
+        # A divisor of 1 is 1 / unit here.
+        divisor = {"scale": spec.scale, "batch_std": batch_std * (size_of_all / unit)}
+        if unit != 1 and spec.scale == "none" and not in_units:
+            divisor = {"scale": "batch", "batch_std": (1 - spec.eps) / unit}
         own, stats = reference.group_advantages(
-            r[rows] / unit, groups.ids[rows], success=succeeded[rows], **settings
+            r[rows] / unit,
+            groups.ids[rows],
+            success=succeeded[rows],
+            group_weight=w[rows],
+            **settings,
+            **divisor,
         )
         A[rows] = own * unit if in_units else own
-        scale[finite] = _scale(r[finite] / unit, spec, unit, dtype) * (unit if in_units else 1.0)
+        own_scale = _scale(r[finite] / unit, spec, unit, dtype, batch_std, size_of_all)
+        scale[finite] = own_scale * (unit if in_units else 1.0)
         (found,) = stats.values()
+        told = (found.success_ratio, spec.difficulty, spec.difficulty_exponent)
+        weight = reference.advantages.difficulty_weight(*told)
+        # A power of a ratio carries the rounding of its logarithm.
+        scale[finite] *= weight * (1 + 4 * abs(spec.difficulty_exponent))
+        weighs_nothing.append(weight == 0)
         found = replace(found, mean=found.mean * unit, std=found.std * unit)
         table.append([getattr(found, name) for name in STATS])
+    scale = scale * w.abs()
     A = A if spec.max_abs is None else A.clamp(-spec.max_abs, spec.max_abs)
     stats = dict(zip(STATS, torch.tensor(table, dtype=torch.float64).T, strict=True))
     size, ones = torch.tensor(sizes, dtype=torch.float64), torch.ones(len(sizes)).double()
     stats_scale = {"mean": size, "std": size, "success_ratio": ones, "certainty": 4 * ones}
-    return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats))
+    return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats, weighs_nothing))
 
 
-def _scale(r: Tensor, spec, unit: float, dtype: torch.dtype) -> float:
+def _batch_std(r: Tensor, correction: int) -> tuple[float, float]:
+    """The deviation of all finite rewards in units of the largest, and that unit."""
+    finite = r[r.isfinite()]
+    size = float(finite.abs().max()) if len(finite) else 0.0
+    if len(finite) <= correction or size == 0.0:
+        return 0.0, 1.0
+    return float(reference.advantages.standard_deviation(finite / size, correction)), size
+
+
+def _scale(
+    r: Tensor, spec, unit: float, dtype: torch.dtype, batch_std: float, size_of_all: float
+) -> float:
     """What the rounding errors of a group's advantages are relative to, from its rewards r."""
     if len(r) < 2:
         return 0.0
@@ -88,20 +129,27 @@ def _scale(r: Tensor, spec, unit: float, dtype: torch.dtype) -> float:
         return reach * len(r)
     eps, G, mu = spec.eps / unit, len(r), float(r.mean())
     std = float(reference.advantages.standard_deviation(r, spec.std_correction))
+    if spec.scale == "batch":
+        std = batch_std * (size_of_all / unit)
+    elif spec.scale == "none":
+        std = 1 / unit - eps
     steep = math.inf if std + eps == 0 else reach / (std + eps)
-    z = steep * (1 + steep * (dtype == torch.float64))
+    cancels = {"group": steep, "batch": 1 / max(batch_std, 1e-300), "none": 0.0}[spec.scale]
+    z = steep * (1 + cancels * (dtype == torch.float64))
     D = mu if spec.apd == "paper" else max(abs(mu), float((r - mu).abs().max()) / (G - 1))
     apd = math.inf if D + eps == 0 else reach / abs(D + eps) * (1 + size / abs(D + eps))
     return {"grpo": z, "apd": apd}.get(spec.estimator, 2 * z + 4 * apd)
 
 
-def _metrics(groups: Groups, r: Tensor, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+def _metrics(
+    groups: Groups, r: Tensor, stats: dict[str, Tensor], weighs_nothing: list[bool]
+) -> dict[str, Tensor]:
     """The metrics about groups of a loss call; means are over groups with a finite reward."""
     active = stats["size"] > 0
     without_signal = 0
-    for i in groups.ids.unique():
+    for i, is_off in zip(groups.ids.unique(), weighs_nothing, strict=True):
         own = r[(groups.ids == i) & r.isfinite()]
-        without_signal += len(own) < 2 or float(own.max()) == float(own.min())
+        without_signal += is_off or len(own) < 2 or float(own.max()) == float(own.min())
     return {
         "success_ratio_mean": stats["success_ratio"][active].mean(),
         "lambda_mean": stats["certainty"][active].mean(),

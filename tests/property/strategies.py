@@ -13,9 +13,12 @@ import mapo_kernels as mk
 from mapo_kernels.spec import (
     AGGREGATIONS,
     CERTAINTIES,
+    DIFFICULTIES,
     ESTIMATORS,
     KL_ESTIMATORS,
     OBJECTIVES,
+    SCALES,
+    SCALES_OF,
     SEQUENCE_OBJECTIVES,
 )
 
@@ -43,14 +46,18 @@ def input_dtypes(device):
 
 @st.composite
 def advantage_specs(draw):
+    estimator = draw(one_of(*ESTIMATORS))
     return mk.AdvantageSpec(
-        estimator=draw(one_of(*ESTIMATORS)),
+        estimator=estimator,
+        scale=draw(one_of("group", *SCALES_OF.get(estimator, SCALES))),
         certainty=draw(st.sampled_from(CERTAINTIES) | one_of(0, 0.0, 0.3, 1.0)),
         success_threshold=draw(one_of(1.0, 1, 0.9, 0.5, 0.0, -1.0, 1e9 + 1)),
         std_correction=draw(one_of(1, 0)),
         eps=draw(one_of(1e-6, 1e-4, 1e-30, 1.0)),
         apd=draw(one_of("bounded", "paper")),
         max_abs=draw(one_of(None, 0.5, 3)),
+        difficulty=draw(one_of(None, None, *DIFFICULTIES)),
+        difficulty_exponent=draw(one_of(0.5, 1, 2.5, 0, -0.5)),
     )
 
 
@@ -145,6 +152,11 @@ def groups(draw, n, tame=False, wide=True):
     spec = draw(advantage_specs())
     success = draw(one_of(None, None, torch.tensor([draw(st.booleans()) for _ in range(n)])))
     told |= {} if success is None else {"success": success}
+    if draw(one_of(False, False, True)):
+        per_row = draw(st.booleans())
+        weights = st.sampled_from([0.0, 1.0, 0.5, 1.7, -2.0])
+        count = n if per_row else len(ids.unique())
+        told["group_weight"] = torch.tensor([draw(weights) for _ in range(count)])
     return Groups(torch.tensor(values, dtype=dtype), ids, told, spec)
 
 

@@ -64,7 +64,8 @@ def permuted_calls(draw):
 
 
 def reordered(group, order):
-    told = {k: v[order] for k, v in group.arguments.items()}
+    n = len(order)
+    told = {k: v[order] if len(v) == n else v for k, v in group.arguments.items()}
     return replace(group, rewards=group.rewards[order], ids=group.ids[order], arguments=told)
 
 

@@ -1,0 +1,103 @@
+"""Validation of rewards, their groups and what goes with them."""
+
+from __future__ import annotations
+
+import torch
+
+from mapo_kernels.batch import GroupInputs, replaced
+from mapo_kernels.checks import (
+    check_constant,
+    check_shape,
+    check_tensor,
+    dims,
+    validates_device_data,
+)
+from mapo_kernels.dtypes import INTEGER, REAL, comparable, require_dtype, signed
+from mapo_kernels.groups import warn_of_single, weight_of_rows
+from mapo_kernels.spec import describe
+
+
+def check_groups(
+    rewards: torch.Tensor,
+    group_size: int | None,
+    group_ids: torch.Tensor | None,
+    success: torch.Tensor | None,
+    is_part: bool = False,
+    device: torch.device | None = None,
+    is_double: bool = True,
+    group_weight: torch.Tensor | None = None,
+) -> GroupInputs:
+    """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete.
+
+    `is_double` says whether all else of the call is float64: then so may their statistics be.
+    """
+    validates_device_data()  # an error, if the environment is not clear about it
+    check_constant("rewards", rewards, device, REAL)
+    if rewards.dim() != 1:
+        raise ValueError(
+            f"rewards: expected shape [B] (one reward per sequence), got {dims(rewards.shape)}"
+        )
+    if (group_size is None) == (group_ids is None):
+        came = "neither" if group_size is None else "both"
+        raise ValueError(f"group_size, group_ids: expected exactly one of them, got {came}")
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, rewards.device)
+        check_shape("group_ids", group_ids, rewards.shape, "one id per reward")
+        require_dtype("group_ids", group_ids, INTEGER)
+        group_ids = signed(group_ids)
+    else:
+        if isinstance(group_size, bool) or not isinstance(group_size, int):
+            raise TypeError(f"group_size: expected an int, got {describe(group_size)}")
+        if group_size < 1:
+            raise ValueError(
+                f"group_size: expected a positive divisor of all rewards, got {group_size}"
+            )
+    if not is_part:
+        check_group_count(rewards.shape[0], group_size or 0)
+    if success is not None:
+        check_tensor("success", success, rewards.device)
+        check_shape("success", success, rewards.shape, "one flag per reward")
+        if success.dtype != torch.bool:
+            raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
+    wide = is_double and rewards.dtype == torch.float64
+    groups = GroupInputs(comparable(rewards), group_size or 0, group_ids, success, wide)
+    if group_size == 1:
+        warn_of_single()
+    if group_weight is not None:
+        groups = replaced(groups, weight=_check_weight(group_weight, groups, is_part))
+    return groups
+
+
+def _check_weight(weight: torch.Tensor, groups: GroupInputs, is_part: bool) -> torch.Tensor:
+    """Validated factors of the groups' advantages, one per reward."""
+    n_rows, group_size = groups.rewards.shape[0], groups.group_size
+    check_constant("group_weight", weight, groups.rewards.device)
+    shape = tuple(weight.shape)
+    fits = shape == (n_rows,)
+    if not is_part and weight.dim() == 1:
+        fits = fits or (shape[0] * group_size == n_rows if group_size else 0 < shape[0] < n_rows)
+    if not fits:
+        per_group = "" if is_part else f", or one per group ([{n_rows // group_size}])"
+        if not is_part and not group_size:
+            per_group = ", or one per group, by ascending id"
+        raise ValueError(
+            f"group_weight: expected one number per reward ([{n_rows}]){per_group}, got shape "
+            f"{dims(weight.shape)}"
+        )
+    found = weight_of_rows(weight, n_rows, group_size, groups.group_ids)
+    if validates_device_data() and not bool(found.isfinite().all()):
+        raise ValueError(
+            "group_weight: expected finite numbers, one for each group or each reward, got others, "
+            "or another number of groups"
+        )
+    return found
+
+
+def check_group_count(n_rows: int, group_size: int) -> None:
+    """Raise unless the rewards of a whole batch are some, and make whole groups of `group_size`."""
+    if n_rows == 0:
+        raise ValueError("rewards: expected at least one sequence (B >= 1), got an empty batch")
+    if group_size and n_rows % group_size:
+        raise ValueError(
+            f"group_size: expected a positive divisor of the {n_rows} rewards, got {group_size}"
+        )
