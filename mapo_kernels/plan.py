@@ -203,9 +203,11 @@ def groups_of(
     rewards, process_group = given["rewards"], given["process_group"]
     names = ("group_size", "group_ids", "success", "group_weight")
     grouping = {name: given[name] for name in names}
+    beside = grouping
     if given["spec"].how.denominator == "prompts":
-        grouping = {name: given[name] for name in ("success", "group_weight")}
-    checks.check_source(rewards, given["advantages"], grouping)
+        # With advantages, too, groups say which sequences answer the same prompt.
+        beside = {name: given[name] for name in ("success", "group_weight")}
+    checks.check_source(rewards, given["advantages"], beside)
     checks.check_process_group(process_group, given["normalizer"])
     if rewards is None:
         return None
