@@ -1,11 +1,10 @@
 """The formulas, once: group advantage, policy term, KL term, each value beside its derivative.
 
 Pure device functions: no loads, no stores, no shapes. Triton compiles them into every kernel,
-and `mapo_kernels.eager.formula` runs this same source on torch tensors (any device, float64), which
-is what the eager backend and the float64 tests use. Two rules keep both readings equal: every
-operation is a plain operator or `tl.something`, and nothing is assigned in place (`x += y`
-rebinds in Triton and mutates in torch). Bounds are taken with `tl.where`, because Triton's
-minimum and maximum may drop a NaN.
+`mapo_kernels.eager.formula` runs this same source on torch tensors (any device, float64). Two rules
+keep both readings equal: every operation is a plain operator or `tl.something`, and nothing is
+assigned in place (`x += y` rebinds in Triton and mutates in torch). Bounds are taken with
+`tl.where`, because Triton's minimum and maximum may drop a NaN.
 
 Symbols follow the MAPO paper (arXiv 2509.18849) and PPO: mu, sigma and p are a group's mean,
 standard deviation and success ratio, lambda is its certainty weight, A the advantage, rho = exp(l)

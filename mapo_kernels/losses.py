@@ -102,7 +102,7 @@ def mapo_loss_from_logits(
         vocab_group: a `torch.distributed` process group over whose ranks each row is split: then
             `logits` are this rank's adjacent columns, [B, T, V / ranks] or any other share, and the
             rest of the arguments is the same on every rank (token ids too, in [0, V)): ranks first
-            exchange 224 bytes that say how each was called, for which the host waits. One
+            exchange 232 bytes that say how each was called, for which the host waits. One
             collective gathers 16 bytes a row and rank (with a sampling mask there are two); loss
             and metrics are those of the whole rows, the gradient is that of the columns here.
         sampling_mask: the columns that each token could have been sampled from, [B * T] or [total]
@@ -187,7 +187,7 @@ def mapo_loss_from_hidden(
         vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is split:
             then `lm_head_weight` and `bias` are this rank's adjacent rows, [V / ranks, H] or any
             other share, and the rest of the arguments is the same on every rank (token ids too, in
-            [0, V)): ranks first exchange 224 bytes that say how each was called, for which the host
+            [0, V)): ranks first exchange 232 bytes that say how each was called, for which the host
             waits. A chunk takes one collective of 16 bytes a row and rank; the gradient by `hidden`
             is summed over ranks once, in float32, that by the weight stays here.
         sampling_mask: as in `mapo_loss_from_logits`. Rows of which few columns are kept (see

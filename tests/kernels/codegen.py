@@ -71,7 +71,8 @@ def logits(
     mask = torch.ones((n_sequences, length), dtype=torch.bool)
     old = torch.zeros(ids.shape)
     if scoring:
-        old = mk.token_logprobs(x, ids, mask=mask, temperature=temperature)
+        with torch.no_grad():
+            old = mk.token_logprobs(x, ids, mask=mask, temperature=temperature)
     out = mk.mapo_loss_from_logits(
         x,
         ids,

@@ -139,7 +139,7 @@ def test_what_makes_no_sense_is_an_error():
         mk.mapo_loss(logp, **given)
     with pytest.raises(ValueError, match="group_size: expected a positive divisor"):
         mk.mapo_loss(logp, group_size=3, **given)
-    with pytest.raises(ValueError, match="success: expected None with advantages"):
+    with pytest.raises(ValueError, match="success.*: expected None with advantages"):
         mk.mapo_loss(logp, group_size=2, success=torch.ones(4) > 0, **given)
     with pytest.raises(ValueError, match="expected None with advantages, got .*group_size"):
         mk.mapo_loss(logp, advantages=torch.ones(4), group_size=2)

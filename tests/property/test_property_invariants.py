@@ -107,6 +107,8 @@ def companies(draw, device):
 
 def check_company(batch, chosen, device):
     """Sequences alone have the gradients that they have in their batch, bit for bit."""
+    if batch.spec.how.denominator == "prompts":
+        return  # The other sequences of a prompt are a part of each one's weight.
     whole, part = run(batch, device), part_of(batch, chosen)
     layout = part.layout
     if batch.advantages is not None and batch.advantages.dim() == 2 and layout.packed:
