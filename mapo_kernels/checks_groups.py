@@ -26,10 +26,12 @@ def check_groups(
     device: torch.device | None = None,
     is_double: bool = True,
     group_weight: torch.Tensor | None = None,
+    are_rewards: bool = True,
 ) -> GroupInputs:
     """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete.
 
     `is_double` says whether all else of the call is float64: then so may their statistics be.
+    `are_rewards` is False where only the groups matter.
     """
     validates_device_data()  # an error, if the environment is not clear about it
     check_constant("rewards", rewards, device, REAL)
@@ -61,7 +63,7 @@ def check_groups(
             raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
     wide = is_double and rewards.dtype == torch.float64
     groups = GroupInputs(comparable(rewards), group_size or 0, group_ids, success, wide)
-    if group_size == 1:
+    if group_size == 1 and are_rewards:
         warn_of_single()
     if group_weight is not None:
         groups = replaced(groups, weight=_check_weight(group_weight, groups, is_part))

@@ -225,8 +225,9 @@ def prompts_of(
         return None
     nothing = torch.zeros(n_sequences, dtype=torch.float64, device=device)
     is_part = given["process_group"] is not None
+    ids, size = given["group_ids"], given["group_size"]
     return checks_groups.check_groups(
-        nothing, given["group_size"], given["group_ids"], None, is_part, device=device
+        nothing, size, ids, None, is_part, device=device, are_rewards=False
     )
 
 
