@@ -6,16 +6,16 @@ keep both readings equal: every operation is a plain operator or `tl.something`,
 assigned in place (`x += y` rebinds in Triton and mutates in torch). Bounds are taken with
 `tl.where`, because Triton's minimum and maximum may drop a NaN.
 
-Symbols follow the MAPO paper (arXiv 2509.18849) and PPO: mu, sigma and p are a group's mean,
-standard deviation and success ratio, lambda is its certainty weight, A the advantage, rho = exp(l)
-the ratio of the new to the old probability.
+Symbols are those of MAPO (arXiv 2509.18849) and PPO: mu, sigma and p are a group's mean, deviation
+and success ratio, lambda its certainty weight, A the advantage, rho = exp(l) the importance ratio.
 """
 
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.group_factors import difficulty_weight
+from mapo_kernels.group_factors import certainty_weight, difficulty_weight
 from mapo_kernels.numerics import clamp, exp, k3, log1p
+from mapo_kernels.sequence_formula import gamma_weight, ratio_part
 
 
 class LossNumbers(NamedTuple):
@@ -28,6 +28,10 @@ class LossNumbers(NamedTuple):
     eps_low_cispo: Any
     sapo_tau_pos: Any
     sapo_tau_neg: Any
+    vespo_k_pos: Any
+    vespo_lambda_pos: Any
+    vespo_k_neg: Any
+    vespo_lambda_neg: Any
     beta: Any
     entropy_coef: Any
     rollout_cap: Any
@@ -165,25 +169,11 @@ def importance_ratio(log_ratio):
 
 
 @jit
-def ratio_part(log_ratio, advantage, numbers, LOSS: tl.constexpr):
-    """What a token's own l adds to its sequence's, and on which side it was clipped.
-
-    GMPO (arXiv 2507.20673) clips each token's l, where its advantage pushes, before the mean: a
-    clipped token moves the sequence's ratio no more. Returns (part, clipped low, clipped high).
-    """
-    clipped_low = (log_ratio < -numbers.eps_low) & (advantage < 0)
-    clipped_high = (log_ratio > numbers.eps_high) & (advantage > 0)
-    part = tl.where(clipped_low, -numbers.eps_low + 0.0 * log_ratio, log_ratio)
-    part = tl.where(clipped_high, numbers.eps_high + 0.0 * log_ratio, part)
-    return part, clipped_low, clipped_high
-
-
-@jit
-def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr):
+def policy_term(logp, log_ratio, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr):
     """Per-token policy loss, its derivatives by l and by logp, and where the ratio was clipped.
 
     PPO (arXiv 1707.06347), DAPO's clip-higher, dual clip (arXiv 1912.09729), CISPO (arXiv
-    2506.13585), SAPO (arXiv 2511.20347); GMPO clips before, in `ratio_part`.
+    2506.13585), SAPO (arXiv 2511.20347), VESPO; GMPO clips before, in `ratio_part`.
     Returns (loss, dloss/dl, dloss/dlogp, clipped low, clipped high).
     """
     d_logp = ratio * 0.0
@@ -219,6 +209,10 @@ def policy_term(logp, ratio, ratio_slope, advantage, numbers, LOSS: tl.constexpr
         gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
         loss = -4.0 / tau * gate * advantage
         d_log_ratio = -4.0 * gate * (1.0 - gate) * advantage * ratio_slope
+    elif LOSS.objective == "vespo":
+        d_logp = -gamma_weight(log_ratio, ratio, advantage, numbers) * advantage
+        loss = d_logp * logp
+        d_log_ratio = ratio * 0.0
     else:
         loss = -ratio * advantage
         d_log_ratio = -advantage * ratio_slope
@@ -248,14 +242,18 @@ def token_loss(
 ):  # fmt: skip
     """The loss of one token: `weight` times policy term, plus beta KL, minus the entropy bonus.
 
-    `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071). The two
+    `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071; the sum in
+    VESPO, whose KL term takes the token's own ratio, as TRL's does). The two
     derivatives come apart because the first flows to every token that entered `log_ratio`, the
     second to this one. The derivative by the entropy is -entropy_coef.
     Returns (loss, dloss/dl, dloss/dlogp, rho, KL estimate, clipped low, clipped high).
     """
+    if LOSS.objective == "vespo":
+        # No less than the logarithm of 1e-8.
+        log_ratio = clamp(log_ratio, -18.420680743952367, 20.0)
     ratio, ratio_slope = importance_ratio(log_ratio)
     loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
-        logp, ratio, ratio_slope, advantage, numbers, LOSS
+        logp, log_ratio, ratio, ratio_slope, advantage, numbers, LOSS
     )
     if LOSS.objective == "gmpo":
         _, clipped_low, clipped_high = ratio_part(own_log_ratio, advantage, numbers, LOSS)
@@ -266,7 +264,11 @@ def token_loss(
     kl = ratio * 0.0
     if ref_logp is not None:
         kl, d_kl = kl_term(logp, ref_logp, LOSS)
-        if LOSS.kl_correction:
+        if LOSS.kl_correction and LOSS.objective == "vespo":
+            own_ratio, own_slope = importance_ratio(own_log_ratio)
+            loss = loss + numbers.beta * (own_ratio * kl)
+            d_logp = d_logp + numbers.beta * (own_slope * kl + own_ratio * d_kl)
+        elif LOSS.kl_correction:
             loss = loss + numbers.beta * (ratio * kl)
             d_log_ratio = d_log_ratio + numbers.beta * (ratio_slope * kl)
             d_logp = d_logp + numbers.beta * (ratio * d_kl)
@@ -318,25 +320,6 @@ def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
 def rollout_weight(old_logp, rollout_logp, cap):
     """Truncated weight min(exp(old - rollout), C) against the sampling engine's policy."""
     return clamp(tl.exp(old_logp - rollout_logp), 0.0, cap)
-
-
-@jit
-def certainty_weight(p, fixed, GROUP: tl.constexpr):
-    """lambda(p): 0 where the group is uncertain (p = 1/2), 1 where it is certain (p = 0 or 1)."""
-    if GROUP.certainty == "quadratic":
-        certainty = 1.0 - 4.0 * p * (1.0 - p)
-    elif GROUP.certainty == "linear":
-        certainty = tl.abs(2.0 * p - 1.0)
-    elif GROUP.certainty == "entropy":
-        q = 1.0 - p
-        log_p = tl.log2(tl.where(p > 0, p, 1.0))
-        log_q = tl.log2(tl.where(q > 0, q, 1.0))
-        certainty = 1.0 + p * log_p + q * log_q
-    elif GROUP.certainty == "step":
-        certainty = tl.where((p >= 0.25) & (p <= 0.75), 0.0 * p, 1.0 + 0.0 * p)
-    else:
-        certainty = 0.0 * p + fixed
-    return certainty
 
 
 @jit

@@ -19,3 +19,22 @@ def difficulty_weight(successes, count, exponent, GROUP: tl.constexpr):
     base = share / tl.where(count > 0, count, 1.0)
     weight = tl.exp2(power * tl.log2(tl.where(base > 0, base, 1.0)))
     return tl.where(base > 0, weight, tl.where(power > 0, 0.0 * base, 0.0 * base + 1.0))
+
+
+@jit
+def certainty_weight(p, fixed, GROUP: tl.constexpr):
+    """lambda(p): 0 where the group is uncertain (p = 1/2), 1 where it is certain (p = 0 or 1)."""
+    if GROUP.certainty == "quadratic":
+        certainty = 1.0 - 4.0 * p * (1.0 - p)
+    elif GROUP.certainty == "linear":
+        certainty = tl.abs(2.0 * p - 1.0)
+    elif GROUP.certainty == "entropy":
+        q = 1.0 - p
+        log_p = tl.log2(tl.where(p > 0, p, 1.0))
+        log_q = tl.log2(tl.where(q > 0, q, 1.0))
+        certainty = 1.0 + p * log_p + q * log_q
+    elif GROUP.certainty == "step":
+        certainty = tl.where((p >= 0.25) & (p <= 0.75), 0.0 * p, 1.0 + 0.0 * p)
+    else:
+        certainty = 0.0 * p + fixed
+    return certainty

@@ -21,8 +21,9 @@ from mapo_kernels.settings import (
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 # Of whole sequences: with importance_level="sequence".
-SEQUENCE_OBJECTIVES = ("gmpo",)
+SEQUENCE_OBJECTIVES = ("gmpo", "vespo")
 IMPORTANCE_LEVELS = ("token", "sequence")
+VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
@@ -206,7 +207,8 @@ class LossSpec(Packable):
 
     Args:
         objective: `clip` (PPO, GRPO, DAPO), `cispo`, `sapo`, or `none` (the plain policy gradient);
-            or of whole sequences, `gmpo` (the geometric mean of clipped ratios; verl's `geo_mean`).
+            or of whole sequences, `gmpo` (the geometric mean of clipped ratios; verl's `geo_mean`),
+            or `vespo` (a soft weight of the product of the ratios, detached; as in TRL).
         importance_level: `token`, or `sequence` (GSPO: one ratio per sequence).
         eps_low: the ratio is clipped below 1 - eps_low; in (0, 1). In `gmpo`, as in verl, its
             logarithm is clipped below -eps_low.
@@ -219,6 +221,10 @@ class LossSpec(Packable):
             1 - clip_ratio_low and 1 + clip_ratio_high.
         sapo_tau_pos: temperature of `sapo` where the advantage is positive.
         sapo_tau_neg: temperature of `sapo` elsewhere.
+        vespo_k_pos: exponent k of `vespo` where the advantage is not negative.
+        vespo_lambda_pos: its rate lambda there; at least 1e-4.
+        vespo_k_neg: exponent where the advantage is negative.
+        vespo_lambda_neg: rate there.
         beta: weight of the KL term to the reference policy; 0 leaves it out.
         kl_estimator: `k1`, `k2` or `k3` (John Schulman's names).
         kl_importance_correction: multiply the KL term by the ratio, which is differentiated (TRL's
@@ -250,6 +256,10 @@ class LossSpec(Packable):
     eps_low_cispo: float | None = None
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_correction: bool = False
@@ -272,7 +282,7 @@ class LossSpec(Packable):
         require_number("eps_low", self.eps_low, 0.0, 1.0, open_low=True, open_high=True)
         for name in ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
-        for name in ("beta", "entropy_coef"):
+        for name in ("beta", "entropy_coef", *VESPO):
             require_number(name, getattr(self, name), 0.0)
         for name in ("kl_importance_correction", "score_all"):
             require_bool(name, getattr(self, name))
@@ -288,6 +298,12 @@ class LossSpec(Packable):
             raise ValueError(
                 f"importance_level: expected 'sequence' with objective {self.objective!r}, whose "
                 f"ratio is that of a sequence, got {self.importance_level!r}"
+            )
+        if self.objective == "vespo" and self.rollout_cap is not None:
+            raise ValueError(
+                f"rollout_cap: expected None with objective 'vespo', where the mismatch belongs in "
+                f"the sequence's ratio (pass the rollout's log-probs as old_logprobs), got "
+                f"{self.rollout_cap!r}"
             )
         if self.dual_clip is not None:
             require_number("dual_clip", self.dual_clip)
@@ -331,6 +347,7 @@ class LossSpec(Packable):
             self.needs_every_token,
             self.how.divisor,
         )
+        k_pos, lambda_pos, k_neg, lambda_neg = self._gamma()
         return kind, LossNumbers(
             float(self.eps_low),
             float(self.eps_high),
@@ -339,10 +356,20 @@ class LossSpec(Packable):
             None if self.eps_low_cispo is None else float(self.eps_low_cispo),
             float(self.sapo_tau_pos),
             float(self.sapo_tau_neg),
+            k_pos,
+            lambda_pos,
+            k_neg,
+            lambda_neg,
             float(self.beta),
             None if self.entropy_coef == 0 else float(self.entropy_coef),
             None if self.rollout_cap is None else float(self.rollout_cap),
         )
+
+    def _gamma(self) -> list[float | None]:
+        """The numbers of `VESPO`; a rate is at least 1e-4, as in TRL."""
+        if self.objective != "vespo":
+            return [None] * len(VESPO)
+        return [max(float(getattr(self, x)), 1e-4 if "lambda" in x else 0.0) for x in VESPO]
 
     @property
     def how(self) -> Aggregation:

@@ -26,7 +26,7 @@ class LossSettings:
     """What the loss is made of; the keyword arguments of `mapo_loss` that are not tensors.
 
     Attributes:
-        objective: "clip", "cispo", "sapo", "none" or "gmpo", see `policy_term`.
+        objective: "clip", "cispo", "sapo", "none", "gmpo" or "vespo", see `policy_term`.
         importance_level: "token", or "sequence" as in GSPO, see `log_ratios`.
         eps_low: `clip` keeps rho above 1 - eps_low.
         eps_high: `clip` keeps rho below 1 + eps_high (DAPO: higher than eps_low).
@@ -35,6 +35,10 @@ class LossSettings:
         eps_low_cispo: its lower bound; None: 0.
         sapo_tau_pos: temperature of `sapo` where A > 0.
         sapo_tau_neg: temperature of `sapo` elsewhere.
+        vespo_k_pos: exponent of `vespo` where A >= 0.
+        vespo_lambda_pos: rate of `vespo` where A >= 0, at least 1e-4.
+        vespo_k_neg: exponent of `vespo` elsewhere.
+        vespo_lambda_neg: rate of `vespo` elsewhere, at least 1e-4.
         beta: coefficient of the KL term.
         kl_estimator: "k1", "k2" or "k3", see `kl_term`.
         kl_importance_correction: multiply the KL term by rho (TRL `use_bias_correction_kl`).
@@ -56,6 +60,10 @@ class LossSettings:
     eps_low_cispo: float | None = None
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_correction: bool = False
@@ -120,7 +128,10 @@ def log_ratios(
     ratios = {t: logp[t] - old[t] for t in live}
     if s.objective == "gmpo":
         ratios = {t: clipped_where_pushed(ratio, A[t], s) for t, ratio in ratios.items()}
-    if level == "sequence" and live:
+    if s.objective == "vespo" and live:  # the product of the ratios, no less than 1e-8
+        total = torch.stack([ratio.clamp(-20, 20) for ratio in ratios.values()]).sum()
+        ratios = dict.fromkeys(live, total.clamp(min=math.log(1e-8)))
+    elif level == "sequence" and live:
         ratios = dict.fromkeys(live, torch.stack(list(ratios.values())).mean())
     elif level not in ("token", "sequence"):
         raise ValueError(f"importance_level: expected token or sequence, got {level!r}")
@@ -139,6 +150,11 @@ def policy_term(token: Token, s: LossSettings) -> Tensor:
     if s.objective == "sapo":
         tau = s.sapo_tau_pos if A > 0 else s.sapo_tau_neg
         return -(4 / tau) * torch.sigmoid(tau * (rho - 1)) * A
+    if s.objective == "vespo":
+        k = s.vespo_k_pos if A >= 0 else s.vespo_k_neg
+        rate = max(s.vespo_lambda_pos if A >= 0 else s.vespo_lambda_neg, 1e-4)
+        phi = math.exp(rate) * rho**k * torch.exp(-rate * rho)
+        return -phi.detach() * A * token.logp
     if s.objective in ("none", "gmpo"):  # of gmpo, rho is made of what was clipped already
         return -rho * A
     raise ValueError(f"objective: expected a known one, got {s.objective!r}")
@@ -160,7 +176,10 @@ def token_loss(token: Token, s: LossSettings) -> Tensor:
     loss = token.w * policy_term(token, s)
     if s.beta != 0:
         kl = kl_term(token.ref - token.logp, s.kl_estimator)
-        loss = loss + s.beta * (token.rho * kl if s.kl_importance_correction else kl)
+        rho = token.rho
+        if s.objective == "vespo":  # as in TRL, the KL term has the token's own ratio
+            rho = (token.logp - token.old).clamp(-20, 20).exp()
+        loss = loss + s.beta * (rho * kl if s.kl_importance_correction else kl)
     if s.entropy_coef != 0:
         loss = loss - s.entropy_coef * token.entropy
     return loss

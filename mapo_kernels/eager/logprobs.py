@@ -17,7 +17,7 @@ from mapo_kernels.eager.sums import top, total
 from mapo_kernels.formula import GROUP_METRICS, LARGEST, RESULTS, SLOTS, TokenMetrics
 from mapo_kernels.groups import group_metrics
 from mapo_kernels.layout import Layout, loss_denominator
-from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.spec import SEQUENCE_OBJECTIVES, AdvantageSpec, LossSpec
 
 
 class _Chunk(NamedTuple):
@@ -66,10 +66,12 @@ def _score_chunk(
     clipped = None
     if spec.importance_level == "sequence":
         part = log_ratio
-        if spec.objective == "gmpo":
+        if spec.objective in SEQUENCE_OBJECTIVES:
             part, low, high = formula.ratio_part(log_ratio, advantage, spec.numbers, spec.kind)
             clipped = low | high
-        mean = layout.sum(part) / n_valid.clamp(min=1.0)
+        mean = layout.sum(part)
+        if spec.objective != "vespo":
+            mean = mean / n_valid.clamp(min=1.0)
         level_ratio = kept(layout.spread(mean))
     found = formula.token_loss(
         logp,

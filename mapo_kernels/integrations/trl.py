@@ -250,7 +250,7 @@ class MAPOTrainer(ReplayTrainer):
         arguments: dict[str, Any] = {
             "advantages": inputs["advantages"],
             "mask": mask,
-            "old_logprobs": inputs.get("old_per_token_logps"),
+            "old_logprobs": options.old_logprobs(inputs, self.loss_type),
             "ref_logprobs": inputs.get("ref_per_token_logps") if self.beta != 0 else None,
             "normalizer": normalizer,
             # In evaluation metrics are the point: they speak of every token.
@@ -304,7 +304,7 @@ class MAPOTrainer(ReplayTrainer):
     ) -> torch.Tensor | None:
         """Product [B, T] of TRL's factors of the policy term: vLLM ratio, off-policy, entropy."""
         factors = []
-        if self.use_vllm and self.vllm_importance_sampling_correction:
+        if self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo":
             factors.append(inputs["importance_sampling_ratio"])
         if self.off_policy_mask_threshold is not None:
             advantages = inputs["advantages"]

@@ -5,13 +5,14 @@ Names of options are TRL's (`GRPOConfig` of 1.16), so that errors speak of what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mapo_kernels.settings import require_bool, require_choice, require_number
-from mapo_kernels.spec import ESTIMATORS, SCALES, SCALES_OF, AdvantageSpec, LossSpec
+from mapo_kernels.spec import ESTIMATORS, SCALES, SCALES_OF, VESPO, AdvantageSpec, LossSpec
 
 LEVELS = ("hidden", "logits", "logprobs")
 # TRL's loss types: what is averaged, and over what.
@@ -21,10 +22,11 @@ AGGREGATIONS = {
     "bnpo": "token-mean",
     "dapo": "token-mean",
     "cispo": "token-mean",
+    "vespo": "token-mean",
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
-OBJECTIVES = {"cispo": "cispo", "sapo": "sapo"}
+OBJECTIVES = {"cispo": "cispo", "sapo": "sapo", "vespo": "vespo"}
 
 
 def check_config(args: Any) -> None:
@@ -116,6 +118,13 @@ def loss_spec_of(args: Any) -> LossSpec:
     require_choice(
         "importance_sampling_level", args.importance_sampling_level, ("token", "sequence")
     )
+    if kind == "vespo":
+        _expect(args, "importance_sampling_level", "token", "its weight is a sequence's anyway")
+        for name in VESPO:
+            require_number(name, getattr(args, name), 0.0)
+        if args.use_vllm and args.vllm_importance_sampling_correction and args.beta != 0:
+            why = "vLLM's ratio is a part of VESPO's here, and the KL term would take both"
+            _expect(args, "use_bias_correction_kl", False, why)
     if args.delta is not None:
         if objective != "clip":
             raise ValueError(f"delta: expected None with loss_type {kind!r}, got {args.delta!r}")
@@ -127,19 +136,38 @@ def loss_spec_of(args: Any) -> LossSpec:
         )
     return LossSpec(
         objective=objective,
-        importance_level=args.importance_sampling_level,
+        importance_level="sequence" if kind == "vespo" else args.importance_sampling_level,
         eps_low=args.epsilon,
         eps_high=eps_high,
         dual_clip=args.delta,
         eps_high_cispo=eps_high,
         sapo_tau_pos=args.sapo_temperature_pos,
         sapo_tau_neg=args.sapo_temperature_neg,
+        **({name: getattr(args, name) for name in VESPO} if kind == "vespo" else {}),
         beta=args.beta,
         kl_importance_correction=args.use_bias_correction_kl,
         aggregation=AGGREGATIONS[kind],
         max_tokens=args.max_completion_length if kind == "dr_grpo" else None,
         score_all=args.score_all,
     )
+
+
+def old_logprobs(inputs: dict[str, Any], loss_type: str) -> torch.Tensor | None:
+    """Log-probs [B, T] of the policy that sampled, as the loss takes them; None on-policy.
+
+    TRL multiplies VESPO's ratio of a sequence by vLLM's ratios of its tokens, in place of the loss:
+    that is the ratio to old log-probs without them. It clamps both logarithms to +-20 (vLLM's to
+    that of 1e-8), here their sum is clamped.
+
+    Args:
+        inputs: TRL's batch.
+        loss_type: TRL's.
+    """
+    old: torch.Tensor | None = inputs.get("old_per_token_logps")
+    ratio = inputs.get("importance_sampling_ratio")
+    if loss_type != "vespo" or ratio is None:
+        return old
+    return inputs["old_per_token_logps"] - ratio.log().clamp(math.log(1e-8), 20.0)
 
 
 def advantage_spec_of(args: Any) -> AdvantageSpec:
@@ -249,7 +277,7 @@ def denominator(
         The `normalizer` of a loss: a number, or a 0-d tensor where tokens are counted.
     """
     steps = accumulation if training else 1
-    if loss_type in ("dapo", "cispo"):
+    if loss_type in ("dapo", "cispo", "vespo"):
         share = steps / steps_per_generation if training else 1.0
         return num_items_in_batch.clamp(min=1).to(torch.float32) * (share / num_processes)
     if loss_type == "bnpo":

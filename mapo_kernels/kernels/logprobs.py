@@ -98,13 +98,13 @@ def loss_of_sequence(
             )
             sums = add_scores(sums, scores, scale)
             grad = d_logp
-            if LOSS.sequence_level:
+            if LOSS.sequence_level and LOSS.objective != "vespo":
                 slopes = slopes + tl.sum(d_log_ratio, 1)
-            else:
+            elif LOSS.objective != "vespo":
                 grad = grad + d_log_ratio
         if Grad is not None:
             tl.store(Grad + row + offs, grad * scale, mask=inside)
-    if Grad is not None and LOSS.sequence_level:
+    if Grad is not None and LOSS.sequence_level and LOSS.objective != "vespo":
         # The mean over a sequence is self-adjoint: every valid token gets the mean of the slopes.
         slope = tl.sum(slopes, 0) / n_valid * scale
         spread_slope(

@@ -195,7 +195,7 @@ def sequence_statistics(
             if tokens.old is not None:
                 old = load_row(tokens.old, row, offs, inside, valid)
             part = logp - old
-            if LOSS.objective == "gmpo":
+            if LOSS.objective == "gmpo" or LOSS.objective == "vespo":
                 part, _, _ = own_ratio_part(
                     part, tokens, row, offs, inside, valid, sequence_advantage, numbers, LOSS
                 )
@@ -210,7 +210,10 @@ def sequence_statistics(
                 strength = tl.where(weight != 0, strength, 0.0)
             signal = tl.maximum(signal, tl.max(strength, 1))
     n_valid = tl.maximum(tl.sum(count, 0), 1.0)
-    return n_valid, tl.sum(total, 0) / n_valid, tl.max(signal, 0)
+    log_ratio = tl.sum(total, 0)
+    if LOSS.objective != "vespo":
+        log_ratio = log_ratio / n_valid
+    return n_valid, log_ratio, tl.max(signal, 0)
 
 
 @jit

@@ -155,6 +155,12 @@ CASES = [
         "'token'",
     ),
     (
+        lambda: mk.LossSpec(objective="vespo", importance_level="sequence", rollout_cap=2.0),
+        ValueError,
+        "rollout_cap: expected None with objective 'vespo'",
+        "2.0",
+    ),
+    (
         lambda: mk.LossSpec(eps_low_cispo=6.0),
         ValueError,
         "eps_low_cispo: expected a number in [0, 5]",

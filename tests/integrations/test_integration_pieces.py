@@ -19,6 +19,12 @@ DEFAULTS = {
     "importance_sampling_level": "token",
     "sapo_temperature_pos": 1.0,
     "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+    "use_vllm": False,
+    "vllm_importance_sampling_correction": True,
     "max_completion_length": 512,
     "scale_rewards": "group",
     "multi_objective_aggregation": "sum_then_normalize",
@@ -57,13 +63,18 @@ def test_the_loss_of_each_of_trls_types():
     spec = options.loss_spec_of(config(loss_type="dr_grpo", max_completion_length=7))
     assert (spec.aggregation, spec.max_tokens) == ("seq-mean-token-sum-norm", 7)
     assert options.loss_spec_of(config(loss_type="sapo")).objective == "sapo"
+    spec = options.loss_spec_of(config(loss_type="vespo", vespo_k_pos=1.5))
+    assert (spec.objective, spec.importance_level, spec.vespo_k_pos) == ("vespo", "sequence", 1.5)
     assert options.loss_spec_of(config(loss_type="grpo")).aggregation == "seq-mean-token-mean"
 
 
 @pytest.mark.parametrize(
     "changes, message",
     (
-        ({"loss_type": "vespo"}, r"loss_type: expected one of .*'dapo'.*, got 'vespo'"),
+        ({"loss_type": "ppo"}, r"loss_type: expected one of .*'dapo'.*, got 'ppo'"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "importance_sampling"),
+        ({"loss_type": "vespo", "vespo_k_neg": -1.0}, "vespo_k_neg: expected a number in"),
+        ({"loss_type": "vespo", "use_vllm": True, "beta": 0.1}, "use_bias_correction_kl: expected"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "max_completion_length"),
         ({"epsilon": 0.0}, r"epsilon: expected a number in \(0, 1\), got 0.0"),
         ({"epsilon_high": -1.0}, "epsilon_high: expected a number in"),
@@ -144,9 +155,9 @@ def test_denominators_add_micro_batches_and_ranks_up(loss_type):
             )
         )
 
-    per_token = {"dapo": 24 / 2 * 2 / 4, "cispo": 24 / 2 * 2 / 4, "bnpo": 3 * 2}
+    per_token = dict.fromkeys(("dapo", "cispo", "vespo"), 24 / 2 * 2 / 4) | {"bnpo": 3 * 2}
     assert of() == per_token.get(loss_type, 2 * 2)
-    in_evaluation = {"dapo": 24 / 2, "cispo": 24 / 2, "bnpo": 3}
+    in_evaluation = dict.fromkeys(("dapo", "cispo", "vespo"), 24 / 2) | {"bnpo": 3}
     assert of(training=False) == in_evaluation.get(loss_type, 2)
 
 

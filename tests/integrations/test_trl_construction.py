@@ -13,7 +13,7 @@ from mapo_kernels.integrations.trl import MAPOConfig, MAPOTrainer
 @pytest.mark.parametrize(
     "changes, message",
     (
-        ({"loss_type": "vespo"}, "loss_type: expected one of .*got 'vespo'"),
+        ({"loss_type": "ppo"}, "loss_type: expected one of .*got 'ppo'"),
         ({"entropy_coef": 0.1}, "entropy_coef: expected 0.0 .*got 0.1"),
         ({"dual_clip": 1.1}, "delta: expected a number in .1.2"),
         ({"dual_clip": 3.0, "delta": 2.0}, "dual_clip: expected None or TRL's delta 2.0.*got 3.0"),

@@ -178,6 +178,11 @@ CASES = {
     "sequence level": lambda: loss((16, 1024), importance_level="sequence"),
     "sapo": lambda: loss((16, 1024), objective="sapo", kl_importance_correction=True),
     "cispo": lambda: loss((16, 1024), objective="cispo", aggregation="seq-mean-token-mean"),
+    "cispo, both bounds": lambda: loss((16, 1024), objective="cispo", eps_low_cispo=0.8),
+    "gmpo": lambda: loss((16, 1024), objective="gmpo", importance_level="sequence"),
+    "vespo": lambda: loss(
+        (16, 1024), objective="vespo", importance_level="sequence", kl_importance_correction=True
+    ),
     "groups of 16": lambda: advantages(1 << 20, group_size=16),
     "groups of 4096": lambda: advantages(1 << 14, group_size=4096),
     "ids": lambda: advantages(1000, ids=True),

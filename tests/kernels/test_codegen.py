@@ -30,6 +30,7 @@ QUICK = {
 EVERY = [
     *QUICK["sm_90"],
     *("bfloat16", "odd length", "sapo", "cispo", "float16 logits", "packed logits"),
+    *("cispo, both bounds", "gmpo", "vespo"),
     *("hidden chunk", "hidden chunk, softcap"),
     *("kept columns, float32", "kept columns, odd width"),
 ]

@@ -5,6 +5,7 @@ terms that the number is a sum of, each times how much it feels the rounding of 
 A result is right if it is within a few units of rounding of that scale, however much cancels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +145,14 @@ def _policy_scales(s, ratio, A, size, logp_size):
         gate = torch.sigmoid(tau * (ratio - 1))
         slope = (1 - gate) * (1 + tau * ratio) * size + 1
         return 4 / tau * gate * strength * size, 4 * strength * ratio * gate * slope
+    if s.objective == "vespo":
+        k = torch.where(A >= 0, s.vespo_k_pos, s.vespo_k_neg).double()
+        rate = torch.where(A >= 0, s.vespo_lambda_pos, s.vespo_lambda_neg).double().clamp(min=1e-4)
+        phi = torch.exp(k * ratio.log() - rate * (ratio - 1))
+        # Its exponent is a difference of numbers that may be large.
+        exponent = k * ratio.log().abs() + rate * (ratio + 1)
+        factor = phi * strength * (1 + exponent + (k + rate * ratio) * size)
+        return factor * logp_size, factor
     if s.objective == "cispo":
         factor = ratio.clamp(s.eps_low_cispo, s.eps_high_cispo) * strength * size
         return factor * logp_size, factor
@@ -192,7 +201,12 @@ def token_scales(
     if s.objective == "gmpo":
         part = torch.where(A > 0, log_ratio.clamp(max=s.eps_high), log_ratio)
         part = torch.where(A < 0, log_ratio.clamp(min=-s.eps_low), part)
-    if s.importance_level == "sequence":
+    own_ratio = log_ratio.clamp(-20, 20).exp()
+    if s.objective == "vespo":
+        total = log_ratio.clamp(-20, 20).sum(1, keepdim=True)
+        level = total.clamp(math.log(1e-8), 20).expand_as(logp)
+        size = clean(own_size).sum(1, keepdim=True).expand_as(logp)
+    elif s.importance_level == "sequence":
         n = read.sum(1, keepdim=True).clamp(min=1)
         level = (part.sum(1, keepdim=True) / n).expand_as(logp)
         size = (clean(own_size).sum(1, keepdim=True) / n).expand_as(logp)
@@ -205,7 +219,7 @@ def token_scales(
         weight_size = 1 + own_size + old.abs() + rollout.abs()
     loss, slope = loss * weight * weight_size, slope * weight * weight_size
     own_slope = torch.zeros_like(slope)
-    if s.objective == "cispo":
+    if s.objective in ("cispo", "vespo"):
         slope, own_slope = own_slope, slope
     ref_kl = torch.zeros_like(loss)
     if "ref_logprobs" in given:
@@ -213,9 +227,12 @@ def token_scales(
         ref_kl, kl_slope = _kl_scales(
             s.kl_estimator, ref - logp, 1 + clean(logp_scale) + ref.abs() + (ref - logp).abs()
         )
-        factor = s.beta * ratio * size if s.kl_importance_correction else s.beta
+        kl_ratio = own_ratio * own_size if s.objective == "vespo" else ratio * size
+        factor = s.beta * kl_ratio if s.kl_importance_correction else s.beta
         loss, own_slope = loss + factor * ref_kl, own_slope + factor * kl_slope
-        if s.kl_importance_correction:
+        if s.kl_importance_correction and s.objective == "vespo":
+            own_slope = own_slope + factor * ref_kl
+        elif s.kl_importance_correction:
             slope = slope + factor * ref_kl
     if entropy is not None:
         loss = loss + s.entropy_coef * clean(entropy)
