@@ -104,6 +104,15 @@ def ours_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
     return mk.mapo_loss_from_hidden(hidden, weight, rest.ids, **given).loss
 
 
+@provides("mapo_kernels log-probs", HIDDEN)
+def our_logprobs_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """Log-probs with gradients, as for a loss of one's own, and `mapo_loss`."""
+    plan = mk.make_plan(advantages=rest.advantages, mask=rest.mask, spec=rest.spec)
+    given = {"plan": plan, "softcap": rest.softcap}
+    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, **given)
+    return mk.mapo_loss(logp, old_logprobs=rest.old, plan=plan).loss
+
+
 @provides(OURS, KEPT)
 def ours_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
     given = {"advantages": rest.advantages, "mask": rest.mask, "spec": rest.spec}

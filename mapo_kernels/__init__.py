@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         MapoLossFunction,
     )
     from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
-    from mapo_kernels.calls import LossOutput
+    from mapo_kernels.calls import LossOutput, TokenLossOutput
     from mapo_kernels.groups import GroupStats
     from mapo_kernels.losses import (
         MapoLinearLoss,
@@ -48,6 +48,7 @@ __all__ = [
     "Metrics",
     "Plan",
     "SamplingMask",
+    "TokenLossOutput",
     "__version__",
     "describe_backend",
     "group_advantages",
@@ -74,6 +75,7 @@ _HOMES = {
     "Metrics": "metrics",
     "Plan": "plan",
     "SamplingMask": "masks",
+    "TokenLossOutput": "calls",
     "describe_backend": "backend",
     "group_advantages": "advantages",
     "make_plan": "plan",

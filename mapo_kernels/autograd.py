@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from mapo_kernels import hidden as hidden_level
 from mapo_kernels import operators
 from mapo_kernels.batch import Batch, HeadInputs, Kept, RowInputs, empty_results, replaced
+from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.live_rows import Wanted
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -71,8 +72,10 @@ class MapoLossFunction(torch.autograd.Function):
 class MapoLogitsLossFunction(torch.autograd.Function):
     """The loss from logits as an autograd node, for trainers that apply it themselves.
 
-    `MapoLogitsLossFunction.apply(logits, rows, inputs, spec, advantage_spec, inplace)` returns
-    (loss [], results [16] in the order of `mapo_kernels.formula.RESULTS`, advantages [B] or empty).
+    `MapoLogitsLossFunction.apply(logits, rows, inputs, spec, advantage_spec, inplace, scores)`
+    returns (loss [], results [16] in the order of `mapo_kernels.formula.RESULTS`, advantages [B] or
+    empty); with `scores` (2 or 3, by default 0) also log-probs, entropies and the sums of p^2 of
+    the tokens that contribute, [scores, shape of the token ids].
     Only the loss is differentiable, by `logits` [B, T, V] or [total, V]. `rows` is a `RowInputs`,
     `inputs` a `Batch`; nothing is validated: `mapo_loss_from_logits` does that.
 
@@ -91,34 +94,50 @@ class MapoLogitsLossFunction(torch.autograd.Function):
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
         inplace: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, results and advantages; keeps d loss / d logits for backward."""
+        scores: int = 0,
+    ) -> tuple[torch.Tensor, ...]:
+        """Loss, results, advantages and scores; keeps d loss / d logits for backward."""
         need_grad = ctx.needs_input_grad[0]
         place = None
         if inplace and need_grad:
             place = empty_results(rows.token_ids, inputs, spec, advantage_spec, False)
             place = place._replace(grad=logits)
-        out = operators.logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, place)
+        given = (inputs, spec, advantage_spec, need_grad, place)
+        table = _room_for(scores, logits, rows)
+        out = operators.logits_loss(logits, rows, *given, table)
         if need_grad:
             if out.grad is logits:
                 _note_write(logits)
             ctx.save_for_backward(out.grad)
-        ctx.mark_non_differentiable(out.results, out.advantages)
-        ctx.set_materialize_grads(False)
-        return out.loss, out.results, out.advantages
+        return _outputs(ctx, out, table)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
         """Hand over what forward kept, times the upstream gradient where that is not 1."""
         if upstream is None:
-            return (None,) * 6
+            return (None,) * 7
         _once(ctx)
         (grad,) = ctx.saved_tensors
         grad = grad.detach()
         operators.rescale(grad, upstream)
         _note_write(grad)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
+
+
+def _room_for(n: int, x: torch.Tensor, rows: RowInputs) -> torch.Tensor | None:
+    """Zeros [n, shape of the token ids] in the dtype of results of `x`; None for none."""
+    if n == 0:
+        return None
+    return torch.zeros((n, *rows.token_ids.shape), dtype=result_dtype(x), device=x.device)
+
+
+def _outputs(ctx: Any, out: Any, scores: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What a node returns, of which the loss is differentiable."""
+    others = (out.results, out.advantages) if scores is None else (*out[1:3], scores)
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    return (out.loss, *others)
 
 
 def _once(ctx: Any) -> None:
@@ -145,11 +164,11 @@ def _note_write(x: torch.Tensor) -> None:
 class MapoLinearLossFunction(torch.autograd.Function):
     """The loss from hidden states as an autograd node, for trainers that apply it themselves.
 
-    `MapoLinearLossFunction.apply(hidden, weight, bias, head, rows, inputs, spec, advantage_spec)`
-    returns (loss [], results [16] in the order of `mapo_kernels.formula.RESULTS`, advantages [B] or
-    empty). Only the loss is differentiable, by `hidden` [B, T, H] or [total, H], `weight` [V, H]
-    and `bias` [V] (or None), each only if it requires grad. `head` is a `HeadInputs` whose weight
-    and bias are ignored; nothing is validated: `mapo_loss_from_hidden` does that.
+    `MapoLinearLossFunction.apply(hidden, weight, bias, head, rows, inputs, spec, advantage_spec,
+    scores)` returns what `MapoLogitsLossFunction` does. Only the loss is differentiable, by
+    `hidden` [B, T, H] or [total, H], `weight` [V, H] and `bias` [V] (or None), each only if it
+    requires grad. `head` is a `HeadInputs` whose weight and bias are ignored; nothing is validated:
+    `mapo_loss_from_hidden` does that.
 
     Forward computes the gradients, backward hands over those very tensors, once: a second backward
     raises RuntimeError, whatever `retain_graph` was.
@@ -166,19 +185,20 @@ class MapoLinearLossFunction(torch.autograd.Function):
         inputs: Batch,
         spec: LossSpec,
         advantage_spec: AdvantageSpec,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, results and advantages; keeps the gradients that will be asked for."""
+        scores: int = 0,
+    ) -> tuple[torch.Tensor, ...]:
+        """Loss, results, advantages and scores; keeps the gradients that will be asked for."""
         wanted = Wanted(*ctx.needs_input_grad[:3])
         head = head._replace(weight=weight, bias=bias)
         # Products choose their dtypes themselves.
         with torch.autocast(hidden.device.type, enabled=False):
-            out = hidden_level.linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted)
+            table = _room_for(scores, hidden, rows)
+            given = (inputs, spec, advantage_spec, wanted, table)
+            out = hidden_level.linear_loss(hidden, head, rows, *given)
         if any(wanted):
             ctx.save_for_backward(*out[3:])
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(out.results, out.advantages)
-        ctx.set_materialize_grads(False)
-        return out.loss, out.results, out.advantages
+        return _outputs(ctx, out, table)
 
     @staticmethod
     @_once_differentiable
@@ -192,7 +212,7 @@ class MapoLinearLossFunction(torch.autograd.Function):
                     operators.rescale(kept if kept.dim() > 1 else kept[None], upstream)
                     _note_write(kept)
                     grads[i] = kept.to(ctx.dtypes[i])
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 class LogitsScoresFunction(torch.autograd.Function):

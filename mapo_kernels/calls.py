@@ -21,7 +21,7 @@ from mapo_kernels.live_counts import count_tokens
 from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
 from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, groups_of, prompts_of, require_plan
-from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 
 # What a plan stands for.
 _REWARDS = ("rewards", "group_size", "group_ids", "success", "group_weight")
@@ -56,6 +56,27 @@ class LossOutput(NamedTuple):
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
     advantages: torch.Tensor
+
+
+class TokenLossOutput(NamedTuple):
+    """What a loss call returns that was asked for numbers of its tokens.
+
+    Attributes:
+        loss: as in `LossOutput`, and so are the next two.
+        metrics: see there.
+        advantages: see there.
+        logprobs: [B, T] or [total], detached; as the loss took them, bit for bit those of
+            `token_logprobs`. 0 for a token that is not scored, as is what follows.
+        entropy: of each token's distribution, in nats.
+        sum_pi_squared: the sum of its squared probabilities, or None if it was not asked for.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    advantages: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    sum_pi_squared: torch.Tensor | None
 
 
 class LossCall(NamedTuple):
@@ -118,14 +139,25 @@ class LossCall(NamedTuple):
         loss: torch.Tensor,
         results: torch.Tensor,
         own: torch.Tensor,
+        scores: torch.Tensor | None = None,
         has_entropy: bool = True,
-    ) -> LossOutput:
+    ) -> Any:
         """What the call returns, from what its autograd node did."""
         batch = self.batch
         slots = _SLOTS[batch.ref_logprobs is not None, has_entropy, batch.groups is not None]
         metrics = as_metrics(slots, results, self.known.values, self.known.ranks)
         advantages = own if batch.advantages is None else batch.advantages
-        return LossOutput(loss, metrics, advantages.detach())
+        if scores is None:
+            return LossOutput(loss, metrics, advantages.detach())
+        squares = scores[2] if scores.shape[0] > 2 else None
+        return TokenLossOutput(loss, metrics, advantages.detach(), scores[0], scores[1], squares)
+
+
+def n_scores(return_logprobs: bool, return_sum_pi_squared: bool) -> int:
+    """How many numbers of each token a call is asked for."""
+    require_bool("return_logprobs", return_logprobs)
+    require_bool("return_sum_pi_squared", return_sum_pi_squared)
+    return 3 if return_sum_pi_squared else 2 * return_logprobs
 
 
 def resolve(

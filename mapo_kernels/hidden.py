@@ -39,11 +39,16 @@ def linear_loss(
     spec: LossSpec,
     advantage_spec: AdvantageSpec,
     wanted: Wanted,
+    scores: torch.Tensor | None = None,
 ) -> HeadResults:
-    """Loss, results, advantages and the gradients of a validated batch, but for the upstream."""
+    """Loss, results, advantages and the gradients of a validated batch, but for the upstream.
+
+    `scores` as in `operators.logits_loss`, of zeros.
+    """
     if inputs.groups is not None:
         inputs, complete = operators.with_advantages(inputs, inputs.groups, advantage_spec)
-        return complete(linear_loss(hidden, head, rows, inputs, spec, advantage_spec, wanted))
+        given = (inputs, spec, advantage_spec, wanted, scores)
+        return complete(linear_loss(hidden, head, rows, *given))
     layout = Layout(rows.token_ids, inputs)
     advantage = layout.advantage().expand(layout.valid.shape)
     live_rows, scored = head.live_rows, None
@@ -60,9 +65,13 @@ def linear_loss(
     live = LiveRows(hidden, head, rows, live_rows, scored)
     dtype = _dtype_of_sums(hidden, rows)
     if any(wanted) and spec.importance_level == "token" and few is None:
-        found, gradients = _token_level(live, inputs, spec, layout, advantage, wanted, dtype)
+        args = (inputs, spec, layout, advantage, wanted, dtype, scores)
+        found, gradients = _token_level(live, *args)
     else:
-        found, gradients = _in_two_passes(live, few, inputs, spec, layout, wanted, dtype)
+        found, gradients = _in_two_passes(live, few, inputs, spec, layout, wanted, dtype, scores)
+    if scores is not None and scored is not None:
+        # Of a plan's live rows, those whose token weight is 0.
+        scores.masked_fill_(~scored.view(scores.shape[1:]), 0.0)
     gradients = _of_the_batch(gradients, live, few, hidden, head, rows, wanted)
     none = found.loss.new_empty(0)
     return HeadResults(found.loss, found.results, none, *gradients)
@@ -126,6 +135,7 @@ def _token_level(
     advantage: torch.Tensor,
     wanted: Wanted,
     dtype: torch.dtype,
+    scores: torch.Tensor | None,
 ) -> tuple[TokenResults, _Gradients]:
     """Loss and gradients of a chunk from its logits while they are there."""
     wide = result_dtype(live.head.weight)
@@ -144,6 +154,7 @@ def _token_level(
     # Of each chunk its results, then its loss; kernels are compiled for rows aligned to 16 bytes.
     table = active.new_zeros((-(-live.n // live.step), 2 * SLOTS))
     nothing = active.new_empty(0)
+    of_live = None if scores is None else active.new_empty((scores.shape[0], live.n))
 
     def gradient(span: slice, logits: torch.Tensor, rows: RowInputs, place: torch.Tensor) -> None:
         chunk = given.of_rows(span)._replace(advantages=advantages[span], normalizer=denominator)
@@ -156,9 +167,12 @@ def _token_level(
             AdvantageSpec(),
             True,
             TokenResults(found[SLOTS], found[:SLOTS], nothing, place[:, None]),
+            None if of_live is None else of_live[:, span, None],
         )
 
     gradients = live.differentiate(gradient, wanted, dtype)
+    if scores is not None and of_live is not None:
+        scores.copy_(live.spread(of_live, layout.valid.numel()).view(scores.shape))
     results = _combine(table[:, :SLOTS], active, denominator)
     # Without a chunk, too, a denominator that is none has to show.
     loss = table[:, SLOTS].sum().where(denominator == denominator, torch.nan)
@@ -193,15 +207,21 @@ def _in_two_passes(
     layout: Layout,
     wanted: Wanted,
     dtype: torch.dtype,
+    scores: torch.Tensor | None,
 ) -> tuple[TokenResults, _Gradients]:
     """All log-probs, the loss of the batch from them, then gradients, where they are wanted."""
     columns, shape = 5 if any(wanted) else 2, layout.valid.shape
+    if scores is not None and scores.shape[0] > 2:
+        columns = 6
     table = live.score(columns)
-    scores = live.spread(table[:2], layout.valid.numel())
+    n_whole = 2 if scores is None else columns
+    whole = live.spread(table[:n_whole], layout.valid.numel())
     if few is not None:
         few_table = few.score(columns)
-        scores.index_copy_(1, few.chosen, few_table[:2])
-    logprobs, entropy = scores.view(2, *shape).unbind(0)
+        whole.index_copy_(1, few.chosen, few_table[:n_whole])
+    if scores is not None:
+        scores.copy_(operators.taken_scores(whole, scores))
+    logprobs, entropy = whole[:2].view(2, *shape).unbind(0)
     inputs = inputs._replace(entropy=entropy)
     found = operators.token_loss(logprobs, inputs, spec, AdvantageSpec(), any(wanted))
     if not any(wanted):
@@ -234,7 +254,7 @@ def _second_pass(
             logits,
             rows,
             None,
-            table[:, span].contiguous(),
+            table[:5, span].contiguous(),
             slope[span],
             None if bonus is None else bonus[span],
             results,
@@ -245,7 +265,7 @@ def _second_pass(
     if few is not None:
         assert few_table is not None
         bonus = None if bonuses is None else few.take(bonuses)
-        few.differentiate(few_table, few.take(slopes), bonus, results)
+        few.differentiate(few_table[:5], few.take(slopes), bonus, results)
         gradients = _with_few(few, gradients, wanted, dtype)
     return gradients
 

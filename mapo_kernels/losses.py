@@ -14,7 +14,7 @@ from mapo_kernels.autograd import (
     MapoLossFunction,
 )
 from mapo_kernels.batch import HeadInputs
-from mapo_kernels.calls import LossOutput, resolve
+from mapo_kernels.calls import LossOutput, TokenLossOutput, n_scores, resolve
 from mapo_kernels.keywords import require_names, settings_checked
 from mapo_kernels.masks import SamplingMask
 from mapo_kernels.plan import bounds_of
@@ -72,8 +72,10 @@ def mapo_loss_from_logits(
     inplace: bool = False,
     vocab_group: Any = None,
     sampling_mask: SamplingMask | None = None,
+    return_logprobs: bool = False,
+    return_sum_pi_squared: bool = False,
     **arguments: Unpack[LossArguments],
-) -> LossOutput:
+) -> LossOutput | TokenLossOutput:
     """The loss of `mapo_loss` from logits: log-probs, entropy, loss and gradient in one launch.
 
     Each live row of logits is read from memory once and its gradient written once; rows that are
@@ -109,6 +111,10 @@ def mapo_loss_from_logits(
             tokens of them: log-prob, entropy and gradient are those of the distribution over these
             columns, and no other is read. The gradient elsewhere is exactly 0. A token that its
             mask does not keep makes the loss NaN.
+        return_logprobs: return a `TokenLossOutput`, with log-probs and entropies of the scored
+            tokens (`spec.score_all` for every one). On Triton the rows are then read twice.
+        return_sum_pi_squared: the same, and the sum of each token's squared probabilities, which
+            reads the rows once more (verl's baseline `optimal_token_baseline` takes it).
 
     Returns:
         `LossOutput` as of `mapo_loss`; metrics also have `entropy`, the mean over the scored tokens
@@ -123,7 +129,8 @@ def mapo_loss_from_logits(
     token_ids = checks_rows.check_rows("logits", logits, token_ids, bounds)
     checks_rows.check_inplace(logits, inplace)
     call = resolve("token_ids", token_ids, logits.dtype, arguments)
-    split = split_of(logits, vocab_group, "mapo_loss_from_logits")
+    scores = n_scores(return_logprobs, return_sum_pi_squared)
+    split = split_of(logits, vocab_group, f"mapo_loss_from_logits{_asked(scores)}")
     if split is not None:
         split = split._replace(wanted=(_needs_grad(logits),))
     rows = call.rows(token_ids, temperature, logits.shape[-1], split, sampling_mask)
@@ -132,7 +139,8 @@ def mapo_loss_from_logits(
     apply = MapoLogitsLossFunction.apply
     if split is not None:
         apply = torch.compiler.disable(apply)
-    return call.output(*apply(logits, rows, call.batch, call.spec, call.advantage_spec, inplace))
+    given = (call.batch, call.spec, call.advantage_spec, inplace)
+    return call.output(*apply(logits, rows, *given, *((scores,) if scores else ())))
 
 
 @torch.compiler.disable
@@ -150,8 +158,10 @@ def mapo_loss_from_hidden(
     batch_invariant: bool = False,
     vocab_group: Any = None,
     sampling_mask: SamplingMask | None = None,
+    return_logprobs: bool = False,
+    return_sum_pi_squared: bool = False,
     **arguments: Unpack[LossArguments],
-) -> LossOutput:
+) -> LossOutput | TokenLossOutput:
     """The loss of `mapo_loss` from hidden states and the lm_head, without the [N, V] logits.
 
     Logits are `softcap(logit_scale (h W^T + bias)) / temperature`, computed in float32 for a chunk
@@ -194,6 +204,8 @@ def mapo_loss_from_hidden(
             `config.KEPT`) take products with these columns alone, and a row of a single one takes
             none; the other rows go through chunks of the whole vocabulary, in two readings. Sorting
             rows out waits for the device, with a plan too.
+        return_logprobs: as in `mapo_loss_from_logits`; no product more.
+        return_sum_pi_squared: as there; no product more.
 
     Returns:
         `LossOutput` as of `mapo_loss_from_logits`. Gradients reach `hidden`, `lm_head_weight`
@@ -211,9 +223,10 @@ def mapo_loss_from_hidden(
         hidden, lm_head_weight, bias, token_ids, bounds, vocab_group
     )
     call = resolve("token_ids", token_ids, hidden.dtype, arguments)
+    scores = n_scores(return_logprobs, return_sum_pi_squared)
     if split is not None:
         split = split._replace(
-            function="mapo_loss_from_hidden",
+            function=f"mapo_loss_from_hidden{_asked(scores)}",
             chunk_rows=chunk_rows or 0,
             head=head_description(softcap, logit_scale, bias, batch_invariant),
             wanted=tuple(_needs_grad(x) for x in (hidden, weight, bias)),
@@ -226,9 +239,14 @@ def mapo_loss_from_hidden(
     head = HeadInputs(weight, bias, softcap, logit_scale, chunk_rows, live_rows, batch_invariant)
     return call.output(
         *MapoLinearLossFunction.apply(
-            hidden, weight, bias, head, rows, call.batch, call.spec, call.advantage_spec
+            hidden, weight, bias, head, rows, call.batch, call.spec, call.advantage_spec, scores
         )
     )
+
+
+def _asked(scores: int) -> str:
+    """What ranks tell each other about the numbers of tokens that a call is asked for."""
+    return f", with {scores} numbers a token" if scores else ""
 
 
 def _needs_grad(x: torch.Tensor | None) -> bool:
@@ -310,7 +328,7 @@ class MapoLinearLoss(torch.nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
-    ) -> LossOutput:
+    ) -> LossOutput | TokenLossOutput:
         """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
         if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
             checks_head.check_not_rounded(arguments)

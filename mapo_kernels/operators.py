@@ -139,7 +139,7 @@ def token_loss(
 def score_rows(
     logits: torch.Tensor, rows: RowInputs, mask: torch.Tensor | None, columns: int
 ) -> torch.Tensor:
-    """Table [columns, rows]: log-probs, entropies (from 2 on), what a gradient needs (5).
+    """Table [columns, rows]: log-probs, entropies (from 2 on), what gradients need (5), p^2 (6).
 
     All of it is 0 where `mask` is, and nothing is read there. Where rows are split over ranks this
     takes one collective, and every rank gets the same table.
@@ -149,6 +149,11 @@ def score_rows(
         of_whole = is_whole if mask is None else is_whole & (mask != 0)
         table = score_rows(logits, replaced(rows, kept=None), of_whole, columns)
         return table.where(is_whole.view(-1), _kept_scores(logits, rows, mask, columns))
+    if columns == 6:
+        table = score_rows(logits, rows, mask, 5)
+        half = replaced(rows, temperature=rows.temperature / 2)
+        again = score_rows(logits, half, mask, 5)
+        return _with_squares(table, again, mask, powers_of_2=not backend.is_eager(logits))
     if rows.share is None:
         return _scores(logits, rows, mask, columns)
     local = shares.local_rows(rows)
@@ -156,6 +161,27 @@ def score_rows(
     sums = all_gather(sums, rows.share.group)
     in_powers_of_2 = not backend.is_eager(logits)
     return shares.merge_shares(sums, rows, mask, columns, powers_of_2=in_powers_of_2)
+
+
+def taken_scores(table: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a table [2, 5 or 6, rows] what `scores` of `logits_loss` gets, in the shape of `like`."""
+    found = table[:2] if like.shape[0] == 2 else torch.cat([table[:2], table[5:]])
+    return found.view(like.shape)
+
+
+def _with_squares(
+    table: torch.Tensor, at_half: torch.Tensor, mask: torch.Tensor | None, powers_of_2: bool
+) -> torch.Tensor:
+    """Table [6, rows] from those [5, rows] at the temperature and at half of it.
+
+    p is e^(x - reference) / total, and at half the temperature the total is that of e^(2 x).
+    """
+    apart = at_half[2] - 2 * table[2]
+    factor = torch.exp2(apart) if powers_of_2 else torch.exp(apart)
+    squares = at_half[3] * factor / table[3].square()
+    if mask is not None:
+        squares = squares.where(mask.reshape(-1) != 0, 0.0)
+    return torch.cat([table, squares[None]])
 
 
 def _kept_scores(
@@ -171,6 +197,9 @@ def score_kept(
     x: torch.Tensor, rows: RowInputs, entries: kept.Entries, columns: int
 ) -> torch.Tensor:
     """Table [columns, n] of `score_rows` from the tempered logits [nnz] of what rows keep."""
+    if columns == 6:
+        table, at_half = (score_kept(y, rows, entries, 5) for y in (x, 2 * x))
+        return _with_squares(table, at_half, None, powers_of_2=False)
     if rows.share is None:
         return kept.scores(x, rows, entries, columns)
     sums = all_gather(kept.shares(x, rows, entries, 3 if columns == 1 else 4), rows.share.group)
@@ -218,25 +247,31 @@ def logits_loss(
     advantage_spec: AdvantageSpec,
     need_grad: bool,
     out: TokenResults | None = None,
+    scores: torch.Tensor | None = None,
 ) -> TokenResults:
     """Loss, results, advantages and the gradient by the logits of a validated batch.
 
-    They go to `out` where it is given; its gradient may be the logits. The gradient comes with the
-    batch's scale and lacks only the upstream gradient. One launch, or three of many rows, where a
-    row's gradient depends on no other row; else statistics, loss and gradient are three; so it is
-    where rows are split over ranks, or keep some of their columns.
+    `scores` [2 or 3, shape of the token ids] gets log-probs, entropies and the sums of p^2 of the
+    tokens that contribute. The rest goes to `out` where it is given; its gradient may be the
+    logits. The gradient comes with the batch's scale and lacks only the upstream gradient. One
+    launch, or three of many rows, where a row's gradient depends on no other row; else statistics,
+    loss and gradient are three; so it is where rows are split over ranks, or keep some of their
+    columns, or where scores are asked for.
     """
     if torch.compiler.is_compiling():
         # A compiled graph decides by itself which of its buffers it reuses.
         out = None
-    if inputs.groups is not None and not _fuses_groups(logits, rows, inputs, spec):
+    fuses = scores is None and _fuses_groups(logits, rows, inputs, spec)
+    if inputs.groups is not None and not fuses:
         inputs, complete = with_advantages(inputs, inputs.groups, advantage_spec)
-        return complete(logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out))
-    fused = spec.importance_level == "token" and rows.token_ids.numel() > 0
+        given = (inputs, spec, advantage_spec, need_grad, out, scores)
+        return complete(logits_loss(logits, rows, *given))
+    fused = scores is None and spec.importance_level == "token" and rows.token_ids.numel() > 0
     fused = fused and rows.share is None and rows.kept is None and inputs.parts is None
     if fused and not backend.is_eager(logits):
         return _logits_loss(logits, rows, inputs, spec, advantage_spec, need_grad, out=out)
-    return _scored_then_differentiated(logits, rows, inputs, spec, advantage_spec, need_grad, out)
+    given = (inputs, spec, advantage_spec, need_grad, out, scores)
+    return _scored_then_differentiated(logits, rows, *given)
 
 
 def _fuses_groups(logits: torch.Tensor, rows: RowInputs, inputs: Batch, spec: LossSpec) -> bool:
@@ -263,11 +298,18 @@ def _scored_then_differentiated(
     advantage_spec: AdvantageSpec,
     need_grad: bool,
     out: TokenResults | None,
+    scores: torch.Tensor | None,
 ) -> TokenResults:
     """The same in three steps: statistics of the rows, the loss of the log-probs, the gradient."""
     layout = Layout(rows.token_ids, inputs)
     scored = layout.contributing(spec, layout.advantage(), inputs.token_weights)
-    table = score_rows(logits, rows, scored, 5 if need_grad else 2)
+    columns = 5 if need_grad else 2
+    if scores is not None and scores.shape[0] > 2:
+        columns = 6
+    table = score_rows(logits, rows, scored, columns)
+    if scores is not None:
+        scores.copy_(taken_scores(table, scores))
+    table = table[:5]
     logprobs, entropy = table[:2].view(2, *rows.token_ids.shape).unbind(0)
     inputs = replaced(inputs, entropy=entropy)
     found = token_loss(logprobs, inputs, spec, advantage_spec, need_grad)

@@ -1,7 +1,8 @@
-"""slime: `--custom-reward-post-process-path` and `--custom-loss-function-path`.
+"""slime: `--custom-reward-post-process-path`, `--custom-loss-function-path`, its log-probs.
 
 Contracts as in slime 0.3.1 and its main branch of 2026-08-21: `slime/ray/rollout.py` calls the
-first, `slime/backends/megatron_utils/loss.py` the second.
+first, `slime/backends/megatron_utils/loss.py` the second. Log-probs and entropies for any loss of
+slime's are those of `token_logprobs` after `--custom-megatron-init-path`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from mapo_kernels.advantages import group_advantages
 from mapo_kernels.losses import mapo_loss
+from mapo_kernels.scoring import token_logprobs
 from mapo_kernels.spec import LossSpec
 
 # What slime's own policy loss adds to the clipped term, and the value that leaves it out.
@@ -138,3 +140,41 @@ def _response_logprobs(args: Any, batch: dict[str, Any], logits: torch.Tensor) -
             f"got {logp.shape[0]}"
         )
     return logp
+
+
+def use_log_probs(args: Any) -> None:
+    """Let slime's losses have log-probs and entropies from `token_logprobs`.
+
+    For `--custom-megatron-init-path`, which is called in every training process. Logits that lie on
+    several tensor-parallel ranks are a `vocab_group`.
+
+    Args:
+        args: slime's arguments; none is read.
+    """
+    from slime.backends.megatron_utils import loss
+
+    before = loss.calculate_log_probs_and_entropy
+
+    def calculate(
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        tp_group: Any,
+        with_entropy: bool = False,
+        chunk_size: int = -1,
+        log_prob_keep_mask: torch.Tensor | None = None,
+        with_entropy_grad: bool = True,
+        **others: Any,
+    ) -> Any:
+        if log_prob_keep_mask is not None or any(others.values()) or not tokens.numel():
+            # Its log-probs are of the kept columns, its entropies of all.
+            others |= {"chunk_size": chunk_size, "log_prob_keep_mask": log_prob_keep_mask}
+            others |= {"with_entropy": with_entropy, "with_entropy_grad": with_entropy_grad}
+            return before(logits, tokens, tp_group, **others)
+        is_split = tp_group is not None and torch.distributed.get_world_size(tp_group) > 1
+        group = tp_group if is_split else None
+        logp, entropy = token_logprobs(logits, tokens, vocab_group=group, return_entropy=True)
+        if not with_entropy:
+            return logp[:, None], None
+        return logp[:, None], entropy if with_entropy_grad else entropy.detach()
+
+    loss.calculate_log_probs_and_entropy = calculate

@@ -229,6 +229,11 @@ def scores(backend):
         mine(x, -1), ids, advantages=advantages, old_logprobs=alone, **given
     )
     assert out.metrics["ratio_max"] == 1 and out.metrics["approx_kl"] == 0
+    given |= {"advantages": torch.ones_like(advantages), "return_sum_pi_squared": True}
+    out = mk.mapo_loss_from_logits(mine(x, -1), ids, **given)
+    assert torch.equal(out.logprobs, alone)
+    exact = (x.double() / 0.7).softmax(-1).square().sum(-1).where(mask, 0.0)
+    assert_close(out.sum_pi_squared, exact, LOOSE)
     batch = make_hidden()
     hidden, weight, bias = (batch[k].to(device) for k in ("hidden", "weight", "bias"))
     ids, mask = batch["ids"].to(device), batch["mask"].to(device)

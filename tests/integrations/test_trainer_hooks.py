@@ -165,6 +165,63 @@ def slime_loss(install):
     return imported(slime_flag("--custom-loss-function-path"))
 
 
+def log_probs_of_slime(logits, tokens, tp_group, with_entropy=False, chunk_size=-1,
+                       log_prob_keep_mask=None, with_entropy_grad=True):  # fmt: skip
+    """slime's `calculate_log_probs_and_entropy` without parallelism: [T, 1] and [T]."""
+    logs = logits.log_softmax(-1)
+    kept = logits
+    if log_prob_keep_mask is not None:
+        kept = logits.masked_fill(~log_prob_keep_mask, -torch.inf)
+    logp = kept.log_softmax(-1).gather(1, tokens[:, None])
+    entropy = -(logs.exp() * logs).sum(-1) if with_entropy else None
+    return logp, entropy if entropy is None or with_entropy_grad else entropy.detach()
+
+
+def test_slime_log_probs(install):
+    name = "slime.backends.megatron_utils.loss"
+    install(name, calculate_log_probs_and_entropy=log_probs_of_slime)
+    flag = re.search(r"--custom-megatron-init-path (\S+)", DOCS).group(1)
+    module = sys.modules[name]
+    sys.modules["slime.backends.megatron_utils"].loss = module
+    imported(flag)(slime_args())
+    assert module.calculate_log_probs_and_entropy is not log_probs_of_slime
+    logits, tokens = torch.randn(6, 11, requires_grad=True), torch.randint(0, 11, (6,))
+    keep = torch.rand(6, 11) < 0.5
+    keep[torch.arange(6), tokens] = True
+    for given in (
+        {},
+        {"with_entropy": True},
+        {"with_entropy": True, "with_entropy_grad": False, "chunk_size": 4},
+        {"with_entropy": True, "log_prob_keep_mask": keep},
+    ):
+        found = []
+        for function in (log_probs_of_slime, module.calculate_log_probs_and_entropy):
+            logp, entropy = function(logits, tokens, None, **given)
+            loss = logp.square().sum() + (0.0 if entropy is None else entropy.sum() * 0.3)
+            found.append((logp, entropy, *torch.autograd.grad(loss, logits)))
+        for theirs, ours in zip(*found, strict=True):
+            if theirs is None:
+                assert ours is None
+            else:
+                torch.testing.assert_close(ours, theirs)
+    logp, _ = module.calculate_log_probs_and_entropy(logits[:0], tokens[:0], None)
+    assert logp.shape == (0, 1)
+
+
+def test_skyrl_log_probs(install):
+    name = "skyrl.backends.skyrl_train.workers.model_wrapper"
+    install(name, logprobs_from_logits=None)
+    wrapper = sys.modules[name]
+    sys.modules["skyrl.backends.skyrl_train.workers"].model_wrapper = wrapper
+    exec(documented("SkyRL", "python")[0], {})
+    logits, labels = torch.randn(2, 5, 11, requires_grad=True), torch.randint(0, 11, (2, 5))
+    exact = logits.log_softmax(-1).gather(2, labels[..., None]).squeeze(-1)
+    found = wrapper.logprobs_from_logits(logits, labels, inplace_backward=True)
+    torch.testing.assert_close(found, exact)
+    (grad,) = torch.autograd.grad(found.square().sum(), logits)
+    torch.testing.assert_close(grad, torch.autograd.grad(exact.square().sum(), logits)[0])
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("source", ["log_probs", "rollout_log_probs", None])
 def test_slime_loss(slime_loss, per_token, source):
