@@ -114,9 +114,12 @@ class _Recorder(LogitsProcessor):
         return scores
 
     def masks_of(self, completion_ids: Sequence[Any]) -> list[SamplingMask | None]:
-        """The masks of the batch's completions, without what was sampled behind their ends."""
+        """The masks of the batch's completions, without what was sampled behind their ends.
+
+        None where nothing was noted, or beams, of which nobody knows here which were taken.
+        """
         n_rows = len(completion_ids)
-        if not self._steps:
+        if not self._steps or self._steps[0].n_tokens != n_rows:
             return [None] * n_rows
         found = SamplingMask.cat(self._steps).to("cpu")
         tokens = torch.arange(found.n_tokens).view(-1, n_rows)

@@ -19,7 +19,7 @@ from benchmarks.levels import Inputs, draw, least, truth
 from benchmarks.providers import OURS, PLAIN, PROVIDERS, Provider
 from benchmarks.roofs import Roofs
 from benchmarks.timers import Samples, Work
-from mapo_kernels import files
+from mapo_kernels import config, files
 from mapo_kernels.__main__ import main
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -415,6 +415,17 @@ def test_suites_name_levels_and_heads_that_exist(suite, on_gpu):
         if case.head is cases.NO_HEAD:  # The others draw one sequence of each group.
             assert case.n_sequences % case.group_size == 0
         assert case.tiny().tokens <= 96
+
+
+def test_kept_columns_are_drawn_as_rollouts_keep_them_and_few_bytes_are_read_for_them():
+    case = cases.Case(cases.KEPT, 64, 512, head=cases.QWEN3_8B, dtype=cases.BF16)
+    counts = cases.kept_counts(case, torch.Generator().manual_seed(0)).double()
+    assert abs((counts == 1).double().mean() - 0.47) < 0.02 and counts.median() == 2
+    assert abs(counts.mean() - 8) < 1 and abs(counts.quantile(0.99) - 82) < 15
+    # A product reads a row of the weight for each column, and the hidden state for some of them.
+    read = counts[counts > 1]
+    states = (read / config.KEPT.columns).ceil().sum()
+    assert read.sum() + states <= 1.3 * read.sum()
 
 
 def bench(*arguments, **environment):

@@ -269,6 +269,13 @@ def test_engines_without_masks_are_warned_of(monkeypatch, tmp_path):
     assert trainer._masks is None and found[4] == [[-0.5] * 3] * 2
 
 
+def test_beams_are_warned_of(tmp_path):
+    trainer = new_trainer(tmp_path, generation_kwargs={"num_beams": 2}, **FILTERS)
+    with pytest.warns(UserWarning, match="brought no sampling masks"):
+        found = trainer._generate(["ab", "abc"])
+    assert trainer._masks is None and len(found[1]) == 2
+
+
 def test_a_rollout_function_may_bring_masks(tmp_path):
     def roll_out(texts, trainer):
         n = len(texts)
