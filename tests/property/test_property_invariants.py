@@ -96,7 +96,11 @@ class Company:
 def companies(draw, device):
     """Batches without rewards, whose sequences have nothing to do with one another."""
     batch = draw(batches(device, ("logprobs", "logits"), with_rewards=False))
-    batch = replace(batch, normalizer=draw(one_of(7.0, 3.7)))
+    spec = batch.spec
+    if spec.aggregation == "prompt-mean":
+        # Sequences of a prompt share its weight.
+        spec = replace(spec, aggregation="seq-mean-token-sum")
+    batch = replace(batch, spec=spec, told={}, normalizer=draw(one_of(7.0, 3.7)))
     n = batch.layout.n_sequences
     first = draw(st.integers(0, n - 1))
     chosen = torch.arange(first, draw(st.integers(first + 1, n)))
