@@ -18,7 +18,6 @@ COLOURS = {
     OURS: "#000000",
     "mapo_kernels in place": "#555555",
     "mapo_kernels whole head": "#999999",
-    "mapo_kernels log-probs": "#882255",
     "mapo_kernels log-probs": "#777777",
     COMPILED + OURS: "#999999",
     PLAIN: "#0072B2",
