@@ -315,3 +315,17 @@ def test_a_reward_at_the_mean_is_worth_nothing_whatever_the_factor(device):
     found = mk.group_advantages(rewards, group_size=3, **settings)
     # The mean is 0, and eps is 0 in the unit of such rewards.
     assert found[1] == 0 and found[0] == -found[2] == -torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_sequence_of_weight_0_that_is_scored_has_its_clip_fraction(level, device):
+    given = {
+        "old_logprobs": torch.zeros(3, 1, device=device),
+        "advantages": torch.tensor([0.0, 1.0, -1.0], device=device),
+        "token_weights": torch.tensor([[1.0], [0.0], [1.0]], device=device),
+    }
+    spec = mk.LossSpec(
+        objective="cispo", importance_level=level, eps_high_cispo=0.5, score_all=True
+    )
+    metrics = mk.mapo_loss(torch.zeros(3, 1, device=device), spec=spec, **given).metrics
+    assert abs(float(metrics["clip_fraction_high"]) - 1 / 3) < 1e-6
