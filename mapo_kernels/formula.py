@@ -15,6 +15,7 @@ the ratio of the new to the old probability.
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
+from mapo_kernels.bounds import outside_trust_region
 from mapo_kernels.numerics import clamp, exp, k3, log1p
 
 
@@ -30,6 +31,8 @@ class LossNumbers(NamedTuple):
     beta: Any
     entropy_coef: Any
     rollout_cap: Any
+    trust_low: Any
+    trust_high: Any
 
 
 class AdvantageNumbers(NamedTuple):
@@ -222,10 +225,13 @@ def kl_term(logp, ref_logp, LOSS: tl.constexpr):
 
 
 @jit
-def token_loss(logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, LOSS: tl.constexpr):
+def token_loss(
+    logp, old_logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, LOSS: tl.constexpr
+):
     """The loss of one token: `weight` times policy term, plus beta KL, minus the entropy bonus.
 
-    `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071). The two
+    `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071); `old_logp`
+    serves the trust region, which looks at the token's own probability in any case. The two
     derivatives come apart because the first flows to every token that entered `log_ratio`, the
     second to this one. The derivative by the entropy is -entropy_coef.
     Returns (loss, dloss/dl, dloss/dlogp, rho, KL estimate, clipped low, clipped high).
@@ -234,6 +240,14 @@ def token_loss(logp, log_ratio, ref_logp, advantage, weight, entropy, numbers, L
     loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy_term(
         logp, ratio, ratio_slope, advantage, numbers, LOSS
     )
+    if LOSS.trust_region != "none":
+        low, high = outside_trust_region(logp, old_logp, advantage, numbers, LOSS)
+        inside = (low | high) == 0
+        loss = tl.where(inside, loss, 0.0)
+        d_log_ratio = tl.where(inside, d_log_ratio, 0.0)
+        d_logp = tl.where(inside, d_logp, 0.0)
+        clipped_low = clipped_low | low
+        clipped_high = clipped_high | high
     if weight is not None:
         loss = weight * loss
         d_log_ratio = weight * d_log_ratio

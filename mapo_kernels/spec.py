@@ -6,13 +6,16 @@ combinations of settings make sense. Everything downstream takes a spec as given
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
 from mapo_kernels.keywords import settings_checked
+from mapo_kernels.settings import Packable
+from mapo_kernels.settings import describe as describe
+from mapo_kernels.settings import require_bool as require_bool
+from mapo_kernels.settings import require_choice as require_choice
+from mapo_kernels.settings import require_number as require_number
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
@@ -20,6 +23,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 CERTAINTIES = ("quadratic", "linear", "entropy", "step")
 APD_DENOMINATORS = ("bounded", "paper")
+TRUST_REGIONS = ("tv", "kl")
 
 
 class Aggregation(NamedTuple):
@@ -46,109 +50,6 @@ AGGREGATION_TABLE = {
 AGGREGATIONS = tuple(AGGREGATION_TABLE)
 
 
-def require_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {sorted(choices)}, got {describe(value)}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
-
-
-def require_number(
-    name: str,
-    value: object,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> None:
-    """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
-    # No infinity is inside, so an infinite end is open too.
-    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    inside = (value > low if open_low else value >= low) and (
-        value < high if open_high else value <= high
-    )
-    if not inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
-
-
-def require_bool(name: str, value: object) -> None:
-    """Raise unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
-
-
-def describe(value: object) -> str:
-    """What came, for an error message: the type and, where it is short, the value."""
-    text = repr(value)
-    return f"{type(value).__name__} {text}" if len(text) <= 60 else type(value).__name__
-
-
-class _Packable:
-    """Lets a spec travel through a compiled graph, and, as a text, from rank to rank."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    _INTEGERS: ClassVar[tuple[str, ...]] = ()
-    _kind: ClassVar[Any]  # of an instance, but no field
-    _numbers: ClassVar[Any]
-
-    def _make_canonical(self) -> None:
-        """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
-
-        Ranks compare these texts. Numbers become floats, but those of `_INTEGERS`.
-        """
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if value is None or isinstance(value, bool) or type(value) is str:
-                continue
-            if isinstance(value, str):
-                value = str.__str__(value)  # of an enum or of NumPy
-            elif name in self._INTEGERS:
-                value = int(value)
-            else:
-                value = float(value) + 0.0
-            object.__setattr__(self, name, value)
-        # Once, and not in every call.
-        kind, numbers = self._split()
-        object.__setattr__(self, "_kind", kind)
-        object.__setattr__(self, "_numbers", numbers)
-
-    def _split(self) -> tuple[Any, Any]:
-        """The compile-time choices and the run-time numbers."""
-        raise NotImplementedError
-
-    def pack(self) -> tuple[list[float], str]:
-        """The fields in order: numbers (0 for other fields), and their kinds or other values.
-
-        A graph may hold the numbers as symbols.
-        """
-        values = [getattr(self, name) for name in self.__dataclass_fields__]
-        numbers = [
-            0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
-        ]
-        return numbers, ",".join([_kind(value) for value in values])
-
-    @classmethod
-    def unpack(cls, numbers: list[float], kinds: str) -> Any:
-        """The spec that was packed."""
-        words = {"None": None, "True": True, "False": False}
-        values = [
-            int(number) if kind == "int" else number if kind == "float" else words.get(kind, kind)
-            for number, kind in zip(numbers, kinds.split(","), strict=True)
-        ]
-        return cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, (bool, str)):
-        return str(value)
-    return "int" if isinstance(value, int) else "float"
-
-
 @dataclass(frozen=True)
 class AdvantageKind:
     """What a kernel is compiled for; numbers and tensors that are absent are None."""
@@ -168,11 +69,12 @@ class LossKind:
     sequence_level: bool
     score_all: bool
     divisor: str  # of `Aggregation`
+    trust_region: str  # or "none"
 
 
 @settings_checked
 @dataclass(frozen=True, kw_only=True)
-class AdvantageSpec(_Packable):
+class AdvantageSpec(Packable):
     """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
 
     Args:
@@ -261,7 +163,7 @@ class AdvantageSpec(_Packable):
 
 @settings_checked
 @dataclass(frozen=True, kw_only=True)
-class LossSpec(_Packable):
+class LossSpec(Packable):
     """Which token loss, and how it is aggregated.
 
     Args:
@@ -274,6 +176,12 @@ class LossSpec(_Packable):
         eps_high_cispo: upper bound of the detached ratio of `cispo`, as TRL's `epsilon_high` there.
         sapo_tau_pos: temperature of `sapo` where the advantage is positive.
         sapo_tau_neg: temperature of `sapo` elsewhere.
+        trust_region: DPPO (arXiv 2602.04879), for any objective: a token whose probability p has
+            left that of the old policy, q, too far in the direction that its advantage pushes loses
+            its policy term (and counts in the clip fractions). `tv` measures |p - q|, `kl` the KL
+            divergence in nats of "this token or another"; None has no bound.
+        trust_low: the limit of that distance where p < q and the advantage is negative; positive.
+        trust_high: the limit where p > q and the advantage is positive; positive.
         beta: weight of the KL term to the reference policy; 0 leaves it out.
         kl_estimator: `k1`, `k2` or `k3` (John Schulman's names).
         kl_importance_correction: multiply the KL term by the ratio, which is differentiated (TRL's
@@ -299,6 +207,9 @@ class LossSpec(_Packable):
     eps_high_cispo: float = 5.0
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
+    trust_region: str | None = None
+    trust_low: float = 0.2
+    trust_high: float = 0.2
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_correction: bool = False
@@ -317,7 +228,10 @@ class LossSpec(_Packable):
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_choice("aggregation", self.aggregation, AGGREGATIONS)
         require_number("eps_low", self.eps_low, 0.0, 1.0, open_low=True, open_high=True)
-        for name in ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg"):
+        if self.trust_region is not None:
+            require_choice("trust_region", self.trust_region, TRUST_REGIONS)
+        positive = ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg")
+        for name in (*positive, "trust_low", "trust_high"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("beta", "entropy_coef"):
             require_number(name, getattr(self, name), 0.0)
@@ -365,6 +279,7 @@ class LossSpec(_Packable):
             self.importance_level == "sequence",
             self.needs_every_token,
             self.how.divisor,
+            self.trust_region or "none",
         )
         return kind, LossNumbers(
             float(self.eps_low),
@@ -376,6 +291,8 @@ class LossSpec(_Packable):
             float(self.beta),
             None if self.entropy_coef == 0 else float(self.entropy_coef),
             None if self.rollout_cap is None else float(self.rollout_cap),
+            None if self.trust_region is None else float(self.trust_low),
+            None if self.trust_region is None else float(self.trust_high),
         )
 
     @property

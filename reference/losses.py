@@ -34,6 +34,9 @@ class LossSettings:
         eps_high_cispo: upper bound of rho in `cispo`; not 1 + eps.
         sapo_tau_pos: temperature of `sapo` where A > 0.
         sapo_tau_neg: temperature of `sapo` elsewhere.
+        trust_region: "tv", "kl" or None, see `has_left`.
+        trust_low: its limit towards lower probabilities.
+        trust_high: its limit towards higher probabilities.
         beta: coefficient of the KL term.
         kl_estimator: "k1", "k2" or "k3", see `kl_term`.
         kl_importance_correction: multiply the KL term by rho (TRL `use_bias_correction_kl`).
@@ -52,6 +55,9 @@ class LossSettings:
     eps_high_cispo: float = 5.0
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
+    trust_region: str | None = None
+    trust_low: float = 0.2
+    trust_high: float = 0.2
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_correction: bool = False
@@ -127,6 +133,26 @@ def policy_term(token: Token, s: LossSettings) -> Tensor:
     raise ValueError(f"objective: expected clip, cispo, sapo or none, got {s.objective!r}")
 
 
+def has_left(token: Token, s: LossSettings, sign: int) -> bool:
+    """Whether a token is out of the trust region on the side of `sign`, where its advantage pushes.
+
+    DPPO (arXiv 2602.04879), section on binary divergences: the sampled token against all others.
+    """
+    if s.trust_region is None or not token.A * sign > 0:
+        return False
+    p, q = math.exp(token.logp.item()), math.exp(token.old.item())
+    if not (p - q) * sign > 0:
+        return False
+    distance = abs(p - q)
+    if s.trust_region == "kl":
+        rest_p = max(-math.expm1(token.logp.item()), 0.0) + 1e-8
+        rest_q = max(-math.expm1(token.old.item()), 0.0)
+        distance = rest_q * math.log((rest_q + 1e-8) / rest_p)
+        if q > 0:
+            distance += q * (token.old - token.logp).item()
+    return distance > (s.trust_high if sign > 0 else s.trust_low)
+
+
 def kl_term(d: Tensor, estimator: str) -> Tensor:
     """Estimate of KL(policy || reference) at one token from d = ref_logp - logp."""
     if estimator == "k1":
@@ -140,7 +166,8 @@ def kl_term(d: Tensor, estimator: str) -> Tensor:
 
 def token_loss(token: Token, s: LossSettings) -> Tensor:
     """Loss of one token, before aggregation."""
-    loss = token.w * policy_term(token, s)
+    dropped = has_left(token, s, 1) or has_left(token, s, -1)
+    loss = token.logp * 0 if dropped else token.w * policy_term(token, s)
     if s.beta != 0:
         kl = kl_term(token.ref - token.logp, s.kl_estimator)
         loss = loss + s.beta * (token.rho * kl if s.kl_importance_correction else kl)
@@ -182,8 +209,12 @@ def ratio_metrics(tokens: list[Token], s: LossSettings) -> dict[str, Tensor]:
     lower = 1 - s.eps_low if s.objective == "clip" else -math.inf
     upper = {"clip": 1 + s.eps_high, "cispo": s.eps_high_cispo}.get(s.objective, math.inf)
     return {
-        "clip_fraction_low": mean([(k.rho < lower) & (k.A < 0) for k in tokens]),
-        "clip_fraction_high": mean([(k.rho > upper) & (k.A > 0) for k in tokens]),
+        "clip_fraction_low": mean(
+            [(k.rho < lower) & (k.A < 0) | has_left(k, s, -1) for k in tokens]
+        ),
+        "clip_fraction_high": mean(
+            [(k.rho > upper) & (k.A > 0) | has_left(k, s, 1) for k in tokens]
+        ),
         "ratio_mean": mean([k.rho for k in tokens]),
         "ratio_max": torch.stack([k.rho.detach() for k in tokens]).max() if tokens else mean([]),
         # The token's own ratio, also where the loss takes the sequence's.

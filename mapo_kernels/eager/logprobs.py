@@ -68,6 +68,7 @@ def _score_chunk(
         level_ratio = kept(layout.spread(mean))
     found = formula.token_loss(
         logp,
+        old,
         level_ratio,
         ref,
         advantage,

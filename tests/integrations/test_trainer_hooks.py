@@ -271,6 +271,31 @@ def test_prime_rl_loss(install, weighted):
         function(inputs, aggregation="seq-mean-token-mean")
 
 
+def test_prime_rls_default_loss(install):
+    install("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    function = imported("mapo_kernels.integrations.prime_rl.policy_loss")
+    old = -torch.rand(50, dtype=torch.float64) * 2
+    logp = (old + torch.randn(50)).clamp(max=-1e-3).requires_grad_()
+    A, mask = torch.randn(50, dtype=torch.float64), torch.rand(50) < 0.8
+    ratio, difference = (logp - old).exp(), (logp.exp() - old.exp()).detach()
+    left = torch.where(A > 0, difference > 0.1, difference < -0.15)
+    expected = (-A * ratio * ~left + 1e-2 * (logp - old) ** 2)[mask].sum()
+    (expected_grad,) = torch.autograd.grad(expected, logp)
+    out = function(
+        LossInputs(logp, old, old, A, mask),
+        objective="none",
+        trust_region="tv",
+        trust_low=0.15,
+        trust_high=0.1,
+        beta=2e-2,
+        kl_estimator="k2",
+    )
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(logp.grad, expected_grad)
+    assert left[mask].any()
+
+
 # EasyR1
 
 

@@ -79,7 +79,9 @@ def test_derivatives_are_those_of_the_value(case):
     entropy = torch.linspace(0.0, 3.0, 82, dtype=torch.float64)
     spec = spec_of(*case)
     ref = None if case[2] is None else ref
-    out = twin.token_loss(logp, log_ratio, ref, advantage, weight, entropy, spec.numbers, spec.kind)
+    out = twin.token_loss(
+        logp, logp, log_ratio, ref, advantage, weight, entropy, spec.numbers, spec.kind
+    )
     loss, d_log_ratio, d_logp = out[:3]
     grads = torch.autograd.grad(loss.sum(), (log_ratio, logp), allow_unused=True)
     expected = [

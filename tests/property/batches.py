@@ -61,6 +61,19 @@ def _borders(spec):
     return torch.tensor([20.0, -20.0, *[math.log(x) for x in ratios if x]], dtype=torch.float64)
 
 
+def _at_trust_limit(logp, old, spec):
+    """Whether the distance of a token's probabilities is near one of the trust region's limits."""
+    if spec.trust_region is None:
+        return torch.zeros_like(logp, dtype=torch.bool)
+    p, q = logp.exp(), old.exp()
+    distance = (p - q).abs()
+    if spec.trust_region == "kl":
+        rest = (1 - q).clamp(min=0)
+        distance = q * (old - logp) + rest * ((rest + 1e-8) / ((1 - p).clamp(min=0) + 1e-8)).log()
+    limits = torch.tensor([spec.trust_low, spec.trust_high], dtype=torch.float64)
+    return ((distance[..., None] - limits).abs() < _MARGIN * limits).any(-1)
+
+
 def off_borders(old, logp, live, spec):
     """Old log-probs [B, T], moved until no ratio is at a border; in their own dtype."""
     borders = _borders(spec)
@@ -72,6 +85,7 @@ def off_borders(old, logp, live, spec):
             level = mean.expand_as(own)
         # The metric of the KL clamps each token's own ratio, whatever the level, without a jump.
         near = ((level[..., None] - borders).abs() < _MARGIN).any(-1) & live
+        near |= _at_trust_limit(logp, old.double(), spec) & live
         if not near.any():
             return old
         step = 0.01 + 0.02 * old.double().abs() * torch.finfo(old.dtype).eps / 1e-3

@@ -1,0 +1,110 @@
+"""What both specifications are made of: checks of a setting, and how one travels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {sorted(choices)}, got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
+
+
+def require_number(
+    name: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raise unless `value` is a finite number in the interval (ends excluded where `open_*`)."""
+    # No infinity is inside, so an infinite end is open too.
+    open_low, open_high = open_low or low == -math.inf, open_high or high == math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    inside = (value > low if open_low else value >= low) and (
+        value < high if open_high else value <= high
+    )
+    if not inside:
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+
+
+def describe(value: object) -> str:
+    """What came, for an error message: the type and, where it is short, the value."""
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 60 else type(value).__name__
+
+
+class Packable:
+    """Lets a spec travel through a compiled graph, and, as a text, from rank to rank."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    _INTEGERS: ClassVar[tuple[str, ...]] = ()
+    _kind: ClassVar[Any]  # of an instance, but no field
+    _numbers: ClassVar[Any]
+
+    def _make_canonical(self) -> None:
+        """Give equal values one form, so that equal specs have one text: 0, -0.0 and 0.0 are 0.0.
+
+        Ranks compare these texts. Numbers become floats, but those of `_INTEGERS`.
+        """
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if value is None or isinstance(value, bool) or type(value) is str:
+                continue
+            if isinstance(value, str):
+                value = str.__str__(value)  # of an enum or of NumPy
+            elif name in self._INTEGERS:
+                value = int(value)
+            else:
+                value = float(value) + 0.0
+            object.__setattr__(self, name, value)
+        # Once, and not in every call.
+        kind, numbers = self._split()
+        object.__setattr__(self, "_kind", kind)
+        object.__setattr__(self, "_numbers", numbers)
+
+    def _split(self) -> tuple[Any, Any]:
+        """The compile-time choices and the run-time numbers."""
+        raise NotImplementedError
+
+    def pack(self) -> tuple[list[float], str]:
+        """The fields in order: numbers (0 for other fields), and their kinds or other values.
+
+        A graph may hold the numbers as symbols.
+        """
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        numbers = [
+            0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
+        ]
+        return numbers, ",".join([_kind(value) for value in values])
+
+    @classmethod
+    def unpack(cls, numbers: list[float], kinds: str) -> Any:
+        """The spec that was packed."""
+        words = {"None": None, "True": True, "False": False}
+        values = [
+            int(number) if kind == "int" else number if kind == "float" else words.get(kind, kind)
+            for number, kind in zip(numbers, kinds.split(","), strict=True)
+        ]
+        return cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, (bool, str)):
+        return str(value)
+    return "int" if isinstance(value, int) else "float"
