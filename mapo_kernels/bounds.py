@@ -3,8 +3,38 @@
 They are constants of the loss: nothing is differentiated through a bound.
 """
 
+from typing import Any, NamedTuple
+
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.numerics import clamp, exp, k3
+
+
+class RolloutMetrics(NamedTuple):
+    """The table of metrics about the sampling engine's policy: means over valid tokens.
+
+    But for those of `LARGEST_OF_ROLLOUT`, which come last.
+    """
+
+    rollout_masked_fraction: Any
+    rollout_ratio_mean: Any
+    rollout_kl: Any
+    rollout_ratio_max: Any
+
+
+LARGEST_OF_ROLLOUT = ("rollout_ratio_max",)
+
+
+@jit
+def rollout_ratio(log_ratio):
+    """Of log ratios clamped to +-20: the ratio, and the k3 estimate of KL(rollout || old)."""
+    ratio = exp(log_ratio)
+    return ratio, k3(log_ratio, ratio)
+
+
+@jit
+def outside(ratio, low, high):
+    """Which ratios lie outside [low, high]; a NaN does not, so that the loss shows it."""
+    return (ratio < low) | (ratio > high)
 
 
 @jit

@@ -20,6 +20,7 @@ from mapo_kernels.layout import Layout
 from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
 from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, count_tokens, groups_of, require_plan
+from mapo_kernels.rollout import correct
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 # What a plan stands for.
@@ -169,6 +170,10 @@ def resolve(
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, batch, spec, is_part)
     checks.check_denominator(normalizer, mask, torch.float64 if is_double else torch.float32)
+    if batch.rollout_logprobs is not None:
+        wide = torch.float64 if is_double else torch.float32
+        batch, found = correct(tokens, batch, spec, wide)
+        known = replaced(known, values={**known.values, **found})
     kept = None if plan is None else plan.sampling_mask
     call = LossCall(batch, spec, advantage_spec, known, plan is not None, kept)
     if process_group is not None:
@@ -195,7 +200,8 @@ def _among_ranks(
         signal = operators.group_signals(shared.groups, call.advantage_spec)[0]
         signal = signal.of_rows(shared.own, tokens.device)
         batch = replaced(batch, groups=None, advantages=signal.advantages)
-        known = KnownMetrics(signal.metrics, group_ranks(process_group))
+        found = {**known.values, **signal.metrics}
+        known = KnownMetrics(found, group_ranks(process_group))
     if shared.normalizer is not None:
         batch = replaced(batch, normalizer=shared.normalizer)
     return replaced(call, batch=batch, known=known)

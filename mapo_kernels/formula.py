@@ -305,8 +305,13 @@ def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
 
 @jit
 def rollout_weight(old_logp, rollout_logp, cap):
-    """Truncated weight min(exp(old - rollout), C) against the sampling engine's policy."""
-    return clamp(tl.exp(old_logp - rollout_logp), 0.0, cap)
+    """Weight min(exp(old - rollout), C) against the sampling engine's policy; C may be None."""
+    if cap is not None:
+        weight = clamp(tl.exp(old_logp - rollout_logp), 0.0, cap)
+    else:
+        # Finite: a token that a mask drops has 0 times this.
+        weight = tl.exp(clamp(old_logp - rollout_logp, -20.0, 20.0))
+    return weight
 
 
 @jit

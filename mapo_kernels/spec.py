@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
 from mapo_kernels.keywords import settings_checked
-from mapo_kernels.settings import Packable
+from mapo_kernels.settings import Packable, require_pair
 from mapo_kernels.settings import describe as describe
 from mapo_kernels.settings import require_bool as require_bool
 from mapo_kernels.settings import require_choice as require_choice
@@ -187,7 +187,14 @@ class LossSpec(Packable):
         kl_importance_correction: multiply the KL term by the ratio, which is differentiated (TRL's
             `use_bias_correction_kl`).
         entropy_coef: weight of the entropy bonus, where logits are seen.
-        rollout_cap: cap C of the truncated importance weight min(exp(old - rollout), C).
+        rollout_cap: cap C of the truncated importance weight min(exp(old - rollout), C); None has
+            no bound.
+        rollout_mask: bounds (low, high) of the ratio exp(old - rollout): a token outside has weight
+            0 and so no policy term (IcePop, masked importance sampling). 0 <= low < high.
+        rollout_mask_level: `token`, or `sequence`: the geometric mean of the ratios of a sequence's
+            valid tokens decides about all of them.
+        rollout_is: multiply the policy term by the ratio (importance sampling); False has the mask
+            alone (rejection).
         aggregation: verl's names; TRL's loss types in brackets: `token-mean` [bnpo, dapo],
             `seq-mean-token-mean` [grpo], `seq-mean-token-sum`, `seq-mean-token-sum-norm` [dr_grpo].
         max_tokens: the fixed length that `seq-mean-token-sum-norm` divides by; None means the
@@ -215,6 +222,9 @@ class LossSpec(Packable):
     kl_importance_correction: bool = False
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
+    rollout_mask: tuple[float, float] | None = None
+    rollout_mask_level: str = "token"
+    rollout_is: bool = True
     aggregation: str = "token-mean"
     max_tokens: int | None = None
     score_all: bool = False
@@ -235,10 +245,13 @@ class LossSpec(Packable):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("beta", "entropy_coef"):
             require_number(name, getattr(self, name), 0.0)
-        for name in ("kl_importance_correction", "score_all"):
+        for name in ("kl_importance_correction", "score_all", "rollout_is"):
             require_bool(name, getattr(self, name))
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
+        if self.rollout_mask is not None:
+            require_pair("rollout_mask", self.rollout_mask)
+        require_choice("rollout_mask_level", self.rollout_mask_level, IMPORTANCE_LEVELS)
         self._check_combinations()
         self._make_canonical()
 
@@ -255,6 +268,13 @@ class LossSpec(Packable):
                     f"dual_clip: expected a number greater than 1 + eps_high = "
                     f"{1 + self.eps_high:g}, got {self.dual_clip!r}"
                 )
+        if not self.rollout_is and self.rollout_cap is not None:
+            raise ValueError(
+                f"rollout_cap: expected None with rollout_is=False (the ratio is no weight), got "
+                f"{self.rollout_cap!r}"
+            )
+        if not self.rollout_is and self.rollout_mask is None:
+            raise ValueError("rollout_mask: expected a pair with rollout_is=False, got None")
         if self.max_tokens is not None:
             if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int):
                 raise TypeError(f"max_tokens: expected an int, got {describe(self.max_tokens)}")

@@ -15,7 +15,7 @@ where `weight_it` is the aggregation's and `w_it` corrects the policy term alone
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class LossSettings:
         kl_importance_correction: multiply the KL term by rho (TRL `use_bias_correction_kl`).
         entropy_coef: coefficient of the entropy bonus.
         rollout_cap: bound of the rollout weight exp(old_logp - rollout_logp); None: no bound.
+        rollout_mask: bounds of that ratio, beyond which a token has weight 0; see `is_rejected`.
+        rollout_mask_level: "token", or "sequence" for the geometric mean of a sequence's ratios.
+        rollout_is: whether the ratio is a weight; else it serves the mask alone.
         aggregation: weights of the tokens, verl's names, see `aggregation_weight`.
         max_tokens: constant of "seq-mean-token-sum-norm"; None: T.
         score_all: score tokens whose term is 0, too; only the metrics see the difference.
@@ -63,6 +66,9 @@ class LossSettings:
     kl_importance_correction: bool = False
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
+    rollout_mask: tuple[float, float] | None = None
+    rollout_mask_level: str = "token"
+    rollout_is: bool = True
     aggregation: str = "token-mean"
     max_tokens: int | None = None
     score_all: bool = False
@@ -79,6 +85,7 @@ class Batch:
     ref: Tensor | None
     rollout: Tensor | None
     entropy: Tensor | None
+    has_old: bool  # else `old` is logp
 
 
 @dataclass(frozen=True)
@@ -229,13 +236,44 @@ def is_scored(A: Tensor, w: Tensor, s: LossSettings) -> bool:
 
 def rollout_weight(old: Tensor, rollout: Tensor, cap: float | None) -> Tensor:
     """Truncated importance weight for tokens sampled by another engine than scored them."""
-    return (old - rollout).exp().clamp(max=math.inf if cap is None else cap)
+    if cap is None:
+        return (old - rollout).clamp(-20, 20).exp()
+    return (old - rollout).exp().clamp(max=cap)
+
+
+def is_rejected(batch: Batch, i: int, t: int, live: list[int], s: LossSettings) -> bool:
+    """Whether the ratio of the old to the rollout policy is out of bounds at token t of sequence i.
+
+    IcePop's mask of tokens; or of whole sequences, by the geometric mean of their ratios.
+    """
+    if s.rollout_mask is None or batch.rollout is None:
+        return False
+    low, high = s.rollout_mask
+    own = [t] if s.rollout_mask_level == "token" else live
+    ratios = [(batch.old[i, u] - batch.rollout[i, u]).clamp(-20, 20) for u in own]
+    ratio = torch.stack(ratios).mean().exp()
+    return bool((ratio < low) | (ratio > high))
+
+
+def rollout_metrics(batch: Batch, live: list[list[int]], s: LossSettings) -> dict[str, Tensor]:
+    """Of all live tokens: how many are rejected, the ratio, and k3 of KL(rollout || old)."""
+    assert batch.rollout is not None
+    tokens = [(i, t) for i, live_i in enumerate(live) for t in live_i]
+    gaps = [(batch.old[k] - batch.rollout[k]).clamp(-20, 20) for k in tokens]
+    return {
+        "rollout_masked_fraction": mean(
+            [torch.tensor(is_rejected(batch, i, t, live[i], s)) for i, t in tokens]
+        ),
+        "rollout_ratio_mean": mean([gap.exp() for gap in gaps]),
+        "rollout_ratio_max": torch.stack(gaps).max().exp() if gaps else mean([]),
+        "rollout_kl": mean([kl_term(gap, "k3") for gap in gaps]),
+    }
 
 
 def read_token(batch: Batch, i: int, t: int, log_rho: Tensor, s: LossSettings) -> Token:
     """Token t of sequence i, its weight multiplied by the rollout weight."""
     old, w, absent = batch.old[i, t], batch.w[i, t], torch.tensor(math.nan)
-    if batch.rollout is not None:
+    if batch.rollout is not None and s.rollout_is:
         w = w * rollout_weight(old, batch.rollout[i, t], s.rollout_cap)
     return Token(
         logp=batch.logp[i, t],
@@ -260,6 +298,16 @@ def batch_loss(
     if active and not normalizer > 0:
         normalizer = math.nan  # what is not positive is no number of tokens or sequences
 
+    w = batch.w.clone()
+    for i, live_i in enumerate(live):
+        for t in live_i:
+            if is_rejected(batch, i, t, live_i, s):
+                w[i, t] = 0
+    metrics = {}
+    if batch.rollout is not None and batch.has_old:
+        metrics = rollout_metrics(batch, live, s)
+    batch = replace(batch, w=w)
+
     loss = batch.logp[:0].sum()  # an empty sum: 0 whatever logp holds, yet part of the graph
     tokens = []
     for i in range(B):
@@ -273,7 +321,7 @@ def batch_loss(
             loss = loss + weight * token_loss(token, s)
             tokens.append(token)
 
-    metrics = ratio_metrics(tokens, s)
+    metrics |= ratio_metrics(tokens, s)
     if batch.ref is not None:
         metrics["ref_kl"] = mean([kl_term(k.ref - k.logp, s.kl_estimator) for k in tokens])
     if batch.entropy is not None:
@@ -310,7 +358,8 @@ def mapo_loss(
         old_logprobs: [B, T], policy of the importance ratio; None: on-policy, sg(logprobs).
         ref_logprobs: [B, T], reference policy of the KL term.
         rollout_logprobs: [B, T], from the engine that sampled. The policy term is weighted by
-            min(exp(old_logp - rollout_logp), rollout_cap), without gradient.
+            min(exp(old_logp - rollout_logp), rollout_cap), without gradient, or by 0: see
+            `is_rejected`.
         token_weights: [B, T], factors of the policy term.
         entropy: [B, T], H, possibly with gradient.
         normalizer: replaces the number of tokens or sequences of the batch in the aggregation, so
@@ -335,5 +384,6 @@ def mapo_loss(
         ref=None if ref_logprobs is None else constant(ref_logprobs),
         rollout=None if rollout_logprobs is None else constant(rollout_logprobs),
         entropy=None if entropy is None else entropy.double(),
+        has_old=old_logprobs is not None,
     )
     return batch_loss(batch, mask, None if normalizer is None else float(normalizer), s)

@@ -61,7 +61,7 @@ def loss_of_sequence(
         n_valid, mean_log_ratio, signal = sequence_statistics(
             Logp, tokens, row, begin, stats_end, LOSS.sequence_level, THREADS, PER_THREAD
         )
-        if LOSS.sequence_level:
+        if LOSS.sequence_level and not LOSS.score_all:
             advantage = tl.where(signal > 0, advantage, 0.0)
     scale = 1.0 / sequence_divisor(n_valid, max_tokens, LOSS)
 

@@ -11,7 +11,7 @@ import torch
 from cases import Batch, Rows, lists_of
 from hypothesis import assume
 from hypothesis import strategies as st
-from oracle import is_read, leaves_of, logits_of
+from oracle import is_read, leaves_of, logits_of, weights_of
 from strategies import NARROW, groups, input_dtypes, layouts, loss_specs, one_of, seeds
 
 import reference
@@ -94,6 +94,24 @@ def off_borders(old, logp, live, spec):
     return old
 
 
+def off_mask(rollout, old, live, spec):
+    """Rollout log-probs [B, T], moved until no ratio is where the mask against them sets in."""
+    borders = torch.tensor([math.log(x) for x in spec.rollout_mask or () if x] + [20.0, -20.0])
+    for _ in range(30):
+        own = torch.where(live, old.double() - rollout.double(), 0.0)
+        level = own
+        if spec.rollout_mask_level == "sequence":
+            mean = own.clamp(-20, 20).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)
+            level = mean.expand_as(own)
+        near = ((level[..., None] - borders).abs() < _MARGIN).any(-1) & live
+        if not near.any():
+            return rollout
+        step = 0.01 + 0.02 * rollout.double().abs() * torch.finfo(rollout.dtype).eps / 1e-3
+        rollout = torch.where(near, rollout.double() - step, rollout.double()).to(rollout.dtype)
+    assume(False)
+    return rollout
+
+
 class Numbers:
     """Bulk numbers from one generator, in float64."""
 
@@ -121,14 +139,17 @@ def _about_tokens(draw, batch, logp, numbers):
         x = logp + numbers.normal(*shape) * spread
         return x + jumps * numbers.normal(*shape).sign() * (numbers.uniform(*shape) < 0.1)
 
-    if draw(one_of(True, True, False)):
+    if spec.rollout_mask is not None or draw(one_of(True, True, False)):
         spread, jumps = draw(one_of((0.3, 0.0), (0.0, 0.0), (2.0, 0.0), (0.3, 25.0)))
         old = near(spread, jumps).to(side)
         given["old_logprobs"] = off_borders(old, logp, batch.layout.live, spec)
     if spec.beta or draw(st.booleans()):
         given["ref_logprobs"] = near(draw(one_of(0.3, 0.0, 2.0)), draw(one_of(0.0, 8.0))).to(side)
-    if spec.rollout_cap is not None:
-        given["rollout_logprobs"] = near(draw(one_of(0.3, 0.0)), 2.0).to(side)
+    if spec.rollout_cap is not None or spec.rollout_mask is not None:
+        rollout = near(draw(one_of(0.3, 0.0)), 2.0).to(side)
+        if "old_logprobs" in given:
+            rollout = off_mask(rollout, given["old_logprobs"], batch.layout.live, spec)
+        given["rollout_logprobs"] = rollout
     if draw(st.booleans()):
         weights = numbers.uniform(*shape) * 2 * (numbers.uniform(*shape) < draw(one_of(0.6, 1)))
         weights = weights * draw(one_of(1, 1, -1))
@@ -182,10 +203,14 @@ def poisoned(batch, generator):
     def bad(x, keep=read):
         return None if x is None else garbage(x, keep, generator)
 
-    tensors = {k: bad(x, live if k == "token_weights" else read) for k, x in batch.tensors.items()}
+    # What says which tokens are masked against rollouts is read of all of them.
+    first = {"token_weights"}
+    if "rollout_logprobs" in batch.tensors:
+        first |= {"old_logprobs", "rollout_logprobs"}
+    tensors = {k: bad(x, live if k in first else read) for k, x in batch.tensors.items()}
     advantages = batch.advantages
     if advantages is not None and advantages.dim() == 2:
-        weights, keep = batch.tensors.get("token_weights"), live
+        weights, keep = weights_of(batch), live
         if weights is not None and batch.spec.importance_level == "token":
             keep = live & (read | (weights != 0))
         advantages = bad(advantages, keep)

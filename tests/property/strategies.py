@@ -54,6 +54,8 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
     dual_clip = draw(one_of(None, 0.1, 1.0, 5.0)) if objective == "clip" else None
     aggregation = draw(st.sampled_from(AGGREGATIONS))
     fixed = aggregation == "seq-mean-token-sum-norm" and needs_max_tokens
+    mask = draw(one_of(None, None, (0.5, 2), (0.9, 1.2), (0, 5.0)))
+    rollout_is = mask is None or draw(one_of(True, True, False))
     return mk.LossSpec(
         objective=objective,
         importance_level=draw(one_of("token", "sequence")),
@@ -70,7 +72,10 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
         kl_estimator=draw(st.sampled_from(KL_ESTIMATORS)),
         kl_importance_correction=draw(st.booleans()),
         entropy_coef=draw(one_of(0.0, 0, 0.01, 1.0)) if with_entropy else 0.0,
-        rollout_cap=draw(one_of(None, None, 0.5, 2, 1e9)),
+        rollout_cap=draw(one_of(None, None, 0.5, 2, 1e9)) if rollout_is else None,
+        rollout_mask=mask,
+        rollout_mask_level=draw(one_of("token", "sequence")),
+        rollout_is=rollout_is,
         aggregation=aggregation,
         max_tokens=draw(st.integers(1, 20)) if fixed else draw(one_of(None, 1, 7)),
         score_all=draw(one_of(False, False, True)),
