@@ -76,7 +76,8 @@ class LossArguments(BatchArguments, total=False):
     Args:
         old_logprobs: under the policy that sampled; None means on-policy (ratio 1).
         ref_logprobs: under the reference policy; needed if `spec.beta` is not 0.
-        rollout_logprobs: as the sampling engine saw them; needed if `spec.rollout_cap` is set.
+        rollout_logprobs: as the sampling engine saw them; needed if `spec.rollout_cap` or
+            `spec.rollout_mask` is set (the latter needs `old_logprobs`, too).
         token_weights: factor of the policy term (importance, off-policy or entropy masks).
         plan: of `make_plan`, in place of rewards, advantages, groups, mask, cu_seqlens, normalizer,
             process_group and sequence_group.

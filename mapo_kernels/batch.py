@@ -144,10 +144,10 @@ class TokenResults(NamedTuple):
 
 
 class KnownMetrics(NamedTuple):
-    """Metrics about groups that were known before the loss.
+    """Metrics that were known before the loss.
 
     Attributes:
-        values: some of `formula.GroupMetrics`, 0-d each.
+        values: some of `formula.GroupMetrics` and `bounds.RolloutMetrics`, 0-d each.
         ranks: the ranks of the process group of whose groups they speak; None for this rank's own.
     """
 

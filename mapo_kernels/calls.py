@@ -21,6 +21,7 @@ from mapo_kernels.live_counts import count_tokens
 from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
 from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, groups_of, prompts_of, require_plan
+from mapo_kernels.rollout import correct
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 
 # What a plan stands for.
@@ -209,6 +210,10 @@ def resolve(
         sequences.check_sequence_group(sequence_group)
         parts = sequences.meet(sequence_group, tokens, batch, spec, advantage_spec)
         batch = replaced(batch, parts=parts)
+    if batch.rollout_logprobs is not None:
+        wide = torch.float64 if is_double else torch.float32
+        batch, of_rollouts = correct(tokens, batch, spec, wide)
+        known = replaced(known, values={**known.values, **of_rollouts})
     kept = None if plan is None else plan.sampling_mask
     call = LossCall(batch, spec, advantage_spec, known, plan is not None, kept)
     narrow = torch.float64 if is_double else torch.float32
@@ -256,7 +261,8 @@ def _among_ranks(
         found = signal.advantages
         signal = signal.of_rows(shared.own, tokens.device)
         batch = replaced(batch, groups=None, advantages=signal.advantages)
-        known = KnownMetrics(signal.metrics, group_ranks(process_group))
+        values = {**known.values, **signal.metrics}
+        known = KnownMetrics(values, group_ranks(process_group))
     if shared.normalizer is not None:
         batch = replaced(batch, normalizer=shared.normalizer)
     call = replaced(call, batch=batch, known=known)
@@ -271,7 +277,8 @@ def _with_advantages(call: LossCall) -> LossCall:
         return call
     signal = operators.group_signals(call.batch.groups, call.advantage_spec)[0]
     batch = replaced(call.batch, groups=None, advantages=signal.advantages, per_token=False)
-    return replaced(call, batch=batch, known=KnownMetrics(signal.metrics))
+    values = {**call.known.values, **signal.metrics}
+    return replaced(call, batch=batch, known=KnownMetrics(values))
 
 
 def _counted(

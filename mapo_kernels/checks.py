@@ -290,15 +290,7 @@ def check_no_bonus(spec: LossSpec) -> None:
 def _check_spec(inputs: Batch, spec: LossSpec) -> None:
     if spec.beta != 0 and inputs.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor because beta is {spec.beta:g}, got None")
-    if spec.rollout_cap is None and inputs.rollout_logprobs is not None:
-        raise ValueError(
-            "spec.rollout_cap: expected a number because rollout_logprobs are given, got None"
-        )
-    if spec.rollout_cap is not None and inputs.rollout_logprobs is None:
-        raise ValueError(
-            f"rollout_logprobs: expected a tensor because spec.rollout_cap is "
-            f"{spec.rollout_cap:g}, got None"
-        )
+    _check_rollout(inputs, spec)
     if (
         spec.aggregation == "seq-mean-token-sum-norm"
         and spec.max_tokens is None
@@ -306,4 +298,25 @@ def _check_spec(inputs: Batch, spec: LossSpec) -> None:
     ):
         raise ValueError(
             "max_tokens: expected a number for 'seq-mean-token-sum-norm' of packed input, got None"
+        )
+
+
+def _check_rollout(inputs: Batch, spec: LossSpec) -> None:
+    """Raise unless there are rollout log-probs exactly where the spec has a use for them."""
+    wanted = {"rollout_cap": spec.rollout_cap, "rollout_mask": spec.rollout_mask}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if not given and inputs.rollout_logprobs is not None:
+        raise ValueError(
+            "spec.rollout_cap: expected a number because rollout_logprobs are given, got None"
+        )
+    for name, value in given.items():
+        if inputs.rollout_logprobs is None:
+            shown = f"{value:g}" if isinstance(value, float) else f"{value}"
+            raise ValueError(
+                f"rollout_logprobs: expected a tensor because spec.{name} is {shown}, got None"
+            )
+    if spec.rollout_mask is not None and inputs.old_logprobs is None:
+        raise ValueError(
+            f"old_logprobs: expected a tensor because spec.rollout_mask is {spec.rollout_mask} "
+            f"(the ratio of the two is known before the loss), got None"
         )

@@ -13,6 +13,7 @@ and success ratio, lambda its certainty weight, A the advantage, rho = exp(l) th
 from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
+from mapo_kernels.bounds import outside_trust_region
 from mapo_kernels.group_factors import certainty_weight, difficulty_weight
 from mapo_kernels.numerics import clamp, exp, k3, log1p
 from mapo_kernels.sequence_formula import gamma_weight, ratio_part
@@ -35,6 +36,8 @@ class LossNumbers(NamedTuple):
     beta: Any
     entropy_coef: Any
     rollout_cap: Any
+    trust_low: Any
+    trust_high: Any
 
 
 class AdvantageNumbers(NamedTuple):
@@ -237,13 +240,14 @@ def kl_term(logp, ref_logp, LOSS: tl.constexpr):
 
 @jit
 def token_loss(
-    logp, log_ratio, own_log_ratio, ref_logp, advantage, weight, entropy, numbers,
+    logp, old_logp, log_ratio, own_log_ratio, ref_logp, advantage, weight, entropy, numbers,
     LOSS: tl.constexpr,
 ):  # fmt: skip
     """The loss of one token: `weight` times policy term, plus beta KL, minus the entropy bonus.
 
     `log_ratio` is the token's own, or its sequence's mean (GSPO, arXiv 2507.18071; the sum in
-    VESPO, whose KL term takes the token's own ratio, as TRL's does). The two
+    VESPO, whose KL term takes the token's own ratio, as TRL's does). `old_logp` serves the trust
+    region, which looks at the token's own probability in any case. The two
     derivatives come apart because the first flows to every token that entered `log_ratio`, the
     second to this one. The derivative by the entropy is -entropy_coef.
     Returns (loss, dloss/dl, dloss/dlogp, rho, KL estimate, clipped low, clipped high).
@@ -257,6 +261,14 @@ def token_loss(
     )
     if LOSS.objective == "gmpo":
         _, clipped_low, clipped_high = ratio_part(own_log_ratio, advantage, numbers, LOSS)
+    if LOSS.trust_region != "none":
+        low, high = outside_trust_region(logp, old_logp, advantage, numbers, LOSS)
+        inside = (low | high) == 0
+        loss = tl.where(inside, loss, 0.0)
+        d_log_ratio = tl.where(inside, d_log_ratio, 0.0)
+        d_logp = tl.where(inside, d_logp, 0.0)
+        clipped_low = clipped_low | low
+        clipped_high = clipped_high | high
     if weight is not None:
         loss = weight * loss
         d_log_ratio = weight * d_log_ratio
@@ -318,8 +330,13 @@ def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
 
 @jit
 def rollout_weight(old_logp, rollout_logp, cap):
-    """Truncated weight min(exp(old - rollout), C) against the sampling engine's policy."""
-    return clamp(tl.exp(old_logp - rollout_logp), 0.0, cap)
+    """Weight min(exp(old - rollout), C) against the sampling engine's policy; C may be None."""
+    if cap is not None:
+        weight = clamp(tl.exp(old_logp - rollout_logp), 0.0, cap)
+    else:
+        # Finite: a token that a mask drops has 0 times this.
+        weight = tl.exp(clamp(old_logp - rollout_logp, -20.0, 20.0))
+    return weight
 
 
 @jit

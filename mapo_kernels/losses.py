@@ -42,10 +42,12 @@ def mapo_loss(logprobs: torch.Tensor, **arguments: Unpack[LossArguments]) -> Los
         a token whose advantage is 0 is not scored unless KL or `score_all` needs it), NaN if there
         is none:
         `clip_fraction_low`, `clip_fraction_high`, `ratio_mean`, `ratio_max` (their largest),
-        `approx_kl` (k3 of new against old), `ref_kl` with a reference; from rewards also
-        `success_ratio_mean`, `lambda_mean` (over the `active_groups`, those with a finite reward),
-        `zero_advantage_groups`, `nonfinite_rewards` (counts). With `process_group` these speak of
-        the groups of all ranks; `metrics.reduce(process_group)` does it for every metric.
+        `approx_kl` (k3 of new against old), `ref_kl` with a reference. With rollout and old
+        log-probs, over all valid tokens: `rollout_ratio_mean`, `rollout_ratio_max` (of old to
+        rollout), `rollout_kl` (k3 of rollout against old), `rollout_masked_fraction`. From rewards
+        also `success_ratio_mean`, `lambda_mean` (over the `active_groups`, those with a finite
+        reward), `zero_advantage_groups`, `nonfinite_rewards` (counts). With `process_group` these
+        speak of the groups of all ranks; `metrics.reduce(process_group)` does it for every metric.
 
     Raises:
         ValueError: a shape, a value, a device or a combination that makes no sense.

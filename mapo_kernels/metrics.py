@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mapo_kernels.bounds import LARGEST_OF_ROLLOUT, RolloutMetrics
 from mapo_kernels.distributed.agreement import all_gather, digest, group_ranks, meeting_place
 from mapo_kernels.formula import GROUP_MEANS, GROUP_METRICS, LARGEST, RESULTS
 
-_NAMES = RESULTS[1:]
+_NAMES = (*RESULTS[1:], *RolloutMetrics._fields)
 _COUNTS = ("active_tokens", "scored_tokens", *GROUP_METRICS[len(GROUP_MEANS) :])
 # torch.compile of older versions cannot trace the making of a dict of another class.
 _IS_TRACEABLE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
@@ -81,7 +82,7 @@ class Metrics(dict[str, torch.Tensor]):
     def reduce(self, process_group: dist.ProcessGroup | None = None) -> Metrics:
         """Metrics of the batch of all ranks, the same on each of them.
 
-        One collective, of 120 bytes per rank; nothing waits for the device. Every rank of the group
+        One collective, of 152 bytes per rank; nothing waits for the device. Every rank of the group
         has to call it: one that computed no loss, because it holds no sequence, calls
         `Metrics().reduce(process_group)`, which does wait, and gets every name, 0 where no rank has
         it.
@@ -92,8 +93,9 @@ class Metrics(dict[str, torch.Tensor]):
 
         Returns:
             A new `Metrics`: means weighted by the tokens (or groups) that they speak of, sums of
-            counts, the largest of `ratio_max`. Metrics about groups are NaN on a rank that has its
-            own groups alone, if other ranks' metrics speak of those of another process group.
+            counts, the largest of `ratio_max` and `rollout_ratio_max`. Metrics about
+            groups are NaN on a rank that has its own groups alone, if other ranks' metrics speak of
+            those of another process group.
 
         Raises:
             ValueError: a name that is none of a loss; or, on every rank that has such metrics or
@@ -181,8 +183,8 @@ def _reduce_table(table: torch.Tensor, code: int) -> dict[str, torch.Tensor]:
             value = values.sum()
         else:
             # A rank that speaks of nothing has a NaN; so have all if none of them does.
-            weights = by_name["active_groups" if name in GROUP_MEANS else "scored_tokens"]
-            if name in LARGEST:
+            weights = by_name[_spoken_of(name)]
+            if name in (*LARGEST, *LARGEST_OF_ROLLOUT):
                 value = values.where(weights > 0, -torch.inf).amax()
                 value = value.where(weights.sum() > 0, torch.nan)
             else:
@@ -193,6 +195,13 @@ def _reduce_table(table: torch.Tensor, code: int) -> dict[str, torch.Tensor]:
             value = value.masked_fill(meaningless, float("nan"))
         reduced[name] = value
     return reduced
+
+
+def _spoken_of(name: str) -> str:
+    """The count of what a mean, or a largest, is taken over."""
+    if name in RolloutMetrics._fields:
+        return "active_tokens"
+    return "active_groups" if name in GROUP_MEANS else "scored_tokens"
 
 
 def sum_behind(mean: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,20 @@ def require_number(
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
 
+def require_pair(name: str, value: object) -> None:
+    """Raise unless `value` is a pair of finite numbers with 0 <= low < high."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (low, high) of numbers, got {describe(value)}")
+    low, high = value
+    for x in value:
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise TypeError(
+                f"{name}: expected a pair (low, high) of numbers, got {describe(value)}"
+            )
+    if not 0 <= low < high < math.inf:
+        raise ValueError(f"{name}: expected 0 <= low < high < inf, got {value!r}")
+
+
 def require_bool(name: str, value: object) -> None:
     """Raise unless `value` is a bool."""
     if not isinstance(value, bool):
@@ -70,6 +84,8 @@ class Packable:
                 value = str.__str__(value)  # of an enum or of NumPy
             elif name in self._INTEGERS:
                 value = int(value)
+            elif isinstance(value, (tuple, list)):
+                value = tuple([float(x) + 0.0 for x in value])
             else:
                 value = float(value) + 0.0
             object.__setattr__(self, name, value)
@@ -85,26 +101,38 @@ class Packable:
     def pack(self) -> tuple[list[float], str]:
         """The fields in order: numbers (0 for other fields), and their kinds or other values.
 
-        A graph may hold the numbers as symbols.
+        A graph may hold the numbers as symbols. A pair has two of them.
         """
         values = [getattr(self, name) for name in self.__dataclass_fields__]
-        numbers = [
-            0.0 if _kind(value) not in ("int", "float") else float(value) for value in values
-        ]
+        numbers: list[float] = []
+        for value in values:
+            if isinstance(value, tuple):
+                numbers += value
+            else:
+                numbers.append(float(value) if _kind(value) in ("int", "float") else 0.0)
         return numbers, ",".join([_kind(value) for value in values])
 
     @classmethod
     def unpack(cls, numbers: list[float], kinds: str) -> Any:
         """The spec that was packed."""
         words = {"None": None, "True": True, "False": False}
-        values = [
-            int(number) if kind == "int" else number if kind == "float" else words.get(kind, kind)
-            for number, kind in zip(numbers, kinds.split(","), strict=True)
-        ]
+        values: list[Any] = []
+        i = 0
+        for kind in kinds.split(","):
+            if kind == "pair":
+                values.append((numbers[i], numbers[i + 1]))
+                i += 1
+            elif kind == "int":
+                values.append(int(numbers[i]))
+            else:
+                values.append(numbers[i] if kind == "float" else words.get(kind, kind))
+            i += 1
         return cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
 
 
 def _kind(value: Any) -> str:
     if value is None or isinstance(value, (bool, str)):
         return str(value)
+    if isinstance(value, tuple):
+        return "pair"
     return "int" if isinstance(value, int) else "float"

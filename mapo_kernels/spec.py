@@ -11,13 +11,11 @@ from typing import NamedTuple
 
 from mapo_kernels.formula import AdvantageNumbers, LossNumbers
 from mapo_kernels.keywords import settings_checked
-from mapo_kernels.settings import (
-    Packable,
-    describe,
-    require_bool,
-    require_choice,
-    require_number,
-)
+from mapo_kernels.settings import Packable, require_pair
+from mapo_kernels.settings import describe as describe
+from mapo_kernels.settings import require_bool as require_bool
+from mapo_kernels.settings import require_choice as require_choice
+from mapo_kernels.settings import require_number as require_number
 
 OBJECTIVES = ("clip", "cispo", "sapo", "none")
 # Of whole sequences: with importance_level="sequence".
@@ -33,6 +31,7 @@ DIFFICULTIES = ("focal", "power")
 SCALES = ("group", "batch", "none")
 # Of estimators without a z-score, whose own scale every one of these is.
 SCALES_OF = {"mean": ("group", "none"), "rloo": ("group", "none"), "apd": ("group",)}
+TRUST_REGIONS = ("tv", "kl")
 
 
 class Aggregation(NamedTuple):
@@ -83,6 +82,7 @@ class LossKind:
     sequence_level: bool
     score_all: bool
     divisor: str  # of `Aggregation`
+    trust_region: str  # or "none"
 
 
 @settings_checked
@@ -225,12 +225,25 @@ class LossSpec(Packable):
         vespo_lambda_pos: its rate lambda there; at least 1e-4.
         vespo_k_neg: exponent where the advantage is negative.
         vespo_lambda_neg: rate there.
+        trust_region: DPPO (arXiv 2602.04879), for any objective: a token whose probability p has
+            left that of the old policy, q, too far in the direction that its advantage pushes loses
+            its policy term (and counts in the clip fractions). `tv` measures |p - q|, `kl` the KL
+            divergence in nats of "this token or another"; None has no bound.
+        trust_low: the limit of that distance where p < q and the advantage is negative; positive.
+        trust_high: the limit where p > q and the advantage is positive; positive.
         beta: weight of the KL term to the reference policy; 0 leaves it out.
         kl_estimator: `k1`, `k2` or `k3` (John Schulman's names).
         kl_importance_correction: multiply the KL term by the ratio, which is differentiated (TRL's
             `use_bias_correction_kl`).
         entropy_coef: weight of the entropy bonus, where logits are seen.
-        rollout_cap: cap C of the truncated importance weight min(exp(old - rollout), C).
+        rollout_cap: cap C of the truncated importance weight min(exp(old - rollout), C); None has
+            no bound.
+        rollout_mask: bounds (low, high) of the ratio exp(old - rollout): a token outside has weight
+            0 and so no policy term (IcePop, masked importance sampling). 0 <= low < high.
+        rollout_mask_level: `token`, or `sequence`: the geometric mean of the ratios of a sequence's
+            valid tokens decides about all of them.
+        rollout_is: multiply the policy term by the ratio (importance sampling); False has the mask
+            alone (rejection).
         aggregation: verl's names; TRL's loss types in brackets: `token-mean` [bnpo, dapo],
             `token-sum`, `seq-mean-token-mean` [grpo], `seq-mean-token-sum` [luspo],
             `seq-mean-token-sum-norm` [dr_grpo]; and `prompt-mean` (SkyRL), the mean over groups of
@@ -260,11 +273,17 @@ class LossSpec(Packable):
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    trust_region: str | None = None
+    trust_low: float = 0.2
+    trust_high: float = 0.2
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_correction: bool = False
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
+    rollout_mask: tuple[float, float] | None = None
+    rollout_mask_level: str = "token"
+    rollout_is: bool = True
     aggregation: str = "token-mean"
     denominator: str = "all"
     max_tokens: int | None = None
@@ -280,16 +299,22 @@ class LossSpec(Packable):
         require_choice("aggregation", self.aggregation, AGGREGATIONS)
         require_choice("denominator", self.denominator, DENOMINATORS)
         require_number("eps_low", self.eps_low, 0.0, 1.0, open_low=True, open_high=True)
-        for name in ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg"):
+        if self.trust_region is not None:
+            require_choice("trust_region", self.trust_region, TRUST_REGIONS)
+        positive = ("eps_high", "eps_high_cispo", "sapo_tau_pos", "sapo_tau_neg")
+        for name in (*positive, "trust_low", "trust_high"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("beta", "entropy_coef", *VESPO):
             require_number(name, getattr(self, name), 0.0)
-        for name in ("kl_importance_correction", "score_all"):
+        for name in ("kl_importance_correction", "score_all", "rollout_is"):
             require_bool(name, getattr(self, name))
         if self.eps_low_cispo is not None:
             require_number("eps_low_cispo", self.eps_low_cispo, 0.0, self.eps_high_cispo)
         if self.rollout_cap is not None:
             require_number("rollout_cap", self.rollout_cap, 0.0, open_low=True)
+        if self.rollout_mask is not None:
+            require_pair("rollout_mask", self.rollout_mask)
+        require_choice("rollout_mask_level", self.rollout_mask_level, IMPORTANCE_LEVELS)
         self._check_combinations()
         self._make_canonical()
 
@@ -299,11 +324,12 @@ class LossSpec(Packable):
                 f"importance_level: expected 'sequence' with objective {self.objective!r}, whose "
                 f"ratio is that of a sequence, got {self.importance_level!r}"
             )
-        if self.objective == "vespo" and self.rollout_cap is not None:
+        is_weighed = self.rollout_cap is not None or (self.rollout_mask and self.rollout_is)
+        if self.objective == "vespo" and is_weighed:
             raise ValueError(
-                f"rollout_cap: expected None with objective 'vespo', where the mismatch belongs in "
-                f"the sequence's ratio (pass the rollout's log-probs as old_logprobs), got "
-                f"{self.rollout_cap!r}"
+                f"rollout_cap, rollout_mask: expected None with objective 'vespo', where the "
+                f"mismatch belongs in old_logprobs (or a mask with rollout_is=False), got "
+                f"{self.rollout_cap!r}, {self.rollout_mask!r}"
             )
         if self.dual_clip is not None:
             require_number("dual_clip", self.dual_clip)
@@ -322,6 +348,13 @@ class LossSpec(Packable):
                 f"denominator: expected 'all' with aggregation {self.aggregation!r}, which divides "
                 f"by nothing, got {self.denominator!r}"
             )
+        if not self.rollout_is and self.rollout_cap is not None:
+            raise ValueError(
+                f"rollout_cap: expected None with rollout_is=False (the ratio is no weight), got "
+                f"{self.rollout_cap!r}"
+            )
+        if not self.rollout_is and self.rollout_mask is None:
+            raise ValueError("rollout_mask: expected a pair with rollout_is=False, got None")
         if self.max_tokens is not None:
             if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int):
                 raise TypeError(f"max_tokens: expected an int, got {describe(self.max_tokens)}")
@@ -346,6 +379,7 @@ class LossSpec(Packable):
             self.importance_level == "sequence",
             self.needs_every_token,
             self.how.divisor,
+            self.trust_region or "none",
         )
         k_pos, lambda_pos, k_neg, lambda_neg = self._gamma()
         return kind, LossNumbers(
@@ -363,6 +397,8 @@ class LossSpec(Packable):
             float(self.beta),
             None if self.entropy_coef == 0 else float(self.entropy_coef),
             None if self.rollout_cap is None else float(self.rollout_cap),
+            None if self.trust_region is None else float(self.trust_low),
+            None if self.trust_region is None else float(self.trust_high),
         )
 
     def _gamma(self) -> list[float | None]:

@@ -15,7 +15,7 @@ where `weight_it` is the aggregation's and `w_it` corrects the policy term alone
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,11 +39,17 @@ class LossSettings:
         vespo_lambda_pos: rate of `vespo` where A >= 0, at least 1e-4.
         vespo_k_neg: exponent of `vespo` elsewhere.
         vespo_lambda_neg: rate of `vespo` elsewhere, at least 1e-4.
+        trust_region: "tv", "kl" or None, see `has_left`.
+        trust_low: its limit towards lower probabilities.
+        trust_high: its limit towards higher probabilities.
         beta: coefficient of the KL term.
         kl_estimator: "k1", "k2" or "k3", see `kl_term`.
         kl_importance_correction: multiply the KL term by rho (TRL `use_bias_correction_kl`).
         entropy_coef: coefficient of the entropy bonus.
         rollout_cap: bound of the rollout weight exp(old_logp - rollout_logp); None: no bound.
+        rollout_mask: bounds of that ratio, beyond which a token has weight 0; see `is_rejected`.
+        rollout_mask_level: "token", or "sequence" for the geometric mean of a sequence's ratios.
+        rollout_is: whether the ratio is a weight; else it serves the mask alone.
         aggregation: weights of the tokens, verl's names, see `aggregation_weight`.
         denominator: "all", or "contributing" to count only tokens with A != 0, and sequences and
             prompts that have one.
@@ -64,11 +70,17 @@ class LossSettings:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    trust_region: str | None = None
+    trust_low: float = 0.2
+    trust_high: float = 0.2
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_importance_correction: bool = False
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
+    rollout_mask: tuple[float, float] | None = None
+    rollout_mask_level: str = "token"
+    rollout_is: bool = True
     aggregation: str = "token-mean"
     denominator: str = "all"
     max_tokens: int | None = None
@@ -86,6 +98,7 @@ class Batch:
     ref: Tensor | None
     rollout: Tensor | None
     entropy: Tensor | None
+    has_old: bool  # else `old` is logp
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,26 @@ def policy_term(token: Token, s: LossSettings) -> Tensor:
     raise ValueError(f"objective: expected a known one, got {s.objective!r}")
 
 
+def has_left(token: Token, s: LossSettings, sign: int) -> bool:
+    """Whether a token is out of the trust region on the side of `sign`, where its advantage pushes.
+
+    DPPO (arXiv 2602.04879), section on binary divergences: the sampled token against all others.
+    """
+    if s.trust_region is None or not token.A * sign > 0:
+        return False
+    p, q = math.exp(token.logp.item()), math.exp(token.old.item())
+    if not (p - q) * sign > 0:
+        return False
+    distance = abs(p - q)
+    if s.trust_region == "kl":
+        rest_p = max(-math.expm1(token.logp.item()), 0.0) + 1e-8
+        rest_q = max(-math.expm1(token.old.item()), 0.0)
+        distance = rest_q * math.log((rest_q + 1e-8) / rest_p)
+        if q > 0:
+            distance += q * (token.old - token.logp).item()
+    return distance > (s.trust_high if sign > 0 else s.trust_low)
+
+
 def kl_term(d: Tensor, estimator: str) -> Tensor:
     """Estimate of KL(policy || reference) at one token from d = ref_logp - logp."""
     if estimator == "k1":
@@ -173,7 +206,8 @@ def kl_term(d: Tensor, estimator: str) -> Tensor:
 
 def token_loss(token: Token, s: LossSettings) -> Tensor:
     """Loss of one token, before aggregation."""
-    loss = token.w * policy_term(token, s)
+    dropped = has_left(token, s, 1) or has_left(token, s, -1)
+    loss = token.logp * 0 if dropped else token.w * policy_term(token, s)
     if s.beta != 0:
         kl = kl_term(token.ref - token.logp, s.kl_estimator)
         rho = token.rho
@@ -249,8 +283,12 @@ def ratio_metrics(tokens: list[Token], s: LossSettings) -> dict[str, Tensor]:
         lower, upper = -s.eps_low, s.eps_high
         clipped = [(k, k.logp - k.old) for k in tokens]
     return {
-        "clip_fraction_low": mean([(rho < lower) & (k.A < 0) for k, rho in clipped]),
-        "clip_fraction_high": mean([(rho > upper) & (k.A > 0) for k, rho in clipped]),
+        "clip_fraction_low": mean(
+            [(rho < lower) & (k.A < 0) | has_left(k, s, -1) for k, rho in clipped]
+        ),
+        "clip_fraction_high": mean(
+            [(rho > upper) & (k.A > 0) | has_left(k, s, 1) for k, rho in clipped]
+        ),
         "ratio_mean": mean([k.rho for k in tokens]),
         "ratio_max": torch.stack([k.rho.detach() for k in tokens]).max() if tokens else mean([]),
         # The token's own ratio, also where the loss takes the sequence's.
@@ -265,13 +303,44 @@ def is_scored(A: Tensor, w: Tensor, s: LossSettings) -> bool:
 
 def rollout_weight(old: Tensor, rollout: Tensor, cap: float | None) -> Tensor:
     """Truncated importance weight for tokens sampled by another engine than scored them."""
-    return (old - rollout).exp().clamp(max=math.inf if cap is None else cap)
+    if cap is None:
+        return (old - rollout).clamp(-20, 20).exp()
+    return (old - rollout).exp().clamp(max=cap)
+
+
+def is_rejected(batch: Batch, i: int, t: int, live: list[int], s: LossSettings) -> bool:
+    """Whether the ratio of the old to the rollout policy is out of bounds at token t of sequence i.
+
+    IcePop's mask of tokens; or of whole sequences, by the geometric mean of their ratios.
+    """
+    if s.rollout_mask is None or batch.rollout is None:
+        return False
+    low, high = s.rollout_mask
+    own = [t] if s.rollout_mask_level == "token" else live
+    ratios = [(batch.old[i, u] - batch.rollout[i, u]).clamp(-20, 20) for u in own]
+    ratio = torch.stack(ratios).mean().exp()
+    return bool((ratio < low) | (ratio > high))
+
+
+def rollout_metrics(batch: Batch, live: list[list[int]], s: LossSettings) -> dict[str, Tensor]:
+    """Of all live tokens: how many are rejected, the ratio, and k3 of KL(rollout || old)."""
+    assert batch.rollout is not None
+    tokens = [(i, t) for i, live_i in enumerate(live) for t in live_i]
+    gaps = [(batch.old[k] - batch.rollout[k]).clamp(-20, 20) for k in tokens]
+    return {
+        "rollout_masked_fraction": mean(
+            [torch.tensor(is_rejected(batch, i, t, live[i], s)) for i, t in tokens]
+        ),
+        "rollout_ratio_mean": mean([gap.exp() for gap in gaps]),
+        "rollout_ratio_max": torch.stack(gaps).max().exp() if gaps else mean([]),
+        "rollout_kl": mean([kl_term(gap, "k3") for gap in gaps]),
+    }
 
 
 def read_token(batch: Batch, i: int, t: int, log_rho: Tensor, s: LossSettings) -> Token:
     """Token t of sequence i, its weight multiplied by the rollout weight."""
     old, w, absent = batch.old[i, t], batch.w[i, t], torch.tensor(math.nan)
-    if batch.rollout is not None:
+    if batch.rollout is not None and s.rollout_is:
         w = w * rollout_weight(old, batch.rollout[i, t], s.rollout_cap)
     return Token(
         logp=batch.logp[i, t],
@@ -303,6 +372,16 @@ def batch_loss(
     if active and not normalizer > 0:
         normalizer = math.nan  # what is not positive is no number of tokens or sequences
 
+    w = batch.w.clone()
+    for i, live_i in enumerate(live):
+        for t in live_i:
+            if is_rejected(batch, i, t, live_i, s):
+                w[i, t] = 0
+    metrics = {}
+    if batch.rollout is not None and batch.has_old:
+        metrics = rollout_metrics(batch, live, s)
+    batch = replace(batch, w=w)
+
     loss = batch.logp[:0].sum()  # an empty sum: 0 whatever logp holds, yet part of the graph
     tokens = []
     for i in range(B):
@@ -317,7 +396,7 @@ def batch_loss(
             loss = loss + weight * token_loss(token, s)
             tokens.append(token)
 
-    metrics = ratio_metrics(tokens, s)
+    metrics |= ratio_metrics(tokens, s)
     if batch.ref is not None:
         metrics["ref_kl"] = mean([kl_term(k.ref - k.logp, s.kl_estimator) for k in tokens])
     if batch.entropy is not None:
@@ -355,7 +434,8 @@ def mapo_loss(
         old_logprobs: [B, T], policy of the importance ratio; None: on-policy, sg(logprobs).
         ref_logprobs: [B, T], reference policy of the KL term.
         rollout_logprobs: [B, T], from the engine that sampled. The policy term is weighted by
-            min(exp(old_logp - rollout_logp), rollout_cap), without gradient.
+            min(exp(old_logp - rollout_logp), rollout_cap), without gradient, or by 0: see
+            `is_rejected`.
         token_weights: [B, T], factors of the policy term.
         entropy: [B, T], H, possibly with gradient.
         normalizer: replaces the number of tokens or sequences of the batch in the aggregation, so
@@ -381,6 +461,7 @@ def mapo_loss(
         ref=None if ref_logprobs is None else constant(ref_logprobs),
         rollout=None if rollout_logprobs is None else constant(rollout_logprobs),
         entropy=None if entropy is None else entropy.double(),
+        has_old=old_logprobs is not None,
     )
     if s.aggregation == "prompt-mean" and prompts is None:
         raise ValueError("prompts: expected a tensor for 'prompt-mean', got None")

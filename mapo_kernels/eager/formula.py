@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import formula
+from mapo_kernels import bounds, formula
 from mapo_kernels._triton import is_device_function
 from mapo_kernels.eager.select import only
 
@@ -69,7 +69,8 @@ _TORCH = SimpleNamespace(
 _module = ModuleType(f"{__name__}_formula", formula.__doc__)
 sys.modules[_module.__name__] = _module
 _namespace: dict[str, Any] = vars(_module)
-_namespace.update({k: v for k, v in vars(formula).items() if k not in vars(_module)})
+for _source in (formula, bounds):
+    _namespace.update({k: v for k, v in vars(_source).items() if k not in _namespace})
 _namespace.update(tl=_TORCH, FLOAT32=False)
 for _name, _value in list(_namespace.items()):
     if is_device_function(_value):
@@ -92,3 +93,7 @@ exp = _namespace["exp"]
 log1p = _namespace["log1p"]
 row_summary = _namespace["row_summary"]
 certain_elsewhere = _namespace["certain_elsewhere"]
+outside_trust_region = _namespace["outside_trust_region"]
+outside = _namespace["outside"]
+rollout_ratio = _namespace["rollout_ratio"]
+clamp = _namespace["clamp"]

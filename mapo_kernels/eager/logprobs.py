@@ -57,7 +57,7 @@ def _score_chunk(
     ref, entropy = clean(inputs.ref_logprobs), clean(inputs.entropy)
     rollout = clean(inputs.rollout_logprobs)
     if rollout is not None:
-        factor = formula.rollout_weight(old, rollout, float(spec.rollout_cap or 0.0))
+        factor = formula.rollout_weight(old, rollout, spec.numbers.rollout_cap)
         weight = factor if weight is None else weight * factor
 
     n_valid = layout.n_valid().to(dtype)
@@ -75,6 +75,7 @@ def _score_chunk(
         level_ratio = kept(layout.spread(mean))
     found = formula.token_loss(
         logp,
+        old,
         level_ratio,
         log_ratio,
         ref,

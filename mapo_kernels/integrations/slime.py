@@ -22,7 +22,6 @@ from mapo_kernels.spec import LossSpec
 _ABSENT = {
     "use_kl_loss": False,
     "entropy_coef": 0.0,
-    "use_tis": False,
     "use_opsm": False,
     "custom_pg_loss_reducer_function_path": None,
 }
@@ -67,7 +66,8 @@ def policy_loss(
 
     Args:
         args: slime's arguments: `eps_clip`, `eps_clip_high`, `eps_clip_c`, `use_rollout_logprobs`,
-            `calculate_per_token_loss`, `advantage_estimator`.
+            `calculate_per_token_loss`, `advantage_estimator`; `use_tis` with `tis_clip_low`,
+            `tis_clip` and as `custom_tis_function_path` slime's `icepop_function` or none.
         batch: a micro-batch of b samples: `advantages`, `loss_masks` and old log-probs as lists of
             [response length] tensors, `rollout_mask_sums` of b counts.
         logits: [1, T, V], over which slime's own code computes the log-probs.
@@ -86,18 +86,30 @@ def policy_loss(
     per_token = args.calculate_per_token_loss
     divisors = torch.as_tensor(batch["rollout_mask_sums"], device=logp.device).clamp(min=1)
     counts = torch.tensor(lengths, device=logp.device)
+    weights = None if per_token else (1.0 / divisors).repeat_interleave(counts)
+    rollout = mask = None
+    if getattr(args, "use_tis", False):
+        bounds = (args.tis_clip_low, args.tis_clip)
+        rollout = torch.cat(batch["rollout_log_probs"])
+        if getattr(args, "custom_tis_function_path", None) is not None:
+            mask = bounds
+        else:
+            truncated = (torch.cat(batch["log_probs"]) - rollout).exp().clamp(*bounds)
+            weights = truncated if weights is None else truncated * weights
     out = mapo_loss(
         logp,
         advantages=torch.cat(batch["advantages"]),
         mask=torch.cat(batch["loss_masks"]),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], device=logp.device),
         old_logprobs=torch.cat(old) if old else None,
-        token_weights=None if per_token else (1.0 / divisors).repeat_interleave(counts),
+        rollout_logprobs=None if mask is None else rollout,
+        token_weights=weights,
         normalizer=1.0,
         spec=LossSpec(
             eps_low=args.eps_clip,
             eps_high=args.eps_clip_high,
             dual_clip=args.eps_clip_c,
+            rollout_mask=mask,
             aggregation="token-mean" if per_token else "seq-mean-token-sum",
         ),
     )
@@ -110,6 +122,18 @@ def _check_settings(args: Any) -> None:
     for name, absent in _ABSENT.items():
         if getattr(args, name, absent) != absent:
             raise ValueError(f"{name}: expected {absent} with this loss, got {getattr(args, name)}")
+    if getattr(args, "use_tis", False):
+        path = getattr(args, "custom_tis_function_path", None)
+        if path is not None and path.rpartition(".")[2] != "icepop_function":
+            raise ValueError(
+                f"custom_tis_function_path: expected None or slime's icepop_function with this "
+                f"loss, got {path}"
+            )
+        if args.use_rollout_logprobs:
+            raise ValueError(
+                "use_tis: expected False with use_rollout_logprobs (the old policy is then the one "
+                "that sampled), got True"
+            )
     if args.advantage_estimator in ("gspo", "cispo"):
         raise ValueError(
             f"advantage_estimator: expected one whose loss is clipped per token, such as 'grpo', "

@@ -1,16 +1,17 @@
-"""verl 0.9.1: the estimator `mapo`, the policy loss `mapo_fused`, the fused-kernel backend `mapo`.
+"""verl 0.9.1: estimator `mapo`, policy losses `mapo_fused*`, fused-kernel backend `mapo`.
 
 verl imports this module by the entry point `verl.plugins` on `import verl`, in every process of a
 run. So importing it does next to nothing: registration waits for verl to import its registries, and
 the rest of `mapo_kernels` is imported by the first call. Whatever goes wrong is logged as a
 warning; `import verl` works all the same.
 
-Both functions follow the contracts of `verl/trainer/ppo/core_algos.py` (0.9.1) and compute nothing
+All functions follow the contracts of `verl/trainer/ppo/core_algos.py` (0.9.1) and compute nothing
 themselves: the advantages are those of `group_advantages`, the loss is that of `mapo_loss`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import logging
 import sys
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 MONKEY_PATCH = "verl.models.transformers.monkey_patch"
 ESTIMATOR, POLICY_LOSS = "mapo", "mapo_fused"
+# Names of verl's losses that have a trust region, and what that measures.
+TRUST_REGIONS = {"dppo_tv": "tv", "dppo_kl": "kl"}
 log = logging.getLogger(__name__)
 
 
@@ -87,8 +90,12 @@ def mapo_fused_loss(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
+    trust_region: str | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The policy loss `mapo_fused` of verl: what `vanilla` computes, by `mapo_loss`.
+
+    With a trust region it is `mapo_fused_dppo_tv` or `mapo_fused_dppo_kl`, which compute what
+    verl's `dppo_tv` and `dppo_kl` do.
 
     Args:
         old_log_prob: [B, T], of the policy that sampled.
@@ -99,9 +106,10 @@ def mapo_fused_loss(
         config: verl's actor config; `clip_ratio`, `clip_ratio_low`, `clip_ratio_high`,
             `clip_ratio_c` and `global_batch_info` are read.
         rollout_is_weights: [B, T] factors of the token losses, or None.
+        trust_region: `tv`, `kl`, or None for the clipped loss.
 
     Returns:
-        The loss [] and the metrics of `vanilla` as floats: `actor/pg_clipfrac`, `actor/ppo_kl`,
+        The loss [] and the metrics of verl's loss as floats: `actor/pg_clipfrac`, `actor/ppo_kl`,
         `actor/pg_clipfrac_lower`, means over the response's tokens.
 
     Raises:
@@ -113,6 +121,7 @@ def mapo_fused_loss(
     if config is None:
         raise ValueError("config: expected verl's actor config, got None")
     info = dict(_setting(config, "global_batch_info") or {})
+    spec = loss_spec(loss_agg_mode, config, info, trust_region)
     out = mapo_loss(
         log_prob,
         advantages=advantages,
@@ -120,19 +129,25 @@ def mapo_fused_loss(
         old_logprobs=old_log_prob,
         token_weights=rollout_is_weights,
         normalizer=batch_denominator(loss_agg_mode, response_mask, info),
-        spec=loss_spec(loss_agg_mode, config, info),
+        spec=spec,
     )
-    cap = _setting(config, "clip_ratio_c", 3.0)
-    return out.loss, _metrics(out.metrics, old_log_prob, log_prob, advantages, response_mask, cap)
+    tokens = old_log_prob, log_prob, advantages, response_mask
+    if trust_region is not None:
+        return out.loss, _trust_region_metrics(*tokens, spec)
+    return out.loss, _metrics(out.metrics, *tokens, _setting(config, "clip_ratio_c", 3.0))
 
 
-def loss_spec(loss_agg_mode: str, config: Any, info: dict[str, Any]) -> LossSpec:
+def loss_spec(
+    loss_agg_mode: str, config: Any, info: dict[str, Any], trust_region: str | None = None
+) -> LossSpec:
     """The `LossSpec` of verl's actor config and of its `global_batch_info`.
 
     Args:
         loss_agg_mode: verl's name; `token-sum` is `token-mean` with another denominator.
         config: see `mapo_fused_loss`.
         info: its `global_batch_info`, for `loss_scale_factor`.
+        trust_region: `tv`, `kl` or None. Where there is one, clip ratios are its limits, and
+            `clip_ratio_c` is the bound of the detached ratio.
 
     Raises:
         ValueError: a value outside its range.
@@ -142,18 +157,25 @@ def loss_spec(loss_agg_mode: str, config: Any, info: dict[str, Any]) -> LossSpec
 
     clip = _setting(config, "clip_ratio")
     low, high = (_setting(config, f"clip_ratio_{side}") for side in ("low", "high"))
+    low, high = clip if low is None else low, clip if high is None else high
+    cap = _setting(config, "clip_ratio_c", 3.0 if trust_region is None else 20.0)
+    if trust_region is None:
+        names = ("eps_low", "eps_high", "dual_clip")
+    else:
+        names = ("trust_low", "trust_high", "eps_high_cispo")
+    bounds: dict[str, Any] = dict(zip(names, (low, high, cap), strict=True))
     try:
         return LossSpec(
-            eps_low=clip if low is None else low,
-            eps_high=clip if high is None else high,
-            dual_clip=_setting(config, "clip_ratio_c", 3.0),
+            objective="clip" if trust_region is None else "cispo",
+            trust_region=trust_region,
+            **bounds,
             aggregation="token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode,
             max_tokens=info.get("loss_scale_factor"),
         )
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"actor config: {error} (clip_ratio_low, clip_ratio_high, clip_ratio_c, loss_agg_mode, "
-            f"loss_scale_factor are eps_low, eps_high, dual_clip, aggregation, max_tokens)"
+            f"loss_scale_factor are {', '.join(names)}, aggregation, max_tokens)"
         ) from error
 
 
@@ -225,6 +247,35 @@ def _metrics(
     )
 
 
+def _trust_region_metrics(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    spec: LossSpec,
+) -> dict[str, float]:
+    """The metrics of `dppo_tv` and `dppo_kl`; the one wait for the device.
+
+    To verl a token without advantage is one that is pushed down.
+    """
+    import torch
+
+    from mapo_kernels.eager.formula import outside_trust_region
+
+    with torch.no_grad():
+        live = response_mask != 0
+        logp, old = log_prob.where(live, 0.0), old_log_prob.where(live, 0.0)
+        push = torch.ones_like(logp).where((advantages > 0) & live, -1.0)
+        low, high = outside_trust_region(logp, old, push, spec.numbers, spec.kind)
+        log_ratio = (logp - old).clamp(-20, 20)
+        capped = (log_ratio.exp() > spec.eps_high_cispo) & ~(low | high)
+        sums = torch.stack([(low | high).sum(), -log_ratio.sum(), capped.sum()])
+        found = (sums / live.sum().clamp(min=1)).tolist()
+    return dict(
+        zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), found, strict=True)
+    )
+
+
 def _setting(config: Any, name: str, default: Any = None) -> Any:
     """An entry of verl's config, which is an OmegaConf or one of its dataclasses."""
     if config is None:
@@ -234,7 +285,7 @@ def _setting(config: Any, name: str, default: Any = None) -> Any:
 
 
 def register(core_algos: ModuleType) -> None:
-    """Enter estimator and loss into verl's registries; log a warning where that fails.
+    """Enter estimator and losses into verl's registries; log a warning where that fails.
 
     Args:
         core_algos: the module `verl.trainer.ppo.core_algos`.
@@ -242,6 +293,9 @@ def register(core_algos: ModuleType) -> None:
     try:
         core_algos.register_adv_est(ESTIMATOR)(mapo_advantages)
         core_algos.register_policy_loss(POLICY_LOSS)(mapo_fused_loss)
+        for name, region in TRUST_REGIONS.items():
+            loss = functools.partial(mapo_fused_loss, trust_region=region)
+            core_algos.register_policy_loss(f"{POLICY_LOSS}_{name}")(loss)
     except Exception as error:
         _warn(error)
 

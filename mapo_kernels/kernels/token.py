@@ -348,7 +348,7 @@ def score_tokens(
     if LOSS.sequence_level:
         level_ratio = tl.where(scored, mean_log_ratio, 0.0)
     t = token_loss(
-        logp, level_ratio, log_ratio, ref, values.advantage, weight, bonus, numbers, LOSS
+        logp, old, level_ratio, log_ratio, ref, values.advantage, weight, bonus, numbers, LOSS
     )
     loss, d_log_ratio, d_logp = t.loss, t.d_log_ratio, tl.where(scored, t.d_logp, 0.0)
     if tokens.loss_weight is not None:

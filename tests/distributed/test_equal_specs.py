@@ -19,6 +19,7 @@ PAIRS = [
     (mk.LossSpec, {"beta": -0.0}, {"beta": 0.0}),
     (mk.LossSpec, {"beta": 1, "eps_high": 1}, {"beta": 1.0, "eps_high": 1.0}),
     (mk.LossSpec, {"dual_clip": 3, "rollout_cap": 2}, {"dual_clip": 3.0, "rollout_cap": 2.0}),
+    (mk.LossSpec, {"rollout_mask": [0, 2]}, {"rollout_mask": (-0.0, 2.0)}),
     (mk.LossSpec, {"eps_low": np.float64(0.25)}, {"eps_low": 0.25}),
     (mk.LossSpec, {"objective": np.str_("clip")}, {"objective": "clip"}),
     (mk.LossSpec, {"objective": Name.CLIP}, {"objective": "clip"}),

@@ -6,6 +6,7 @@ from support import NAN
 
 import mapo_kernels as mk
 
+MASKED = mk.LossSpec(rollout_mask=(0.5, 2.0))
 LOGP = torch.zeros(4, 3)
 A = torch.ones(4)
 R = torch.ones(4)
@@ -88,6 +89,20 @@ CASES = [
     (lambda: loss(spec=mk.LossSpec(beta=0.1)), ValueError, "ref_logprobs: expected", "None"),
     (lambda: loss(spec=mk.LossSpec(entropy_coef=0.1)), ValueError, "entropy_coef: exp", "0.1"),
     (lambda: loss(spec=mk.LossSpec(rollout_cap=2.0)), ValueError, "rollout_logprobs: exp", "None"),
+    (lambda: loss(spec=MASKED, old_logprobs=LOGP), ValueError, "rollout_logprobs: exp", "None"),
+    (lambda: loss(spec=MASKED, rollout_logprobs=LOGP), ValueError, "old_logprobs: exp", "None"),
+    (lambda: mk.LossSpec(rollout_mask=2.0), TypeError, "rollout_mask: expected a pair", "2.0"),
+    (lambda: mk.LossSpec(rollout_mask=(1, "2")), TypeError, "rollout_mask: expected a", "(1, '2')"),
+    (lambda: mk.LossSpec(rollout_mask=(2, 1)), ValueError, "rollout_mask: expected 0", "(2, 1)"),
+    (lambda: mk.LossSpec(rollout_mask=(0, NAN)), ValueError, "rollout_mask: expected 0", "nan)"),
+    (lambda: mk.LossSpec(rollout_is=False), ValueError, "rollout_mask: expected a pair", "None"),
+    (
+        lambda: mk.LossSpec(rollout_is=False, rollout_mask=(0, 2), rollout_cap=2.0),
+        ValueError,
+        "rollout_cap: expected None",
+        "2.0",
+    ),
+    (lambda: mk.LossSpec(rollout_mask_level="batch"), ValueError, "rollout_mask_level", "'batch'"),
     (lambda: loss(rollout_logprobs=LOGP), ValueError, "rollout_cap: expected", "None"),
     (lambda: loss(spec="clip"), TypeError, "spec: expected a LossSpec", "str 'clip'"),
     (lambda: loss(advantage_spec=1), TypeError, "advantage_spec: expected", "int 1"),
@@ -284,7 +299,7 @@ def test_backend_errors(monkeypatch):
 
 
 def test_specs_are_frozen_and_can_be_packed():
-    spec = mk.LossSpec(beta=0.1, aggregation="seq-mean-token-sum")
+    spec = mk.LossSpec(beta=0.1, aggregation="seq-mean-token-sum", rollout_mask=(0.5, 2))
     with pytest.raises(AttributeError):
         spec.beta = 0.2
     assert mk.LossSpec.unpack(*spec.pack()) == spec

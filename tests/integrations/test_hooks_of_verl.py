@@ -81,7 +81,8 @@ def test_the_plugin_registers_and_stays_light(run_verl):
         "from verl.trainer.ppo import core_algos\n"
         "print(*core_algos.ESTIMATORS, *core_algos.LOSSES, sorted(heavy & set(sys.modules)))\n"
     )
-    assert out.split("\n") == ["[]", "mapo mapo_fused ['verl.trainer.ppo.core_algos']"]
+    names = "mapo mapo_fused mapo_fused_dppo_tv mapo_fused_dppo_kl"
+    assert out.split("\n") == ["[]", f"{names} ['verl.trainer.ppo.core_algos']"]
     assert not err
 
 

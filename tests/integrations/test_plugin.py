@@ -42,7 +42,8 @@ name = {CORE_ALGOS!r}
 def registered():
     core_algos = sys.modules[name]
     names = [*core_algos.ADV_ESTIMATOR_REGISTRY, *core_algos.POLICY_LOSS_REGISTRY]
-    assert names == ["mapo", "mapo_fused"], names
+    losses = ["mapo_fused", "mapo_fused_dppo_tv", "mapo_fused_dppo_kl"]
+    assert names == ["mapo", *losses], names
 """
 
 

@@ -257,12 +257,38 @@ def test_slime_loss(slime_loss, per_token, source):
     assert torch.tensor([0, *metrics.values()])[1] == loss
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("path", [None, "slime.backends.megatron_utils.loss.icepop_function"])
+def test_slime_truncates_or_masks_rollouts(slime_loss, path, per_token):
+    batch, logits = slime_batch()
+    bounds = {"tis_clip_low": 0.5, "tis_clip": 2.0, "custom_tis_function_path": path}
+    args = slime_args(calculate_per_token_loss=per_token, **bounds)
+    old = [-torch.rand(n) * 3 for n in batch["response_lengths"]]
+    rollout = [x + torch.randn(x.shape) for x in old]
+    batch |= {"log_probs": old, "rollout_log_probs": rollout}
+    ratio = (torch.cat(old) - torch.cat(rollout)).exp()
+    weights = ratio.clamp(0.5, 2.0)
+    if path is not None:
+        weights = torch.where(weights == ratio, ratio, 0.0)
+    # What a weight does to the loss without correction is what it does to the advantage.
+    expected, _ = slime_loss(args, batch, logits, None)
+    args.use_tis = True
+    loss, _ = slime_loss(args, batch, logits, None)
+    assert loss != expected
+    args.use_tis = False
+    weighted = torch.cat(batch["advantages"]) * weights
+    batch["advantages"] = list(weighted.split(batch["response_lengths"]))
+    expected, _ = slime_loss(args, batch, logits, None)
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize(
     "setting",
     [
         {"use_kl_loss": True},
         {"entropy_coef": 0.01},
-        {"use_tis": True},
+        {"custom_tis_function_path": "mine.tis", "use_tis": True},
+        {"use_tis": True, "use_rollout_logprobs": True},
         {"custom_pg_loss_reducer_function_path": "mine.reduce"},
         {"advantage_estimator": "gspo"},
     ],
@@ -326,6 +352,31 @@ def test_prime_rl_loss(install, weighted):
     assert function(inputs, beta=0.1, **kwargs).loss != out.loss
     with pytest.raises(TypeError, match="aggregation"):
         function(inputs, aggregation="seq-mean-token-mean")
+
+
+def test_prime_rls_default_loss(install):
+    install("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    function = imported("mapo_kernels.integrations.prime_rl.policy_loss")
+    old = -torch.rand(50, dtype=torch.float64) * 2
+    logp = (old + torch.randn(50)).clamp(max=-1e-3).requires_grad_()
+    A, mask = torch.randn(50, dtype=torch.float64), torch.rand(50) < 0.8
+    ratio, difference = (logp - old).exp(), (logp.exp() - old.exp()).detach()
+    left = torch.where(A > 0, difference > 0.1, difference < -0.15)
+    expected = (-A * ratio * ~left + 1e-2 * (logp - old) ** 2)[mask].sum()
+    (expected_grad,) = torch.autograd.grad(expected, logp)
+    out = function(
+        LossInputs(logp, old, old, A, mask),
+        objective="none",
+        trust_region="tv",
+        trust_low=0.15,
+        trust_high=0.1,
+        beta=2e-2,
+        kl_estimator="k2",
+    )
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(logp.grad, expected_grad)
+    assert left[mask].any()
 
 
 # EasyR1

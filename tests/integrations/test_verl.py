@@ -138,10 +138,10 @@ def tokens(n_sequences=9, length=7, dtype=torch.float32):
     return old, logp, advantages, mask
 
 
-def both_losses(config, old, logp, advantages, mask, weights=None):
-    """Loss, gradient and metrics of `vanilla` and of `mapo_fused`."""
+def both_losses(config, old, logp, advantages, mask, weights=None, names=("vanilla", "mapo_fused")):
+    """Loss, gradient and metrics of verl's loss and of this package's."""
     found = []
-    for name in ("vanilla", "mapo_fused"):
+    for name in names:
         mine = logp.clone().requires_grad_()
         loss, metrics = core_algos.get_policy_loss_fn(name)(
             old_log_prob=old,
@@ -209,6 +209,21 @@ def test_several_ranks_need_global_counts(mode):
 def test_parity_of_clip_settings(settings):
     for dtype in (torch.float32, torch.float64):
         assert_parity(both_losses(actor(**settings), *tokens(dtype=dtype)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("region", ["tv", "kl"])
+def test_parity_with_dppo(region, mode):
+    limits = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.15, "clip_ratio_c": 2.5}
+    old, logp, advantages, mask = tokens(n_sequences=30, dtype=torch.float64)
+    weights = torch.rand_like(old)
+    names = (f"dppo_{region}", f"mapo_fused_dppo_{region}")
+    found = both_losses(
+        actor(mode, **limits), old, logp.clamp(max=-1e-3), advantages, mask, weights, names
+    )
+    assert_parity(found)
+    assert 0.05 < found[0][2]["actor/pg_clipfrac"] < 0.95
+    assert found[0][2]["actor/pg_clipfrac_lower"] > 0
 
 
 def test_on_policy_and_extreme_ratios():

@@ -80,7 +80,7 @@ def test_derivatives_are_those_of_the_value(case):
     spec = spec_of(*case)
     ref = None if case[2] is None else ref
     out = twin.token_loss(
-        logp, log_ratio, log_ratio, ref, advantage, weight, entropy, spec.numbers, spec.kind
+        logp, logp, log_ratio, log_ratio, ref, advantage, weight, entropy, spec.numbers, spec.kind
     )
     loss, d_log_ratio, d_logp = out[:3]
     grads = torch.autograd.grad(loss.sum(), (log_ratio, logp), allow_unused=True)

@@ -11,7 +11,7 @@ import torch
 from cases import Batch, Rows, lists_of
 from hypothesis import assume
 from hypothesis import strategies as st
-from oracle import is_read, leaves_of, logits_of
+from oracle import is_read, leaves_of, logits_of, weights_of
 from strategies import NARROW, groupings, groups, input_dtypes, layouts, loss_specs, one_of, seeds
 
 import reference
@@ -61,6 +61,19 @@ def _borders(spec):
     return torch.tensor([20.0, -20.0, *[math.log(x) for x in ratios if x]], dtype=torch.float64)
 
 
+def _at_trust_limit(logp, old, spec):
+    """Whether the distance of a token's probabilities is near one of the trust region's limits."""
+    if spec.trust_region is None:
+        return torch.zeros_like(logp, dtype=torch.bool)
+    p, q = logp.exp(), old.exp()
+    distance = (p - q).abs()
+    if spec.trust_region == "kl":
+        rest = (1 - q).clamp(min=0)
+        distance = q * (old - logp) + rest * ((rest + 1e-8) / ((1 - p).clamp(min=0) + 1e-8)).log()
+    limits = torch.tensor([spec.trust_low, spec.trust_high], dtype=torch.float64)
+    return ((distance[..., None] - limits).abs() < _MARGIN * limits).any(-1)
+
+
 def off_borders(old, logp, live, spec):
     """Old log-probs [B, T], moved until no ratio is at a border; in their own dtype."""
     borders = _borders(spec)
@@ -75,12 +88,31 @@ def off_borders(old, logp, live, spec):
         # The metric of the KL clamps each token's own ratio, whatever the level, without a jump.
         near = ((level[..., None] - borders).abs() < _MARGIN).any(-1) & live
         near |= ((own[..., None] - of_tokens).abs() < _MARGIN).any(-1) & live
+        near |= _at_trust_limit(logp, old.double(), spec) & live
         if not near.any():
             return old
         step = 0.01 + 0.02 * old.double().abs() * torch.finfo(old.dtype).eps / 1e-3
         old = torch.where(near, old.double() - step, old.double()).to(old.dtype)
     assume(False)
     return old
+
+
+def off_mask(rollout, old, live, spec):
+    """Rollout log-probs [B, T], moved until no ratio is where the mask against them sets in."""
+    borders = torch.tensor([math.log(x) for x in spec.rollout_mask or () if x] + [20.0, -20.0])
+    for _ in range(30):
+        own = torch.where(live, old.double() - rollout.double(), 0.0)
+        level = own
+        if spec.rollout_mask_level == "sequence":
+            mean = own.clamp(-20, 20).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)
+            level = mean.expand_as(own)
+        near = ((level[..., None] - borders).abs() < _MARGIN).any(-1) & live
+        if not near.any():
+            return rollout
+        step = 0.01 + 0.02 * rollout.double().abs() * torch.finfo(rollout.dtype).eps / 1e-3
+        rollout = torch.where(near, rollout.double() - step, rollout.double()).to(rollout.dtype)
+    assume(False)
+    return rollout
 
 
 class Numbers:
@@ -110,14 +142,17 @@ def _about_tokens(draw, batch, logp, numbers):
         x = logp + numbers.normal(*shape) * spread
         return x + jumps * numbers.normal(*shape).sign() * (numbers.uniform(*shape) < 0.1)
 
-    if draw(one_of(True, True, False)):
+    if spec.rollout_mask is not None or draw(one_of(True, True, False)):
         spread, jumps = draw(one_of((0.3, 0.0), (0.0, 0.0), (2.0, 0.0), (0.3, 25.0)))
         old = near(spread, jumps).to(side)
         given["old_logprobs"] = off_borders(old, logp, batch.layout.live, spec)
     if spec.beta or draw(st.booleans()):
         given["ref_logprobs"] = near(draw(one_of(0.3, 0.0, 2.0)), draw(one_of(0.0, 8.0))).to(side)
-    if spec.rollout_cap is not None:
-        given["rollout_logprobs"] = near(draw(one_of(0.3, 0.0)), 2.0).to(side)
+    if spec.rollout_cap is not None or spec.rollout_mask is not None:
+        rollout = near(draw(one_of(0.3, 0.0)), 2.0).to(side)
+        if "old_logprobs" in given:
+            rollout = off_mask(rollout, given["old_logprobs"], batch.layout.live, spec)
+        given["rollout_logprobs"] = rollout
     if draw(st.booleans()):
         weights = numbers.uniform(*shape) * 2 * (numbers.uniform(*shape) < draw(one_of(0.6, 1)))
         weights = weights * draw(one_of(1, 1, -1))
@@ -173,10 +208,14 @@ def poisoned(batch, generator):
     def bad(x, keep=read):
         return None if x is None else garbage(x, keep, generator)
 
-    tensors = {k: bad(x, live if k == "token_weights" else read) for k, x in batch.tensors.items()}
+    # What says which tokens are masked against rollouts is read of all of them.
+    first = {"token_weights"}
+    if "rollout_logprobs" in batch.tensors:
+        first |= {"old_logprobs", "rollout_logprobs"}
+    tensors = {k: bad(x, live if k in first else read) for k, x in batch.tensors.items()}
     advantages = batch.advantages
     if advantages is not None and advantages.dim() == 2:
-        weights, keep = batch.tensors.get("token_weights"), live
+        weights, keep = weights_of(batch), live
         if weights is not None and batch.spec.importance_level == "token":
             keep = live & (read | (weights != 0))
         advantages = bad(advantages, keep)

@@ -13,6 +13,7 @@ from cases import Batch, Rows, lists_of
 from torch import Tensor
 
 import reference
+from mapo_kernels.bounds import RolloutMetrics
 
 # Exponents below it add nothing to a sum.
 _NEGLIGIBLE = 100.0
@@ -33,6 +34,24 @@ class Exact:
     metric_scales: dict[str, Tensor]
 
 
+def weights_of(batch: Batch) -> Tensor | None:
+    """Factors [B, T] of the tokens, 0 where the mask against rollouts drops one; None if all are 1.
+
+    Float64; anything at tokens that are not live.
+    """
+    spec, live, given = batch.spec, batch.layout.live, batch.tensors
+    weights = given.get("token_weights")
+    if spec.rollout_mask is None:
+        return None if weights is None else weights.double()
+    gap = given["old_logprobs"].double() - given["rollout_logprobs"].double()
+    gap = torch.where(live, gap, 0.0).clamp(-20, 20)
+    if spec.rollout_mask_level == "sequence":
+        gap = (gap.sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)).expand_as(gap)
+    low, high = spec.rollout_mask
+    kept = (gap.exp() >= low) & (gap.exp() <= high)
+    return torch.where(kept | ~live, 1.0 if weights is None else weights.double(), 0.0)
+
+
 def is_read(batch: Batch, advantages: Tensor) -> Tensor:
     """Which tokens [B, T] can change a result: those that are scored."""
     spec, live = batch.spec, batch.layout.live
@@ -40,8 +59,9 @@ def is_read(batch: Batch, advantages: Tensor) -> Tensor:
         return live
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     scored = live & (A != 0)
-    if "token_weights" in batch.tensors:
-        scored = scored & (batch.tensors["token_weights"] != 0)
+    weights = weights_of(batch)
+    if weights is not None:
+        scored = scored & (weights != 0)
     if spec.importance_level == "sequence":
         scored = live & scored.any(1, keepdim=True)
     return scored
@@ -190,9 +210,8 @@ def token_scales(
     logp = clean(logp.detach())
     old = clean(given.get("old_logprobs", logp))
     A = clean(advantages.double() if advantages.dim() == 2 else advantages.double()[:, None])
-    weight = (
-        clean(given["token_weights"]).abs() if "token_weights" in given else clean(logp * 0 + 1)
-    )
+    weight = weights_of(batch)
+    weight = clean(logp * 0 + 1) if weight is None else clean(weight).abs()
     size = clean(logp_scale) + old.abs() if "old_logprobs" in given else clean(logp_scale) * 0
     log_ratio = logp - old
     own_size = 1 + size + log_ratio.abs()
@@ -213,9 +232,12 @@ def token_scales(
     ratio = level.clamp(-20, 20).exp()
     loss, slope = _policy_scales(s, ratio, A, size, 1 + clean(logp_scale))
     weight_size = 1.0
-    if "rollout_logprobs" in given:
+    if "rollout_logprobs" in given and s.rollout_is:
         rollout = clean(given["rollout_logprobs"])
-        weight = weight * (old - rollout).exp().clamp(max=s.rollout_cap)
+        if s.rollout_cap is None:
+            weight = weight * (old - rollout).clamp(-20, 20).exp()
+        else:
+            weight = weight * (old - rollout).exp().clamp(max=s.rollout_cap)
         weight_size = 1 + own_size + old.abs() + rollout.abs()
     loss, slope = loss * weight * weight_size, slope * weight * weight_size
     own_slope = torch.zeros_like(slope)
@@ -317,6 +339,8 @@ def exact_results(batch: Batch, advantages: Tensor) -> Exact:
         "approx_kl": _mean(found.approx_kl, read),
         "ref_kl": _mean(found.ref_kl, read),
     }
+    if "rollout_logprobs" in batch.tensors and "old_logprobs" in batch.tensors:
+        metric_scales |= _rollout_scales(batch)
     if rows is not None:
         metric_scales["entropy"] = _mean(torch.where(read, scales.entropy, 0.0), read)
     metrics = _without_scored_tokens(metrics)
@@ -330,6 +354,23 @@ def exact_results(batch: Batch, advantages: Tensor) -> Exact:
     )
 
 
+def _rollout_scales(batch: Batch) -> dict[str, Tensor]:
+    """Scales of the metrics about rollouts, whose log-probs round relative to their size."""
+    live = batch.layout.live
+    old, rollout = (
+        torch.where(live, batch.tensors[k].double(), 0.0)
+        for k in ("old_logprobs", "rollout_logprobs")
+    )
+    gap = (old - rollout).clamp(-20, 20)
+    size = 1 + old.abs() + rollout.abs()
+    ratio = torch.where(live, gap.exp() * size, 0.0)
+    return {
+        "rollout_ratio_mean": _mean(ratio, live),
+        "rollout_ratio_max": ratio.amax() if ratio.numel() else torch.ones(()),
+        "rollout_kl": _mean(torch.where(live, _kl_scales("k3", gap, size)[0], 0.0), live),
+    }
+
+
 def _mean(x: Tensor, read: Tensor) -> Tensor:
     return x.sum() / read.sum().clamp(min=1)
 
@@ -338,8 +379,8 @@ def _without_scored_tokens(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Metrics, of which those that are means (or a maximum) over no token are NaN."""
     if metrics["scored_tokens"] > 0:
         return metrics
-    counts = ("active_tokens", "scored_tokens")
-    return {k: v if k in counts else torch.full_like(v, torch.nan) for k, v in metrics.items()}
+    apart = ("active_tokens", "scored_tokens", *RolloutMetrics._fields)
+    return {k: v if k in apart else torch.full_like(v, torch.nan) for k, v in metrics.items()}
 
 
 def logits_gradient_scale(rows: Rows, scales: RowScales, slope: Tensor, bonus: Tensor) -> Tensor:

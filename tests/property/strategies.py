@@ -70,6 +70,9 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
     aggregation = draw(st.sampled_from(AGGREGATIONS))
     denominators = ("all",) if aggregation == "token-sum" else ("all", "all", "contributing")
     fixed = aggregation == "seq-mean-token-sum-norm" and needs_max_tokens
+    mask = draw(one_of(None, None, (0.5, 2), (0.9, 1.2), (0, 5.0)))
+    caps = one_of(None, None, 0.5, 2, 1e9)
+    rollout_is = mask is None or (objective != "vespo" and draw(one_of(True, True, False)))
     return mk.LossSpec(
         objective=objective,
         importance_level=draw(one_of(*levels)),
@@ -80,11 +83,17 @@ def loss_specs(draw, with_entropy, needs_max_tokens):
         eps_low_cispo=draw(one_of(None, None, 0.5, 0.2, 0)),
         sapo_tau_pos=draw(one_of(1.0, 0.3, 4)),
         sapo_tau_neg=draw(one_of(1.05, 0.3, 4)),
+        trust_region=draw(one_of(None, "tv", "kl")),
+        trust_low=draw(one_of(0.2, 0.05, 0.4, 1)),
+        trust_high=draw(one_of(0.2, 0.03, 0.28)),
         beta=draw(one_of(0.0, 0, 0.04, 1.0)),
         kl_estimator=draw(st.sampled_from(KL_ESTIMATORS)),
         kl_importance_correction=draw(st.booleans()),
         entropy_coef=draw(one_of(0.0, 0, 0.01, 1.0)) if with_entropy else 0.0,
-        rollout_cap=None if objective == "vespo" else draw(one_of(None, None, 0.5, 2, 1e9)),
+        rollout_cap=draw(caps) if rollout_is and objective != "vespo" else None,
+        rollout_mask=mask,
+        rollout_mask_level=draw(one_of("token", "sequence")),
+        rollout_is=rollout_is,
         vespo_k_pos=draw(one_of(2.0, 0.0, 0.5)),
         vespo_lambda_pos=draw(one_of(3.0, 0, 1)),
         vespo_k_neg=draw(one_of(3.0, 1)),
