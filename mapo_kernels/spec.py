@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mapo_kernels.formula import AdvantageNumbers, LossNumbers
+from mapo_kernels.advantage_spec import APD_DENOMINATORS as APD_DENOMINATORS
+from mapo_kernels.advantage_spec import CERTAINTIES as CERTAINTIES
+from mapo_kernels.advantage_spec import DIFFICULTIES as DIFFICULTIES
+from mapo_kernels.advantage_spec import ESTIMATORS as ESTIMATORS
+from mapo_kernels.advantage_spec import SCALES as SCALES
+from mapo_kernels.advantage_spec import SCALES_OF as SCALES_OF
+from mapo_kernels.advantage_spec import AdvantageKind as AdvantageKind
+from mapo_kernels.advantage_spec import AdvantageSpec as AdvantageSpec
+from mapo_kernels.formula import LossNumbers
 from mapo_kernels.keywords import settings_checked
 from mapo_kernels.settings import Packable, require_pair
 from mapo_kernels.settings import describe as describe
@@ -23,14 +31,7 @@ SEQUENCE_OBJECTIVES = ("gmpo", "vespo")
 IMPORTANCE_LEVELS = ("token", "sequence")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
-CERTAINTIES = ("quadratic", "linear", "entropy", "step")
-APD_DENOMINATORS = ("bounded", "paper")
 DENOMINATORS = ("all", "contributing")
-DIFFICULTIES = ("focal", "power")
-SCALES = ("group", "batch", "none")
-# Of estimators without a z-score, whose own scale every one of these is.
-SCALES_OF = {"mean": ("group", "none"), "rloo": ("group", "none"), "apd": ("group",)}
 TRUST_REGIONS = ("tv", "kl")
 
 
@@ -62,17 +63,6 @@ AGGREGATIONS = tuple(AGGREGATION_TABLE)
 
 
 @dataclass(frozen=True)
-class AdvantageKind:
-    """What a kernel is compiled for; numbers and tensors that are absent are None."""
-
-    estimator: str
-    certainty: str
-    apd: str
-    difficulty: str | None
-    scale: str
-
-
-@dataclass(frozen=True)
 class LossKind:
     """What a kernel is compiled for; numbers and tensors that are absent are None."""
 
@@ -83,121 +73,6 @@ class LossKind:
     score_all: bool
     divisor: str  # of `Aggregation`
     trust_region: str  # or "none"
-
-
-@settings_checked
-@dataclass(frozen=True, kw_only=True)
-class AdvantageSpec(Packable):
-    """How rewards become advantages (MAPO, arXiv 2509.18849, and its relatives).
-
-    Args:
-        estimator: `mapo` mixes the z-score and the percent deviation by `certainty`; `grpo` is the
-            z-score alone, `apd` the percent deviation alone (also known as MaxRL), `mean` is
-            `r - mu` (Dr.GRPO), `rloo` is the leave-one-out baseline.
-        certainty: lambda(p), the weight of the percent deviation in `mapo`: `quadratic` is the
-            paper's 1 - 4p(1-p); `linear` |2p - 1|, `entropy` 1 - H2(p) in bits and `step` (0 for
-            0.25 <= p <= 0.75, else 1) are ablations; a number in [0, 1] fixes it.
-        success_threshold: a reward at or above it is a success, compared in the reward's own dtype
-            (the threshold rounded to it) before anything is rounded. Ignored where an explicit
-            `success` tensor is given.
-        std_correction: the standard deviation divides by G - std_correction. 1 is what the authors'
-            code, TRL and verl do; 0 reproduces the paper's worked figures.
-        eps: added to both denominators; positive.
-        apd: denominator of the percent deviation: `bounded` is max(|mu|, max|r - mu| / (G - 1)),
-            which equals mu for non-negative rewards and keeps order and bound for signed ones;
-            `paper` is mu verbatim.
-        max_abs: symmetric clamp of the advantage; None leaves it alone.
-        difficulty: factor of a group's advantages by its success ratio p: `focal` is
-            (1 - p)^exponent (F-GRPO, arXiv 2602.06717), `power` p^-exponent (the focus on hard
-            groups of A-GRAE, arXiv 2602.05548, is p^-1/2, and that on easy ones `focal` with -1/2).
-            Where it would be infinite it is 1. None has no factor.
-        difficulty_exponent: that exponent, any number; from 0 up it favours hard groups.
-        scale: what the z-score of `grpo` and `mapo` divides by: the deviation of the `group`; that
-            of the whole `batch`'s rewards (LitePPO, arXiv 2508.08221, and TRL's `scale_rewards`),
-            of all ranks with a process group; or `none`, 1 (Dr.GRPO, arXiv 2503.20783). `mean` and
-            `rloo` have none in any case, and take no `batch`; `apd` has no z-score.
-
-    Raises:
-        ValueError: a value outside its range.
-        TypeError: a value of the wrong type.
-    """
-
-    estimator: str = "mapo"
-    certainty: str | float = "quadratic"
-    success_threshold: float = 1.0
-    std_correction: int = 1
-    eps: float = 1e-6
-    apd: str = "bounded"
-    max_abs: float | None = None
-    difficulty: str | None = None
-    difficulty_exponent: float = 0.5
-    scale: str = "group"
-
-    _INTEGERS = ("std_correction",)
-
-    def __post_init__(self) -> None:
-        """Validate every field and the combination."""
-        require_choice("estimator", self.estimator, ESTIMATORS)
-        if isinstance(self.certainty, str):
-            require_choice("certainty", self.certainty, CERTAINTIES)
-        else:
-            require_number("certainty", self.certainty, 0.0, 1.0)
-        require_number("success_threshold", self.success_threshold)
-        if isinstance(self.std_correction, bool) or self.std_correction not in (0, 1):
-            raise ValueError(f"std_correction: expected 0 or 1, got {self.std_correction!r}")
-        require_number("eps", self.eps, 0.0, open_low=True)
-        require_choice("apd", self.apd, APD_DENOMINATORS)
-        if self.max_abs is not None:
-            require_number("max_abs", self.max_abs, 0.0, open_low=True)
-        if self.difficulty is not None:
-            require_choice("difficulty", self.difficulty, DIFFICULTIES)
-        require_number("difficulty_exponent", self.difficulty_exponent)
-        require_choice("scale", self.scale, SCALES)
-        allowed = SCALES_OF.get(self.estimator, SCALES)
-        if self.scale not in allowed:
-            raise ValueError(
-                f"scale: expected one of {sorted(allowed)} with estimator {self.estimator!r}, "
-                f"which has no z-score, got {self.scale!r}"
-            )
-        self._make_canonical()
-
-    @property
-    def kind(self) -> AdvantageKind:
-        """The compile-time choices."""
-        return self._kind
-
-    @property
-    def numbers(self) -> AdvantageNumbers:
-        """The run-time numbers."""
-        return self._numbers
-
-    def _split(self) -> tuple[AdvantageKind, AdvantageNumbers]:
-        kind = AdvantageKind(
-            self.estimator, self.certainty_mode, self.apd, self.difficulty, self.scale
-        )
-        return kind, AdvantageNumbers(
-            float(self.success_threshold),
-            float(self.std_correction),
-            float(self.eps),
-            self.certainty_value,
-            self.max_abs if self.max_abs is None else float(self.max_abs),
-            None if self.difficulty is None else float(self.difficulty_exponent),
-        )
-
-    @property
-    def certainty_mode(self) -> str:
-        """The certainty function's name; `fixed` if it is a number or the estimator sets it."""
-        fixed = self.estimator != "mapo" or not isinstance(self.certainty, str)
-        return "fixed" if fixed else str(self.certainty)
-
-    @property
-    def certainty_value(self) -> float:
-        """The fixed weight of the percent deviation where `certainty_mode` is `fixed`, else 0."""
-        if self.estimator == "apd":
-            return 1.0
-        if self.estimator == "mapo" and not isinstance(self.certainty, str):
-            return float(self.certainty)
-        return 0.0
 
 
 @settings_checked
