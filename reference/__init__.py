@@ -7,7 +7,8 @@ log-probs.
 
 from reference.advantages import GroupStats, certainty_weight, group_advantages
 from reference.logits import token_logprobs
-from reference.losses import LossSettings, mapo_loss
+from reference.losses import mapo_loss
+from reference.settings import LossSettings
 
 __all__ = [
     "GroupStats",

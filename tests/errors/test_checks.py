@@ -172,7 +172,7 @@ CASES = [
     (
         lambda: mk.LossSpec(objective="vespo", importance_level="sequence", rollout_cap=2.0),
         ValueError,
-        "rollout_cap: expected None with objective 'vespo'",
+        "rollout_cap, rollout_mask: expected None with objective 'vespo'",
         "2.0",
     ),
     (
