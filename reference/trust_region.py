@@ -1,7 +1,5 @@
 """Which tokens have left the trust region."""
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING
 
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from reference.losses import Token
 
 
-def has_left(token: Token, s: LossSettings, sign: int) -> bool:
+def has_left(token: "Token", s: LossSettings, sign: int) -> bool:
     """Whether a token is out of the trust region on the side of `sign`, where its advantage pushes.
 
     DPPO (arXiv 2602.04879), section on binary divergences: the sampled token against all others.
