@@ -89,7 +89,7 @@ def test_collectives_of_a_step_are_few_and_small(on_ranks):
             "many again": [header + 2 * room],
             "plan": [header + 2 * room],
             "micro-batches": [],
-            "metrics": [120],
+            "metrics": [152],
             "two losses": [header + 2 * room] * 2,
         }
 

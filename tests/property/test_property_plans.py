@@ -89,9 +89,10 @@ def test_a_loss_with_a_plan_is_the_loss_without(device, search):
         batch, plan = cut.batch, plan_of(cut.batch, device)
         with_plan = run(batch, device, plan=plan)
         check_found(batch, with_plan)
-        # What the plan knows of the tokens that can change something, weights apart.
+        # What the plan knows of the tokens that can change something, weights and masks apart.
         advantages = batch.advantages if batch.groups is None else with_plan.advantages
-        read = is_read(replace(batch, tensors={}), advantages)
+        spec = replace(batch.spec, rollout_mask=None, rollout_is=True)
+        read = is_read(replace(batch, tensors={}, spec=spec), advantages)
         assert plan.live_counts == tuple(read.sum(1).tolist())
         expected = batch.layout.arrange(read).reshape(-1).nonzero().squeeze(1)
         assert torch.equal(plan.live_rows.cpu(), expected)
