@@ -257,3 +257,26 @@ def _kept_columns(backend, batch, device, group):
         "hidden", part, spec, device, sequence_group=group, sampling_mask=some, **own, **given
     )
     held(whole, here, positions, LOOSE)
+
+
+def rollout_masks(backend):
+    """A sequence's geometric mean, and what is said of rollouts, are those of all its tokens."""
+    device, group = begin(backend)
+    for level in ("token", "sequence"):
+        spec = mk.LossSpec(rollout_mask=(0.8, 1.3), rollout_mask_level=level)
+        batch = make_hidden(4, 6)
+        batch["logp"] = batch["old"] + 0.1 * torch.randn(4, 6)
+        given = {"advantages": torch.tensor([0.3, -1.0, 0.7, 0.2])}
+        for cut, where in (("zig-zag", "logprobs"), ("uneven", "hidden")):
+            compare_rollouts(where, batch, spec, device, group, cut, **given)
+
+
+def compare_rollouts(level, batch, spec, device, group, cut, **given):
+    names = {"old_logprobs": "old", "rollout_logprobs": "rollout"}
+    positions = cut_of(cut, batch["mask"].shape[1], dist.get_world_size())[dist.get_rank()]
+    part = part_of(batch, positions)
+    of_all = {k: batch[name] for k, name in names.items()}
+    own = {k: part[name] for k, name in names.items()}
+    whole = call(level, batch, spec, device, **of_all, **given)
+    here = call(level, part, spec, device, sequence_group=group, **own, **given)
+    held(whole, here, positions, LOOSE)

@@ -20,7 +20,10 @@ def world(request):
     return int(size), backend
 
 
-JOBS = [ranks.every_level, ranks.odd_batches, ranks.with_plans, ranks.with_data_parallel]
+JOBS = [
+    ranks.every_level, ranks.odd_batches, ranks.with_plans, ranks.with_data_parallel,
+    ranks.rollout_masks,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
