@@ -17,6 +17,17 @@ SCALES = ("group", "batch", "none")
 SCALES_OF = {"mean": ("group", "none"), "rloo": ("group", "none"), "apd": ("group",)}
 
 
+def require_scale(name: str, scale: object, estimator: str) -> None:
+    """Raise unless `scale` is one that the estimator has."""
+    require_choice(name, scale, SCALES)
+    allowed = SCALES_OF.get(estimator, SCALES)
+    if scale not in allowed:
+        raise ValueError(
+            f"{name}: expected one of {sorted(allowed)} with estimator {estimator!r}, which has no "
+            f"z-score to scale, got {scale!r}"
+        )
+
+
 @dataclass(frozen=True)
 class AdvantageKind:
     """What a kernel is compiled for; numbers and tensors that are absent are None."""
@@ -95,13 +106,7 @@ class AdvantageSpec(Packable):
         if self.difficulty is not None:
             require_choice("difficulty", self.difficulty, DIFFICULTIES)
         require_number("difficulty_exponent", self.difficulty_exponent)
-        require_choice("scale", self.scale, SCALES)
-        allowed = SCALES_OF.get(self.estimator, SCALES)
-        if self.scale not in allowed:
-            raise ValueError(
-                f"scale: expected one of {sorted(allowed)} with estimator {self.estimator!r}, "
-                f"which has no z-score, got {self.scale!r}"
-            )
+        require_scale("scale", self.scale, self.estimator)
         self._make_canonical()
 
     @property

@@ -18,7 +18,7 @@ from mapo_kernels.formula import GROUP_METRICS, RESULTS
 from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
 from mapo_kernels.live_counts import count_tokens
-from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
+from mapo_kernels.masks import SamplingMask, check_sampling_mask, one_of_both, resolved
 from mapo_kernels.metrics import Slots, as_metrics
 from mapo_kernels.plan import Plan, groups_of, prompts_of, require_plan
 from mapo_kernels.rollout import correct
@@ -113,10 +113,7 @@ class LossCall(NamedTuple):
         """
         batch = self.batch
         checks_rows.check_temperature(temperature, batch.n_sequences(token_ids), token_ids.device)
-        if self.sampling_mask is not None:
-            if sampling_mask is not None:
-                raise ValueError("sampling_mask: expected None with a plan that has one, got one")
-            sampling_mask = self.sampling_mask
+        sampling_mask = one_of_both(sampling_mask, self.sampling_mask)
         if sampling_mask is not None:
             check_sampling_mask(sampling_mask, token_ids.numel(), token_ids.device)
         share = None
@@ -127,10 +124,7 @@ class LossCall(NamedTuple):
             share = split.agree(token_ids, batch, temperature, sampling_mask)
             vocab = share.vocab
         checks_rows.check_token_ids(token_ids, batch.mask, vocab)
-        kept = None
-        if sampling_mask is not None:
-            check_kept(sampling_mask, token_ids, batch.mask, vocab)
-            kept, token_ids = sampling_mask.resolve(token_ids, vocab)
+        kept, token_ids = resolved(sampling_mask, token_ids, batch.mask, vocab)
         if isinstance(temperature, torch.Tensor) and batch.cu_seqlens is not None:
             temperature = Layout(token_ids, batch).spread(temperature)
         return RowInputs(token_ids, temperature, share, kept=kept)
@@ -203,30 +197,28 @@ def resolve(
         normalizer=normalizer,
         per_token=per_token,
     )
+    wide = torch.float64 if is_double else torch.float32
     is_part = process_group is not None or (plan is not None and plan.n_sequences == 0)
     checks.check_tokens(name, tokens, batch, spec, is_part)
-    checks.check_denominator(normalizer, mask, torch.float64 if is_double else torch.float32)
+    checks.check_denominator(normalizer, mask, wide)
     if sequence_group is not None:
-        sequences.check_sequence_group(sequence_group)
         parts = sequences.meet(sequence_group, tokens, batch, spec, advantage_spec)
         batch = replaced(batch, parts=parts)
     if batch.rollout_logprobs is not None:
-        wide = torch.float64 if is_double else torch.float32
         batch, of_rollouts = correct(tokens, batch, spec, wide)
         known = replaced(known, values={**known.values, **of_rollouts})
     kept = None if plan is None else plan.sampling_mask
     call = LossCall(batch, spec, advantage_spec, known, plan is not None, kept)
-    narrow = torch.float64 if is_double else torch.float32
     if plan is not None:
-        batch = counting.weighted(batch, tokens, plan.sequence_weights, narrow)
+        batch = counting.weighted(batch, tokens, plan.sequence_weights, wide)
         return replaced(call, batch=batch)
     prompts = groups
     if spec.needs_count and prompts is None:
         prompts = prompts_of(given, batch.n_sequences(tokens), tokens.device)
     if process_group is not None:
-        return _among_ranks(call, tokens, process_group, prompts, narrow)
+        return _among_ranks(call, tokens, process_group, prompts, wide)
     if spec.needs_count:
-        return _counted(_with_advantages(call), tokens, prompts, narrow, None)
+        return _counted(_with_advantages(call), tokens, prompts, wide, None)
     if groups is not None:
         decided = decide_rewards(groups, advantage_spec)
         if decided is not groups:

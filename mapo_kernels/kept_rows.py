@@ -25,6 +25,20 @@ def takes_few(rows: RowInputs, head: HeadInputs) -> torch.Tensor:
     return (counts > 0) & (counts <= max(1, vocab // share))
 
 
+def some_rows(rows: RowInputs, chosen: torch.Tensor, dtype: torch.dtype) -> RowInputs:
+    """Token ids and temperatures of some rows [n] of a batch, one each; nothing of what is kept.
+
+    Temperatures are in `dtype`: a narrow one is widened before anything is divided by it.
+    """
+    ids, temperature = rows.token_ids, rows.temperature
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(dtype)
+        if ids.dim() == 2:
+            temperature = temperature[:, None].expand(ids.shape)
+        temperature = temperature.reshape(-1)[chosen]
+    return rows._replace(token_ids=ids.reshape(-1)[chosen], temperature=temperature, kept=None)
+
+
 def select_kept(found: Kept, chosen: torch.Tensor) -> Kept:
     """The entries of some rows [n], which are counted anew. Waits for the device."""
     counts = found.counts[chosen]
@@ -63,17 +77,8 @@ class KeptRows:
         weight = head.weight
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         assert rows.kept is not None
-        ids, temperature = rows.token_ids, rows.temperature
-        if isinstance(temperature, torch.Tensor):
-            temperature = temperature.to(result_dtype(hidden))
-            if ids.dim() == 2:
-                temperature = temperature[:, None].expand(ids.shape)
-            temperature = self.take(temperature)
-        self._rows = rows._replace(
-            token_ids=self.take(ids),
-            temperature=temperature,
-            kept=select_kept(rows.kept, chosen),
-        )
+        self._rows = some_rows(rows, chosen, result_dtype(hidden))
+        self._rows = self._rows._replace(kept=select_kept(rows.kept, chosen))
         self._entries = kept.entries_of(self._rows, weight.shape[0], None)
         # The entries that products are taken of: all but those of rows with a single one.
         self._read = self._entries.read.nonzero().squeeze(1)

@@ -15,7 +15,7 @@ from mapo_kernels import config, operators
 from mapo_kernels.batch import HeadInputs, RowInputs
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.head import Head, chunk_rows_of
-from mapo_kernels.kept_rows import keep_only, select_kept
+from mapo_kernels.kept_rows import keep_only, select_kept, some_rows
 
 
 class Wanted(NamedTuple):
@@ -54,19 +54,12 @@ class LiveRows:
         waits = self.head.mixed and config.HIDDEN.one_product
         most = 2 * head.weight.shape[1] if waits else self.step
         self.block = max(self.step, most // self.step * self.step)
-        temperature = rows.temperature
-        if isinstance(temperature, torch.Tensor):
-            # A narrow dtype is widened before anything is divided by it.
-            temperature = temperature.to(result_dtype(hidden))
-            if rows.token_ids.dim() == 2:
-                temperature = temperature[:, None].expand(rows.token_ids.shape)
-            temperature = self.take(temperature)
+        self._rows = some_rows(rows, chosen, result_dtype(hidden))
+        temperature = self._rows.temperature
         # Without a softcap between them, the product's scale and the temperature are one factor.
         if head.softcap is None:
             temperature = temperature / head.logit_scale
-        self._rows = rows._replace(
-            token_ids=self.take(rows.token_ids), temperature=temperature, kept=None
-        )
+        self._rows = self._rows._replace(temperature=temperature)
         self._kept = None
         if rows.kept is not None:
             self._kept = [select_kept(rows.kept, some) for some in chosen.split(self.step)]

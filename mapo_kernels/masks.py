@@ -197,6 +197,23 @@ def check_sampling_mask(
     return mask
 
 
+def one_of_both(given: SamplingMask | None, planned: SamplingMask | None) -> SamplingMask | None:
+    """The mask of a call, which its plan may have; ValueError where both have one."""
+    if given is not None and planned is not None:
+        raise ValueError("sampling_mask: expected None with a plan that has one, got one")
+    return planned if given is None else given
+
+
+def resolved(
+    mask: SamplingMask | None, token_ids: torch.Tensor, live: torch.Tensor | None, vocab: int
+) -> tuple[Kept | None, torch.Tensor]:
+    """What `SamplingMask.resolve` makes of the mask, if there is one, after `check_kept`."""
+    if mask is None:
+        return None, token_ids
+    check_kept(mask, token_ids, live, vocab)
+    return mask.resolve(token_ids, vocab)
+
+
 def check_kept(
     mask: SamplingMask, token_ids: torch.Tensor, live: torch.Tensor | None, vocab: int
 ) -> None:

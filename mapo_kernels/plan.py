@@ -286,7 +286,6 @@ def make_plan(
     batch = Batch(mask=mask, advantages=advantages, cu_seqlens=cu_seqlens, per_token=per_token)
     sequence_group = given["sequence_group"]
     if sequence_group is not None:
-        sequences.check_sequence_group(sequence_group)
         called = batch._replace(groups=groups, normalizer=normalizer)
         like = torch.empty(int(cu_seqlens[-1]), device=device) if tokens is None else tokens
         parts = sequences.meet(sequence_group, like, called, spec, advantage_spec)

@@ -14,7 +14,7 @@ from mapo_kernels.batch import Batch, HeadInputs, RowInputs
 from mapo_kernels.distributed import vocabulary
 from mapo_kernels.distributed.vocabulary import Split, local_head
 from mapo_kernels.keywords import names_checked
-from mapo_kernels.masks import SamplingMask, check_kept, check_sampling_mask
+from mapo_kernels.masks import SamplingMask, check_sampling_mask, one_of_both, resolved
 from mapo_kernels.plan import Plan, require_plan
 from mapo_kernels.spec import require_bool
 
@@ -196,10 +196,7 @@ def _counting(
     require_plan(plan)
     if mask is not None:
         raise ValueError("mask: expected None with a plan, which has one already")
-    if plan.sampling_mask is not None:
-        if sampling_mask is not None:
-            raise ValueError("sampling_mask: expected None with a plan that has one, got one")
-        sampling_mask = plan.sampling_mask
+    sampling_mask = one_of_both(sampling_mask, plan.sampling_mask)
     live = plan.live
     missing = token_ids.shape[-1] - live.shape[-1]
     if plan.bounds is not None and live.dim() == token_ids.dim() and missing > 0:
@@ -224,14 +221,12 @@ def _rows(
     """Validated rows; `vocab` columns of them are here."""
     if sampling_mask is not None:
         check_sampling_mask(sampling_mask, token_ids.numel(), token_ids.device)
-    share = kept = None
+    share = None
     if split is not None:
         share = split.agree(token_ids, Batch(mask=mask), temperature, sampling_mask)
         vocab = share.vocab
     checks_rows.check_token_ids(token_ids, mask, vocab)
-    if sampling_mask is not None:
-        check_kept(sampling_mask, token_ids, mask, vocab)
-        kept, token_ids = sampling_mask.resolve(token_ids, vocab)
+    kept, token_ids = resolved(sampling_mask, token_ids, mask, vocab)
     # torch.compile takes the default of a field for an input, which two nodes cannot share.
     return RowInputs(token_ids, temperature, share, scale=1.0, kept=kept)
 

@@ -40,7 +40,9 @@ def meet(
 
     Raises:
         ValueError: the ranks disagree about anything but their tokens; on every rank alike.
+        TypeError: `group` is no process group that this rank belongs to.
     """
+    check_sequence_group(group)
     groups, normalizer = batch.groups, batch.normalizer
     given = [
         name

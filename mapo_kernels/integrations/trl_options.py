@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from mapo_kernels.advantage_spec import require_scale
 from mapo_kernels.settings import require_bool, require_choice, require_number
-from mapo_kernels.spec import ESTIMATORS, SCALES, SCALES_OF, VESPO, AdvantageSpec, LossSpec
+from mapo_kernels.spec import ESTIMATORS, VESPO, AdvantageSpec, LossSpec
 
 LEVELS = ("hidden", "logits", "logprobs")
 # TRL's loss types: what is averaged, and over what.
@@ -190,14 +191,8 @@ def advantage_spec_of(args: Any) -> AdvantageSpec:
             certainty = float(certainty)
         except ValueError:
             pass
-    require_choice("scale_rewards", args.scale_rewards, SCALES)
     require_choice("estimator", args.estimator, ESTIMATORS)
-    allowed = SCALES_OF.get(args.estimator, SCALES)
-    if args.scale_rewards not in allowed:
-        raise ValueError(
-            f"scale_rewards: expected one of {sorted(allowed)} with estimator {args.estimator!r}, "
-            f"which has no z-score to scale, got {args.scale_rewards!r}"
-        )
+    require_scale("scale_rewards", args.scale_rewards, args.estimator)
     return AdvantageSpec(
         estimator=args.estimator,
         scale=args.scale_rewards,
