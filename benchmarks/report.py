@@ -1,4 +1,4 @@
-"""The tables of the README and of the terminal, from result files: no number is typed by hand."""
+"""The tables of the pages and of the terminal, from result files: no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -143,6 +143,6 @@ def insert(text: str, name: str, new: str) -> str:
     """`text` with what stands between the markers of `name` replaced; ValueError without them."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected one {begin} and one {end} in the README")
+        raise ValueError(f"expected one {begin} and one {end} in the file")
     head, rest = text.split(begin)
     return f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"

@@ -50,9 +50,9 @@ def test_the_reward_rises(options, tmp_path):
     assert logged(trainer, "mapo/zero_signal")[0] > 0
 
 
-def test_the_example_of_the_readme_trains(tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+def test_the_example_of_the_page_trains(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/trl.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     scope = {}
     exec(next(block for block in blocks if "MAPOTrainer" in block), scope)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from readme import TinyModel, batch_for
+from own_loop import TinyModel, batch_for
 
 import mapo_kernels as mk
 

@@ -1,4 +1,4 @@
-"""The README's snippets: a model and batches for them, and what ranks do with them."""
+"""The snippets of docs/own_loop.md: a model and batches for them, and what ranks do with them."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGE = (Path(__file__).parents[1] / "docs/own_loop.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 GROUP_SIZE = 8
 
 

@@ -1,17 +1,9 @@
-"""The README's code runs, and its numbers are those of the result files."""
+"""The snippets of docs/own_loop.md run and learn."""
 
-import json
-import re
-from pathlib import Path
-
+import own_loop
 import pytest
-import readme
 import torch
-from readme import BLOCKS, README, TinyModel, batch_for, scope_of
-
-from benchmarks import report, results
-
-ROOT = Path(__file__).parents[2]
+from own_loop import BLOCKS, TinyModel, batch_for, scope_of
 
 
 def tiny_transformer(family, vocab=61):
@@ -37,7 +29,7 @@ def test_the_trainer_example_trains():
 def test_the_hugging_face_example_trains(family):
     model = tiny_transformer(family)
     scope = scope_of(1)
-    batch = readme.for_all_positions(batch_for())
+    batch = own_loop.for_all_positions(batch_for())
     batch["old_logprobs"] = scope["score_from_hidden"](model, batch)
     metrics = scope["step_from_hidden"](scope["Policy"](model), batch)
     assert metrics["ratio_max"] == 1 and metrics["active_tokens"] == batch["mask"].sum()
@@ -71,11 +63,11 @@ def test_padded_prompts_score_as_each_alone(family):
     length = batch["mask"].shape[1]
     for block, name in ((0, "score"), (1, "score_from_hidden")):
         scope = scope_of(block)
-        whole = batch if block == 0 else readme.for_all_positions(batch)
+        whole = batch if block == 0 else own_loop.for_all_positions(batch)
         together = scope[name](model, whole)[:, -length:]
         for row in range(len(together)):
-            alone = readme.without_padding(batch, row)
-            alone = alone if block == 0 else readme.for_all_positions(alone)
+            alone = own_loop.without_padding(batch, row)
+            alone = alone if block == 0 else own_loop.for_all_positions(alone)
             expected = scope[name](model, alone)[0, -length:]
             torch.testing.assert_close(together[row], expected, rtol=0, atol=2e-5)
 
@@ -127,49 +119,3 @@ def test_the_plan_example_accumulates():
     )
     whole.loss.backward()
     torch.testing.assert_close(logp.grad, again.grad)
-
-
-@pytest.mark.parametrize("name", re.findall(r"<!-- (\w+): begin -->", README))
-def test_the_benchmark_tables_are_those_of_the_result_files(name):
-    found = results.read(ROOT / f"benchmarks/results/{name}.json")
-    assert report.insert(README, name, report.markdown(found)) == README
-
-
-def test_the_demo_table_is_that_of_the_result_file():
-    log = json.loads((ROOT / "benchmarks/results/demo_number_sorting_3_seeds.json").read_text())
-    for estimator in ("mapo", "grpo"):
-        runs = [run for run in log["runs"] if run["phase"] == estimator]
-        before, after = (
-            [
-                run["evals"][at]["success_sampled"]
-                for run in sorted(runs, key=lambda run: run["seed"])
-            ]
-            for at in (0, -1)
-        )
-        row = next(
-            line for line in README.splitlines() if line.startswith(f"| {estimator.upper()}")
-        )
-        expected = [f"{x:.2f}" for x in before + after] + [f"{sum(after) / len(after):.3f}"]
-        assert re.findall(r"\d\.\d+", row) == expected
-
-
-def test_what_dropping_saves_is_what_the_result_file_says():
-    result = json.loads((ROOT / "benchmarks/results/trl_zero_signal.json").read_text())
-    whole, dropping = result["runs"]
-    for name, run in (("every sequence", whole), ("`drop_zero_signal`", dropping)):
-        cells = [
-            f"{run['groups_without_signal']:.0%}",
-            f"{run['model_seconds']:.1f}",
-            f"{run['preparing_seconds']:.1f}",
-            f"{run['success_before_and_after'][-1]:.3f}",
-        ]
-        assert f"| {name} | {' | '.join(cells)} |" in README
-    saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
-    assert f"{saved:.0%} of forward and backward saved" in README
-
-
-def test_files_that_the_readme_names_exist():
-    for name in re.findall(
-        r"\]\((docs/[^)]+)\)|`((?:benchmarks|tests|mapo_kernels)/[\w/.]+)`", README
-    ):
-        assert (ROOT / (name[0] or name[1])).exists(), name

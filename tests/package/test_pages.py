@@ -1,0 +1,90 @@
+"""The README and docs/: links lead somewhere, numbers are those of the result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, results
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+FENCES = re.compile(r"^```.*?^```", re.S | re.M)
+
+
+def anchors(text):
+    """What GitHub lets a link to a heading of the page say after the `#`."""
+    headings = re.findall(r"^#+ (.+)$", FENCES.sub("", text), re.M)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {word.replace(" ", "-") for word in words}
+
+
+def targets(name):
+    """Files, and anchors in them, that a page's relative links name."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCES.sub("", TEXTS[name])):
+        if not re.match(r"[a-z]+:", link):
+            path, _, anchor = link.partition("#")
+            yield (ROOT / name).parent / path if path else ROOT / name, anchor
+
+
+def figures(log, estimator):
+    """Held-out success of each seed before and after training, and the mean after."""
+    runs = [run for run in log["runs"] if run["phase"] == estimator]
+    runs.sort(key=lambda run: run["seed"])
+    before, after = ([run["evals"][at]["success_sampled"] for run in runs] for at in (0, -1))
+    return [f"{x:.2f}" for x in before + after] + [f"{sum(after) / len(after):.3f}"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files_and_headings_that_exist(name):
+    for path, anchor in targets(name):
+        assert path.exists(), f"{name} links to {path}"
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{name} links to {path}#{anchor}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_a_page_names_exist(name):
+    for path in re.findall(
+        r"`((?:benchmarks|examples|tests|mapo_kernels)/[\w/]+\.\w+)`", TEXTS[name]
+    ):
+        assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [(x, table) for x in TEXTS for table in re.findall(r"<!-- (\w+): begin -->", TEXTS[x])],
+)
+def test_the_benchmark_tables_are_those_of_the_result_files(name, table):
+    found = results.read(ROOT / f"benchmarks/results/{table}.json")
+    assert report.insert(TEXTS[name], table, report.markdown(found)) == TEXTS[name]
+
+
+def test_the_cpu_table_is_on_the_page_about_performance():
+    assert "<!-- cpu: begin -->" in TEXTS["docs/performance.md"]
+
+
+@pytest.mark.parametrize("estimator", ("mapo", "grpo"))
+def test_the_demo_table_is_that_of_the_result_file(estimator):
+    log = json.loads((ROOT / "benchmarks/results/demo_number_sorting_3_seeds.json").read_text())
+    lines = TEXTS["docs/demo.md"].splitlines()
+    row = next(line for line in lines if line.startswith(f"| {estimator.upper()}"))
+    assert re.findall(r"\d\.\d+", row) == figures(log, estimator)
+
+
+def test_what_dropping_saves_is_what_the_result_file_says():
+    page = TEXTS["docs/trl.md"]
+    result = json.loads((ROOT / "benchmarks/results/trl_zero_signal.json").read_text())
+    whole, dropping = result["runs"]
+    for name, run in (("every sequence", whole), ("`drop_zero_signal`", dropping)):
+        cells = [
+            f"{run['groups_without_signal']:.0%}",
+            f"{run['model_seconds']:.1f}",
+            f"{run['preparing_seconds']:.1f}",
+            f"{run['success_before_and_after'][-1]:.3f}",
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in page
+    saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
+    assert f"{saved:.0%} of forward and backward saved" in page
