@@ -23,7 +23,7 @@ TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
-.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint bench clean
+.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mapo-kernels demo $(DEMO_ARGS)
@@ -60,12 +60,22 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, for `python3 -m http.server --directory build/site`. Material tells of its successor, once
+# a build, unless the variable is set.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	MAPO_KERNELS_SITE=build/site $(BIN)/python -m pytest -q tests/package/test_site.py
+
 bench: $(VENV)/.installed
 	$(BIN)/mapo-kernels bench $(BENCH_ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[docs]"
 	touch $@
 
 $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints-%.txt
