@@ -20,7 +20,8 @@ from mapo_kernels.layout import Layout
 from mapo_kernels.live_counts import count_tokens
 from mapo_kernels.masks import SamplingMask, check_sampling_mask, one_of_both, resolved
 from mapo_kernels.metrics import Slots, as_metrics
-from mapo_kernels.plan import Plan, groups_of, prompts_of, require_plan
+from mapo_kernels.plan import Plan, require_plan
+from mapo_kernels.planning import groups_of, prompts_of
 from mapo_kernels.rollout import correct
 from mapo_kernels.spec import AdvantageSpec, LossSpec, require_bool
 

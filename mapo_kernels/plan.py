@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mapo_kernels import checks, checks_groups, counting, operators
+from mapo_kernels import checks, planning
 from mapo_kernels.arguments import DEFAULTS, BatchArguments, takes
-from mapo_kernels.batch import Batch, GroupInputs
-from mapo_kernels.distributed import data, sequences
 from mapo_kernels.distributed.agreement import group_ranks
 from mapo_kernels.groups import Signal, threshold_decides, warn_of_threshold
 from mapo_kernels.live_counts import (
     Source,
     count_live,
-    count_tokens,
     live_tokens,
     spec_of_live,
     valid_tokens,
@@ -193,44 +190,6 @@ class Plan:
         return {"sampling_mask": found, "kept_bounds": bounds}
 
 
-def groups_of(
-    given: Mapping[str, Any], is_double: bool, device: torch.device | None = None
-) -> GroupInputs | None:
-    """The validated groups (on `device`) that a batch is `given`; None if it has advantages.
-
-    `is_double` says whether all else of the call is float64.
-    """
-    rewards, process_group = given["rewards"], given["process_group"]
-    names = ("group_size", "group_ids", "success", "group_weight")
-    grouping = {name: given[name] for name in names}
-    beside = grouping
-    if given["spec"].how.denominator == "prompts":
-        # With advantages, too, groups say which sequences answer the same prompt.
-        beside = {name: given[name] for name in ("success", "group_weight")}
-    checks.check_source(rewards, given["advantages"], beside)
-    checks.check_process_group(process_group, given["normalizer"])
-    if rewards is None:
-        return None
-    is_part = process_group is not None
-    return checks_groups.check_groups(
-        rewards, **grouping, is_part=is_part, device=device, is_double=is_double
-    )
-
-
-def prompts_of(
-    given: Mapping[str, Any], n_sequences: int, device: torch.device
-) -> GroupInputs | None:
-    """Which sequences of a batch with advantages belong together, where its loss asks for that."""
-    if given["rewards"] is not None or given["spec"].how.denominator != "prompts":
-        return None
-    nothing = torch.zeros(n_sequences, dtype=torch.float64, device=device)
-    is_part = given["process_group"] is not None
-    ids, size = given["group_ids"], given["group_size"]
-    return checks_groups.check_groups(
-        nothing, size, ids, None, is_part, device=device, are_rewards=False
-    )
-
-
 @takes(BatchArguments)
 def make_plan(
     *, sampling_mask: SamplingMask | None = None, **arguments: Unpack[BatchArguments]
@@ -252,87 +211,28 @@ def make_plan(
         TypeError: an argument of the wrong type.
     """
     given: dict[str, Any] = {**DEFAULTS, **arguments}
-    mask, cu_seqlens, normalizer = given["mask"], given["cu_seqlens"], given["normalizer"]
     spec, advantage_spec = given["spec"], given["advantage_spec"]
-    advantages, process_group = given["advantages"], given["process_group"]
+    mask, cu_seqlens, process_group = given["mask"], given["cu_seqlens"], given["process_group"]
     checks.check_specs(spec, advantage_spec)
-    is_part = process_group is not None
-    if mask is not None:
-        checks.check_tensor("mask", mask)
-        checks.check_mask(mask, mask, "mask")
-        n_sequences = checks.check_layout("mask", mask, cu_seqlens, is_part)
-        device = mask.device
-    elif cu_seqlens is not None:
-        n_sequences = checks.check_bounds(cu_seqlens, is_part=is_part)
-        device = cu_seqlens.device
-    else:
-        raise ValueError("mask, cu_seqlens: expected at least one of them, got neither")
-    if normalizer is not None and not checks.is_global(normalizer):
-        checks.check_normalizer(normalizer, device)
-        checks.check_denominator(normalizer, mask)
-    groups = groups_of(given, True, device)
-    per_token = False
-    if groups is not None:
-        checks.check_shape("rewards", groups.rewards, (n_sequences,), "one reward per sequence")
-    else:
-        # Without a mask the number of tokens is on the device: any length of advantages may be it.
-        shape = None if mask is None else mask.shape
-        checks.check_advantages(advantages, n_sequences, shape, device)
-        tokens = advantages if mask is None else mask
-        per_token = checks.is_per_token(advantages, tokens, cu_seqlens)
-    own, shared, parts = None, None, None
-    prompts = groups or prompts_of(given, n_sequences, device)
-    tokens = advantages if mask is None and per_token else mask
-    batch = Batch(mask=mask, advantages=advantages, cu_seqlens=cu_seqlens, per_token=per_token)
-    sequence_group = given["sequence_group"]
-    if sequence_group is not None:
-        called = batch._replace(groups=groups, normalizer=normalizer)
-        like = torch.empty(int(cu_seqlens[-1]), device=device) if tokens is None else tokens
-        parts = sequences.meet(sequence_group, like, called, spec, advantage_spec)
-        batch = batch._replace(parts=parts)
-    if process_group is not None:
-        n_valid = count_tokens(mask, cu_seqlens) if parts is None else parts.n_valid.sum().long()
-        part = data.Part(n_sequences, n_valid, groups)
-        if spec.needs_count:
-            part = counting.part_of(batch, tokens, spec, prompts)
-        kind = "advantages" if groups is None else "rewards"
-        call = data.Call.of_loss(spec, advantage_spec, normalizer, kind)
-        shared = data.share(part, call, process_group, device)
-        if groups is not None:
-            groups, own = shared.groups, shared.own
-        normalizer = normalizer if shared.normalizer is None else shared.normalizer
+    n_sequences, device = planning.sequences_of(given)
+    groups = planning.groups_of(given, True, device)
+    batch = planning.batch_of(given, groups, n_sequences, device)
+    members = planning.Members(groups, groups or planning.prompts_of(given, n_sequences, device))
+    batch = planning.with_parts(batch, given, groups, device)
+    shared = planning.share(batch, given, members, n_sequences, device)
     if sampling_mask is not None:
         # Without a mask of tokens their number is on the device, and the loss checks it.
         n_tokens = getattr(sampling_mask, "n_tokens", 0) if mask is None else mask.numel()
         check_sampling_mask(sampling_mask, n_tokens, device, "tokens of the batch")
-    narrow = None
-    if groups is not None:
-        signal, narrow = operators.group_signals(groups, advantage_spec)
-    else:
-        assert advantages is not None
-        signal = Signal(advantages)
-    # Of all ranks, where they come from rewards.
-    found = [None if groups is None else x.advantages for x in (signal, narrow or signal)]
-    if own is not None:
-        signal, narrow = signal.of_rows(own, device), narrow and narrow.of_rows(own, device)
+    signals = planning.signals_of(batch, advantage_spec, groups, shared)
+    signal, narrow = signals.wide, signals.narrow
     # Valid tokens of each sequence, where that takes one sum.
     n_valid = None if mask is None or cu_seqlens is not None else valid_tokens(mask).sum(1)
-    weights = None
-    if spec.needs_count:
-        scope = counting.Scope(spec, prompts, shared, normalizer)
-        own_signals = (signal, narrow or signal)
-        (weights, count), (_, narrow_count) = [
-            scope.found(batch._replace(advantages=x.advantages), tokens, of_all)
-            for x, of_all in zip(own_signals, found, strict=True)
-        ]
-    else:
-        of_all = n_valid if parts is None else parts.n_valid
-        count = _denominator(normalizer, mask, cu_seqlens, n_sequences, spec, device, of_all)
-        narrow_count = count
-    source = Source(signal.advantages, narrow, per_token)
+    found = planning.denominators(batch, given, members, shared, signals, n_valid)
+    source = Source(signal.advantages, narrow, batch.per_token)
     decides = groups is not None and threshold_decides(advantage_spec, given["success"])
     never = signal.never_successful if decides else None
-    live_spec = spec_of_live(spec, per_token, sequence_group)
+    live_spec = spec_of_live(spec, batch.per_token, given["sequence_group"])
     counts, bounds, has_no_success = count_live(source, mask, cu_seqlens, live_spec, never, n_valid)
     if has_no_success:
         warn_of_threshold(advantage_spec)
@@ -341,19 +241,19 @@ def make_plan(
         signal.advantages,
         mask,
         cu_seqlens,
-        narrow_count.to(torch.float32),
+        found.narrow.to(torch.float32),
         signal.metrics,
-        counts,
-        bounds,
-        None if process_group is None or groups is None else group_ranks(process_group),
-        per_token,
-        narrow,
-        advantage_spec,
-        count,
-        sampling_mask,
-        sequence_starts(sampling_mask, n_sequences, bounds),
-        weights,
-        sequence_group,
+        live_counts=counts,
+        bounds=bounds,
+        ranks=None if process_group is None or groups is None else group_ranks(process_group),
+        per_token=batch.per_token,
+        narrow=narrow,
+        advantage_spec=advantage_spec,
+        wide_normalizer=found.wide,
+        sampling_mask=sampling_mask,
+        kept_bounds=sequence_starts(sampling_mask, n_sequences, bounds),
+        sequence_weights=found.weights,
+        sequence_group=given["sequence_group"],
     )
 
 
@@ -369,19 +269,3 @@ def bounds_of(plan: Plan | None, cu_seqlens: torch.Tensor | None) -> torch.Tenso
         return cu_seqlens
     require_plan(plan)
     return plan.cu_seqlens
-
-
-def _denominator(
-    normalizer: torch.Tensor | float | None,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    n_sequences: int,
-    spec: LossSpec,
-    device: torch.device,
-    n_valid: torch.Tensor | None,
-) -> torch.Tensor:
-    """The batch's denominator [] float64: as given, or its tokens, or its sequences."""
-    found = Batch(normalizer=normalizer).denominator(spec, n_sequences)
-    if found is None:
-        found = count_tokens(mask, cu_seqlens) if n_valid is None else n_valid.sum()
-    return torch.as_tensor(found, dtype=torch.float64, device=device)
