@@ -1,117 +1,168 @@
-"""Plots of a result file: time over ours at the largest shapes, and against dead tokens."""
+"""Plots of a result file: ratios around 1, everything else on axes that begin at 0."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from mapo_kernels.files import write_figure
 
 from .providers import COMPILED, OURS, PLAIN
 from .report import WHOLE_STEPS, Row, by_case, times
 
-# Colours that people with any colour vision tell apart; ours is the dark one.
-COLOURS = {
-    OURS: "#000000",
-    "mapo_kernels in place": "#555555",
-    "mapo_kernels whole head": "#999999",
-    "mapo_kernels log-probs": "#777777",
-    COMPILED + OURS: "#999999",
-    PLAIN: "#0072B2",
-    COMPILED + PLAIN: "#56B4E9",
-    "TRL": "#D55E00",
-    "Liger": "#009E73",
-    "verl": "#CC79A7",
-    "cut-cross-entropy": "#E69F00",
-    "authors' loop": "#F0E442",
+# Colours that people with any colour vision tell apart, and markers; ours are black and grey, its
+# variants hollow.
+STYLES: dict[str, dict[str, Any]] = {
+    name: {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour}
+    for name, colour, marker, hollow in (
+        (OURS, "#000000", "o", False),
+        (f"{OURS} in place", "#000000", "o", True),
+        (f"{OURS} whole head", "#777777", "s", True),
+        (f"{OURS} log-probs", "#777777", "D", True),
+        (COMPILED + OURS, "#777777", "v", True),
+        (PLAIN, "#0072B2", "^", False),
+        (COMPILED + PLAIN, "#56B4E9", "v", False),
+        ("TRL", "#D55E00", "s", False),
+        ("Liger", "#009E73", "D", False),
+        ("verl", "#CC79A7", "P", False),
+        ("cut-cross-entropy", "#E69F00", "X", False),
+        ("authors' loop", "#8C6D31", "*", False),
+    )
 }
+LARGEST = 128  # Ratios beyond it are drawn at the edge, with their number.
 
 
-def _time_against_live(rows: list[Row]) -> Figure | None:
-    """A panel a level, a line a provider; None where there is nothing to draw."""
+TIME, MEMORY, TOKENS = "ms", "peak MB", "tokens, padding included"
+LIVE, COLUMNS = "share of tokens alive", "columns that every token keeps"
+
+
+def _quantities(row: Row) -> Row:
+    """A row with what is drawn of it, by the names on the axes."""
+    kept = row["shape"].rpartition(", ")[2].partition(" kept")
+    memory = row["peak_bytes"]
+    return row | {
+        TIME: row["median_ms"],
+        MEMORY: None if memory is None else memory / 1e6,
+        TOKENS: row["tokens"],
+        LIVE: row["live"],
+        COLUMNS: int(kept[0]) if kept[1] else None,
+    }
+
+
+def _finish(figure: Figure, drawn: dict[str, Any]) -> Figure:
+    """The figure with a legend of what was drawn, in the order of the styles."""
+    names = [name for name in STYLES if name in drawn]
+    handles = [drawn[name] for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9)
+    return figure
+
+
+def _relative_time(rows: list[Row]) -> Figure | None:
+    """A panel a level, a row a shape: each time over ours, and where 90% of its samples lie."""
+    levels: dict[str, list[dict[str, Row]]] = {}
+    for found in by_case(rows):
+        if len(found) > 1:
+            levels.setdefault(found[OURS]["level"], []).append(found)
+    if not levels:
+        return None
+    ratios = [times(row, x[OURS]) for cases in levels.values() for x in cases for row in x.values()]
+    # As far to the left of 1 as to the right.
+    widest = min(2 ** np.ceil(np.abs(np.log2(ratios)).max()), LARGEST)
+    n_cases = [len(cases) for cases in levels.values()]
+    size = (9.5, 1.6 + 0.42 * sum(n_cases) + 0.35 * len(levels))
+    figure, drawn = Figure(figsize=size, layout="constrained"), {}
+    axes = figure.subplots(len(levels), sharex=True, squeeze=False, height_ratios=n_cases)[:, 0]
+    for axis, (level, cases) in zip(axes, levels.items(), strict=True):
+        names = [name for name in STYLES if any(name in found for found in cases)]
+        for y, found in enumerate(cases):
+            axis.axhspan(y - 0.5, y + 0.5, color="#F2F2F2" if y % 2 else "white", zorder=-1)
+            for name, row in found.items():
+                ratio = times(row, found[OURS])
+                low, high = ratio * np.quantile(row["samples_ms"], (0.05, 0.95)) / row["median_ms"]
+                x = min(max(ratio, 1 / widest), widest)
+                height = y + 0.6 * ((names.index(name) + 0.5) / len(names) - 0.5)
+                axis.hlines(height, low, high, color=STYLES[name]["color"], linewidth=1.5)
+                (drawn[name],) = axis.plot(x, height, linestyle="", **STYLES[name])
+                if x != ratio:
+                    beside = {"xytext": (-8, 0), "ha": "right", "va": "center", "fontsize": 8}
+                    axis.annotate(f"{ratio:.0f}", (x, height), textcoords="offset points", **beside)
+        axis.axvline(1, color="black", linewidth=1, zorder=0)
+        axis.set_title(level, loc="left", fontsize=10)
+        axis.set_yticks(range(len(cases)), [found[OURS]["shape"] for found in cases], fontsize=9)
+        axis.set(xscale="log", xlim=(0.9 / widest, widest / 0.9), ylim=(len(cases) - 0.5, -0.5))
+        axis.xaxis.set_major_locator(LogLocator(2, numticks=20))
+        axis.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x:.0f}" if x >= 1 else f"1/{1 / x:.0f}")
+        )
+        axis.minorticks_off()
+        axis.grid(alpha=0.3, axis="x")
+    axes[-1].set_xlabel(
+        f"time over that of {OURS} (right of 1 it is faster); lines: 90% of the samples"
+    )
+    return _finish(figure, drawn)
+
+
+def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
+    """A panel a level, a line a provider, of times with bars from the 20th to 80th percentile.
+
+    `x` and `y` are names of `_quantities`. None where there are no rows.
+    """
+    rows = [row for row in map(_quantities, rows) if row[x] is not None and row[y] is not None]
     levels = list(dict.fromkeys(row["level"] for row in rows))
     if not levels:
         return None
-    columns = min(3, len(levels))
-    lines = math.ceil(len(levels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
-    drawn = {}
-    for i, level in enumerate(levels):
-        axis = figure.add_subplot(lines, columns, i + 1)
-        for provider, colour in COLOURS.items():
-            of_it = [row for row in rows if (row["level"], row["provider"]) == (level, provider)]
-            points = sorted((row["live"], row["median_ms"]) for row in of_it)
-            if points:
-                (drawn[provider],) = axis.plot(*zip(*points, strict=True), color=colour, marker="o")
-        axis.set(title=level, xlabel="share of tokens alive", ylabel="ms")
-        axis.set(xlim=(-0.03, 1.03), ylim=(0, None))
+    figure, drawn = Figure(figsize=(max(7, 1 + 4 * len(levels)), 4.4), layout="constrained"), {}
+    for axis, level in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, strict=True):
+        for name, style in STYLES.items():
+            of_it = [row for row in rows if (row["level"], row["provider"]) == (level, name)]
+            of_it.sort(key=lambda row: row[x])
+            if not of_it:
+                continue
+            bars = np.array([[row[y] - row["p20_ms"], row["p80_ms"] - row[y]] for row in of_it]).T
+            drawn[name] = axis.errorbar(
+                [row[x] for row in of_it],
+                [row[y] for row in of_it],
+                yerr=bars if y == TIME else None,
+                elinewidth=3,
+                **style,
+            )
+        axis.set(title=level, xlabel=x, ylabel=y, ylim=(0, None))
+        if x == COLUMNS:  # At least one, and each number a multiple of the one before.
+            axis.set(xscale="log", xticks=sorted({row[x] for row in rows}))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+            axis.minorticks_off()
+        else:
+            axis.set_xlim(left=min(0, axis.get_xlim()[0]))
         axis.grid(alpha=0.3)
-    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=4)
-    return figure
+    return _finish(figure, drawn)
 
 
-def _time_against_kept(rows: list[Row]) -> Figure | None:
-    """A line a provider, over the columns that every token keeps; None where there are none."""
-    if not rows:
-        return None
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.add_subplot()
-    for provider, colour in COLOURS.items():
-        of_it = [row for row in rows if row["provider"] == provider]
-        points = sorted((kept_of(row), row["median_ms"]) for row in of_it)
-        if points:
-            axis.plot(*zip(*points, strict=True), color=colour, marker="o", label=provider)
-    axis.set(xscale="log", yscale="log", xlabel="columns that every token keeps", ylabel="ms")
-    axis.set_title(f"loss and gradients of {rows[0]['tokens']} tokens, {rows[0]['head']} head")
-    axis.legend()
-    axis.grid(alpha=0.3, which="both")
-    return figure
+def figures(found: dict[str, Any]) -> dict[str, Figure | None]:
+    """The plots of a result file by name; None where it has nothing to draw."""
+    rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in WHOLE_STEPS]
 
+    def of(*sweeps: str) -> list[Row]:
+        return [row for row in rows if row["sweep"] in sweeps]
 
-def kept_of(row: Row) -> int:
-    """The number of kept columns in the name of a row's shape."""
-    return int(row["shape"].rpartition(", ")[2].partition(" ")[0])
-
-
-def _speed_up(rows: list[Row]) -> Figure | None:
-    """Bars: how many times longer than ours each provider takes, at each level's largest case."""
-    largest: dict[str, int] = {}
-    for row in rows:
-        largest[row["level"]] = max(row["tokens"], largest.get(row["level"], 0))
-    bars = [
-        (f"{row['level']}, {row['shape']}: {name}", times(row, found[OURS]), COLOURS[name])
-        for found in by_case(rows)
-        for name, row in found.items()
-        if name != OURS and row["tokens"] == largest[row["level"]]
-    ]
-    if not bars:
-        return None
-    figure = Figure(figsize=(10, 0.9 + 0.3 * len(bars)), layout="constrained")
-    axis = figure.add_subplot()
-    names, values, colours = zip(*reversed(bars), strict=True)
-    axis.bar_label(axis.barh(names, values, color=colours), fmt="%.2f", padding=3)
-    axis.axvline(1, color="black", linewidth=1)
-    axis.set(xscale="log", xlabel="time over the time of mapo_kernels (right of 1: ours is faster)")
-    axis.margins(x=0.15, y=0.01)
-    axis.grid(alpha=0.3, axis="x", which="both")
-    return figure
+    heads = [row for row in of("tokens") if row["head"]]
+    return {
+        "relative_time": _relative_time(of("tokens", "dtype", "heads", "common")),
+        "memory_against_tokens": _lines(heads, TOKENS, MEMORY),
+        "time_against_live": _lines(of("live"), LIVE, TIME),
+        "time_against_kept": _lines(of("kept"), COLUMNS, TIME),
+    }
 
 
 def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write the plots of a result file as PNG; returns their paths."""
-    rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in WHOLE_STEPS]
-    figures = {
-        "speed_up": _speed_up([row for row in rows if row["sweep"] == "tokens"]),
-        "time_against_live": _time_against_live([row for row in rows if row["sweep"] == "live"]),
-        "time_against_kept": _time_against_kept([row for row in rows if row["sweep"] == "kept"]),
-    }
     where = found["environment"]
     caption = f"{where['device']}, commit {(where['commit'] or 'unknown')[:9]}"
     paths = []
-    for kind, figure in figures.items():
+    for kind, figure in figures(found).items():
         if figure is not None:
             figure.suptitle(f"{kind.replace('_', ' ')} ({caption})", fontsize=10)
             paths.append(folder / f"{name}_{kind}.png")

@@ -74,7 +74,7 @@ def test_a_result_of_the_same_name_is_replaced(runs, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("name", ["x.csv", "x_speed_up.png"])
+@pytest.mark.parametrize("name", ["x.csv", "x_relative_time.png"])
 def test_a_full_disk_is_one_line_after_the_tables(runs, tmp_path, monkeypatch, capsys, name):
     flush = os.fsync
 
@@ -212,7 +212,7 @@ def test_markup_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     assert cli.main(["--out", "[bold]x[/]", "--name", "[red]"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "[bold]x[/]/[red].json and .csv" in out and "[red]1024" in out
-    assert "[bold]x[/]/[red]_speed_up.png" in out
+    assert "[bold]x[/]/[red]_relative_time.png" in out
     assert row["reason"] in out
 
 
