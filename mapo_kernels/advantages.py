@@ -124,9 +124,10 @@ def group_advantages(
         groups, own = shared.groups, shared.own
     advantages, table = operators.group_advantages(groups, spec, return_stats)
     if own is not None:
-        advantages, table = advantages[own].to(rewards.device), table.to(rewards.device)
+        advantages = advantages[own].to(rewards.device)
     if not return_stats:
         return advantages
+    table = table.to(rewards.device)
     if group_ids is not None:
         table = table[:, : int((table[4] + table[5] > 0).sum())]
     if group_ids is not None or rewards.device.type == "cpu":

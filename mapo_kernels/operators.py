@@ -79,7 +79,7 @@ scale_gradient = dispatched(launch_logprobs.launch_scale, _eager_scale, _empty_s
 
 def group_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Any]:
     """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
     return _advantages(decide_rewards(groups, spec), spec, want_stats)
 

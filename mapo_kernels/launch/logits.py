@@ -74,8 +74,10 @@ def tile_of(logits: torch.Tensor, scores: bool = False) -> dict[str, Any]:
     from here; and it depends on the shape of the matrix, never on how many rows it has.
     """
     # What Triton specialises on: only then does it know that a row is aligned.
-    _, stride, stride_sequence = row_layout(logits)
-    wide = (logits.data_ptr() | stride | stride_sequence) % 16 == 0
+    address = logits.data_ptr()
+    for stride in logits.stride()[:-1]:
+        address |= stride
+    wide = address % 16 == 0
     shape = (logits.shape[-1], logits.element_size(), wide)
     return _tile(*shape, converts_bfloat16(), config.LOGITS, scores)
 

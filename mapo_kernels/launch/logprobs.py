@@ -85,8 +85,14 @@ def rewards_of(groups: GroupInputs | None) -> tuple[Rewards, int, int]:
     """Rewards for a loss kernel, the size of contiguous groups, and rewards per step."""
     if groups is None:
         return Rewards(None), 1, 1
-    rewards = Rewards(*[contiguous(x) for x in (groups.rewards, groups.success, groups.group_ids)])
-    rewards = rewards._replace(weight=contiguous(groups.weight), batch_std=groups.batch_std)
+    rewards = Rewards(
+        groups.rewards.contiguous(),
+        contiguous(groups.success),
+        contiguous(groups.group_ids),
+        None,
+        contiguous(groups.weight),
+        groups.batch_std,
+    )
     if groups.group_ids is not None:
         return rewards, 1, config.ADVANTAGES.match_block
     return rewards, groups.group_size, next_power_of_2(groups.group_size)
