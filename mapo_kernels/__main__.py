@@ -1,4 +1,4 @@
-"""Command line: `mapo-kernels demo`, `mapo-kernels bench` and `mapo-kernels doctor`."""
+"""Command line: `mapo-kernels demo`, `study`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mapo_kernels.files import CommandError
 
 COMMANDS = {
     "demo": "train a small model with MAPO and GRPO",
+    "study": "experiments on what MAPO's paper leaves open",
     "doctor": "versions, backend, and a check of its numbers",
     "bench": "time every level against its peers and limits",
 }

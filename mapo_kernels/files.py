@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOCK_NAME = ".lock"  # in a folder that one process at a time may use
 PARTIAL = ".partial"  # ends the name of a file that is being written
 MAX_REASON = 200  # characters: a message that quotes a whole file helps nobody
 
@@ -36,6 +37,23 @@ def require(extra: str, *modules: str) -> None:
         checkout = Path(__file__).parents[1]
         source = f"-e {checkout}" if (checkout / "pyproject.toml").exists() else "mapo-kernels"
         raise CommandError(f"{', '.join(missing)} not installed: pip install {source}[{extra}]")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder that exists for this process; CommandError where another one has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_NAME)
+    with naming(folder / LOCK_NAME):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise CommandError(f"{folder}: another run is using it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

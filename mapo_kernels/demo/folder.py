@@ -10,14 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from mapo_kernels import files
 from mapo_kernels.demo.settings import ESTIMATORS, FORMAT, REPLAY, WARM_UP, Record
 from mapo_kernels.files import CommandError, naming, one_line, read_json
 
 LOG_NAME = "log.json"
-LOCK_NAME = ".lock"
 # Of a run and its file.
 RUN_NAME = rf"^({WARM_UP}|({'|'.join(ESTIMATORS)})({REPLAY})?)_seed[0-9]+$"
 LOG_SCHEMA = {
@@ -50,21 +48,16 @@ def opened(path: Path, *, resume: bool) -> Iterator[Record]:
         if not (resume or path.exists()):
             path.mkdir(parents=True)
     _earlier_log(path, resume)
-    lock = FileLock(path / LOCK_NAME)
-    with naming(path / LOCK_NAME):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise CommandError(f"{path}: another run is using it") from error
-    try:
+    with files.locked(path):
         yield _earlier_log(path, resume)  # once more: another run may have ended since
-    finally:
-        lock.release()
 
 
 def _earlier_log(path: Path, needed: bool) -> Record:
     with naming(path):
-        names = {entry.name for entry in path.iterdir()} - {LOCK_NAME, LOG_NAME + files.PARTIAL}
+        names = {entry.name for entry in path.iterdir()} - {
+            files.LOCK_NAME,
+            LOG_NAME + files.PARTIAL,
+        }
     if needed or LOG_NAME in names:
         return read_json(path / LOG_NAME, LOG_SCHEMA, "the log of a demo (or choose another --out)")
     if names:

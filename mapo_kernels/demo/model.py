@@ -114,12 +114,16 @@ class Rollouts(NamedTuple):
     mask: Tensor
     kept: SamplingMask
 
-    def split(self, rows: int) -> list[Rollouts]:
-        """Parts of so many answers each."""
-        tokens = torch.arange(self.tokens.numel()).split(rows * self.tokens.shape[1])
-        tensors = (x.split(rows) for x in self[:-1])
-        parts = zip(*tensors, map(self.kept.select, tokens), strict=True)
-        return [Rollouts(*part) for part in parts]
+    def select(self, rows: Tensor) -> Rollouts:
+        """Some of the answers, by index."""
+        tokens = torch.arange(self.tokens.numel()).view(self.tokens.shape)[rows].flatten()
+        return Rollouts._make([*(x[rows] for x in self[:-1]), self.kept.select(tokens)])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """All answers of several."""
+        *tensors, kept = zip(*parts, strict=True)
+        return cls._make([*map(torch.cat, tensors), SamplingMask.cat(kept)])
 
 
 @torch.no_grad()

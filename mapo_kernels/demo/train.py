@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,19 @@ from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_prob
 EVAL_SEED = 10**6
 GRADIENT_NORM = 1.0
 WARM_UP_STRIDE = 10  # supervised updates between two looks at sampled success
+
+
+class Scored(NamedTuple):
+    """Answers, group after group; rewards and whether they are right, [groups, group_size]."""
+
+    rollouts: Rollouts
+    rewards: Tensor
+    correct: Tensor
+
+    def groups(self, which: Tensor) -> Scored:
+        """Those of some of the groups."""
+        rows = torch.arange(self.rewards.numel()).view_as(self.rewards)[which].flatten()
+        return Scored(self.rollouts.select(rows), self.rewards[which], self.correct[which])
 
 
 class Workbench:
@@ -52,32 +65,41 @@ class Workbench:
 
     def roll_out(
         self, model: Decoder, problems: list[Problem], copies: int, generator: Generator | None
-    ) -> tuple[Rollouts, Tensor]:
-        """Sampled answers (greedy without a generator) and their rewards [Q, copies] on the CPU."""
+    ) -> Scored:
+        """Sampled answers (greedy without a generator); rewards are on the CPU."""
         prompts, top_p = self.prompts(problems), self.settings.top_p
         rollouts = sample(
             model, prompts, self.max_tokens, copies=copies, top_p=top_p, generator=generator
         )
-        rewards = [
-            self.task.reward(problems[row // copies], answer)
-            for row, answer in enumerate(self.characters.decode(rollouts.tokens))
-        ]
-        return rollouts, torch.tensor(rewards).view(-1, copies)
+        answers = self.characters.decode(rollouts.tokens)
+        pairs = [(problems[row // copies], answer) for row, answer in enumerate(answers)]
+        rewards = torch.tensor([self.reward(*pair) for pair in pairs])
+        correct = torch.tensor([answer == problem.solution for problem, answer in pairs])
+        return Scored(rollouts, rewards.view(-1, copies), correct.view(-1, copies))
+
+    def reward(self, problem: Problem, answer: str | None) -> float:
+        """What RL maximizes; None is an answer that never ended."""
+        return self.task.reward(problem, answer)
 
     def evaluate(self, model: Decoder, step: int) -> Record:
         """Held-out success, sampled and greedy; the same random numbers at each `step`."""
         generator = Generator(self.device).manual_seed(EVAL_SEED + step)
-        _, sampled = self.roll_out(model, self.held_out, self.settings.eval_copies, generator)
-        _, greedy = self.roll_out(model, self.held_out, 1, None)
-        found = {"success_sampled": success_share(sampled), "success_greedy": success_share(greedy)}
-        return {"step": step, **found}
+        sampled = self.roll_out(model, self.held_out, self.settings.eval_copies, generator)
+        greedy = self.roll_out(model, self.held_out, 1, None)
+        shares = {"sampled": share(sampled.correct), "greedy": share(greedy.correct)}
+        return {"step": step, **{f"success_{name}": value for name, value in shares.items()}}
 
 
 class Run:
     """One phase of training for one seed: model, optimizer, randomness, data position, record.
 
     Saved and loaded as a whole, so that a resumed run continues exactly where it was saved.
+
+    Attributes:
+        knows_success: tell the loss which answers are right, apart from their rewards.
     """
+
+    knows_success = False
 
     def __init__(self, bench: Workbench, phase: str, seed: int, start: Run | None = None) -> None:
         """Begin where `start` ended, or afresh; `phase` is WARM_UP or one of RL."""
@@ -96,6 +118,12 @@ class Run:
         )
         self.record: Record = {"phase": phase, "seed": seed, "finished": False}
         self.record |= {"steps": [], "evals": []}
+
+    @property
+    def advantage_spec(self) -> AdvantageSpec:
+        """How rewards become advantages, in a phase of RL."""
+        estimator: Any = self.phase.removesuffix(REPLAY)
+        return AdvantageSpec(estimator=estimator, certainty=self.settings.certainty)
 
     def state_dict(self) -> Record:
         """All of the run, with what it takes to rebuild the model and to read its tokens."""
@@ -139,15 +167,14 @@ class Run:
     def _warm_up(self) -> Record:
         """A look at sampled success, then supervised updates on right answers if it is too low."""
         updates = WARM_UP_STRIDE * len(self.record["steps"])
-        _, rewards = self._roll_out()
-        done = {"step": updates, **group_summary(rewards)}
+        done = {"step": updates, **group_summary(self._roll_out())}
         target, most = self.settings.warmup_success, self.settings.warmup_steps
         self.record["finished"] = done["success"] >= target or updates >= most
         if not self.record["finished"]:
-            done["loss"] = [self._imitate() for _ in range(WARM_UP_STRIDE)][-1]
+            done |= [self._imitate() for _ in range(WARM_UP_STRIDE)][-1]
         return done
 
-    def _imitate(self) -> float:
+    def _imitate(self) -> Record:
         bench = self.bench
         problems = self.stream.take(self.settings.warmup_batch)
         solutions = [problem.solution for problem in problems]
@@ -160,13 +187,11 @@ class Run:
         settings, step = self.settings, len(self.record["steps"])
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = settings.learning_rate * (1 - step / settings.steps)
-        rollouts, rewards = self._roll_out()
-        rows = rewards.numel() // settings.minibatches
-        parts = rollouts.split(rows)
-        if self.replays:
-            parts = [self._scored_anew(part) for part in parts]
-        rewards_of = rewards.flatten().to(self.bench.device).split(rows)
-        measured = [self._minibatch(*x) for x in zip(parts, rewards_of, strict=True)]
+        batch = self._roll_out()
+        groups = torch.arange(settings.prompts).chunk(settings.minibatches)
+        # All before the first update.
+        parts = [self._scored_anew(x) if self.replays else x for x in map(batch.groups, groups)]
+        measured = [self._minibatch(part) for part in parts]
         # A minibatch without a scored token says NaN; so does a step of such minibatches.
         means = {
             name: torch.tensor([values[name] for values in measured]).nanmean().item()
@@ -177,66 +202,75 @@ class Run:
         self.record["finished"] = step + 1 == settings.steps
         # Of the first minibatch, which is of the policy that sampled.
         means["on_policy_ratio"] = measured[0]["ratio_mean"]
-        means["kept_columns"] = self._kept_columns(rollouts)
-        return {"step": step, **group_summary(rewards), **means}
+        means["kept_columns"] = self._kept_columns(batch.rollouts)
+        return {"step": step, **group_summary(batch), **means}
 
     @torch.no_grad()
-    def _scored_anew(self, rollouts: Rollouts) -> Rollouts:
+    def _scored_anew(self, part: Scored) -> Scored:
         """With log-probs that equal the loss's bit for bit; the sampler's are not."""
-        prompts, tokens, _, mask, kept = rollouts
+        prompts, tokens, _, mask, kept = part.rollouts
         logits = answer_logits(self.model, prompts, tokens)
         logprobs = token_logprobs(logits, tokens, mask=mask, sampling_mask=kept)
-        return rollouts._replace(logprobs=logprobs)
+        return part._replace(rollouts=part.rollouts._replace(logprobs=logprobs))
 
     def _kept_columns(self, rollouts: Rollouts) -> float:
         """How many columns a token of an answer was sampled from, on average."""
         counts = rollouts.kept.counts.view_as(rollouts.mask)[rollouts.mask]
         return counts.where(counts > 0, self.bench.characters.size).double().mean().item()
 
-    def _minibatch(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
-        """One optimizer step; returns the loss and its metrics."""
-        settings = self.settings
-        estimator: Any = self.phase.removesuffix(REPLAY)
+    def _minibatch(self, part: Scored) -> dict[str, float]:
+        """One optimizer step on some groups; returns the loss and its metrics."""
+        settings, device, rollouts = self.settings, self.bench.device, part.rollouts
         output = mapo_loss_from_logits(
             answer_logits(self.model, rollouts.prompts, rollouts.tokens),
             rollouts.tokens,
             sampling_mask=rollouts.kept if self.replays else None,
-            rewards=rewards,
+            rewards=part.rewards.flatten().to(device),
+            success=part.correct.flatten().to(device) if self.knows_success else None,
             group_size=settings.group_size,
             mask=rollouts.mask,
             # The policy that sampled: stale from the second minibatch on, which is what is clipped.
             old_logprobs=rollouts.logprobs,
             spec=LossSpec(eps_low=settings.eps_low, eps_high=settings.eps_high),
-            advantage_spec=AdvantageSpec(estimator=estimator, certainty=settings.certainty),
+            advantage_spec=self.advantage_spec,
         )
         metrics = {name: value.item() for name, value in output.metrics.items()}
-        return {"loss": self._update(output.loss), **metrics}
+        return {**self._update(output.loss), **metrics}
 
-    def _roll_out(self) -> tuple[Rollouts, Tensor]:
+    def _roll_out(self) -> Scored:
         problems = self.stream.take(self.settings.prompts)
         return self.bench.roll_out(self.model, problems, self.settings.group_size, self.generator)
 
     def _evaluate(self, step: int) -> None:
         self.record["evals"].append(self.bench.evaluate(self.model, step))
 
-    def _update(self, loss: Tensor) -> float:
-        """One optimizer step; returns the loss before it."""
+    def _update(self, loss: Tensor) -> Record:
+        """One optimizer step; returns the loss before it and the norm of its gradient."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        norm = self._limit_gradient()
         self.optimizer.step()
-        return loss.item()
+        return {"loss": loss.item(), "gradient_norm": norm.item()}
+
+    def _limit_gradient(self) -> Tensor:
+        """Clip the gradient; returns its norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
 
 
-def success_share(rewards: Tensor) -> float:
-    """The share of exactly right answers: partial credit is not success."""
-    return (rewards >= 1).double().mean().item()
+def share(flags: Tensor) -> float:
+    """The share of those that are true."""
+    return flags.double().mean().item()
 
 
-def group_summary(rewards: Tensor) -> Record:
-    """What the rewards [groups, group_size] show; a group of equal rewards has no signal."""
+def without_signal(rewards: Tensor) -> Tensor:
+    """[groups]: of rewards [groups, group_size], those that are all equal."""
+    return (rewards == rewards[:, :1]).all(dim=1)
+
+
+def group_summary(batch: Scored) -> Record:
+    """What a batch of groups shows; partial credit is no success."""
     return {
-        "reward": rewards.double().mean().item(),
-        "success": success_share(rewards),
-        "groups_without_signal": int((rewards == rewards[:, :1]).all(dim=1).sum()),
+        "reward": batch.rewards.double().mean().item(),
+        "success": share(batch.correct),
+        "groups_without_signal": int(without_signal(batch.rewards).sum()),
     }

@@ -14,7 +14,9 @@ from typing import Any
 __all__ = ["add_arguments", "main"]
 
 # Module and what it does.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "ablation": "train every estimator from the same starts, several seeds each",
+}
 
 
 def _module(name: str) -> Any:

@@ -2,14 +2,26 @@
 
 `OUT/ablation.jsonl` has one JSON object a line, one line a finished run, in the order in which the
 runs ended. `RECORD_SCHEMA` is the contract with whoever reads them.
+
+The points that `partial` rewards are the share of characters in place times the solution's length
+over 4, and solutions have 3 to 6 characters. Within a group this is partial credit times a factor,
+which z-score and percent deviation do not see. But the threshold does: a reward of 1 is out of
+reach for 3 characters, the solution alone for 4, and 80% or more in place for 5 and 6. So MAPO
+reads a success ratio that is wrong in both directions, and with `success=` the right one, all else
+equal.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
+
+from mapo_kernels.demo.settings import Settings
 
 FORMAT = "mapo-kernels study 1"
 RECORDS_NAME = "ablation.jsonl"
+
+STARTS_NAME = "starts"  # the folder of the warm-ups
 
 ESTIMATORS = {  # of advantages: the name in records, and what it is
     "mapo": "MAPO, lambda(p) quadratic, as in the paper",
@@ -23,6 +35,21 @@ ESTIMATORS = {  # of advantages: the name in records, and what it is
     "rloo": "r - mean of the other rewards",
     "dapo": "GRPO with DAPO's dynamic sampling and clip-higher",
 }
+# The estimator that the library knows, and what else differs from the default settings.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mapo": ("mapo", {}),
+    "mapo-linear": ("mapo", {"certainty": "linear"}),
+    "mapo-entropy": ("mapo", {"certainty": "entropy"}),
+    "mapo-step": ("mapo", {"certainty": "step"}),
+    "mapo-0.5": ("mapo", {"certainty": 0.5}),
+    **{name: (name, {}) for name in ("grpo", "apd", "mean", "rloo")},
+    "dapo": ("grpo", {"draws": 3, "eps_high": 0.28}),
+}
+RATES = (2e-4, 5e-4, 1.25e-3)  # Adam's, to choose from
+RATE_SEEDS = (100, 101)
+SEEDS = 5  # of a comparison other than the main one: the mixed regime with binary rewards
+# Those whose lambda depends on the success ratio; to the others `success=` changes nothing.
+READ_SUCCESS = ("mapo", "mapo-linear", "mapo-entropy", "mapo-step")
 REGIMES = {  # sampled success at which the supervised warm-up ends, and RL starts
     "hard": 0.02,
     "mixed": 0.3,
@@ -41,8 +68,9 @@ STAGES = {
 
 _NUMBER: dict[str, Any] = {"type": ["number", "null"]}  # null: not a number
 _LIST: dict[str, Any] = {"type": "array", "items": _NUMBER}
-# What a step of RL records, one number a step.
+# What steps of RL record. Each number is the mean of a block of steps; null if all of it is NaN.
 STEP_LISTS = {
+    "step": "the last step of the block, counted from 1",
     "reward": "mean over the sampled answers",
     "success": "share of exactly right answers",
     "groups": "groups sampled; more than the batch has where dynamic sampling drew again",
@@ -102,3 +130,48 @@ RECORD_SCHEMA: dict[str, Any] = {
         "machine": {"type": "string"},
     },
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Settings):
+    """The demo's settings at the study's size, and what the study adds to them."""
+
+    steps: int = 80
+    prompts: int = 16
+    minibatches: int = 2
+    eps_high: float = 0.2  # symmetric, for all but `dapo`
+    warmup_steps: int = 4000
+    eval_prompts: int = 256
+    eval_every: int = 20
+    reward: str = "binary"  # a name in REWARDS
+    learning_rate: float = 5e-4  # of the warm-up, and of the comparison at one gradient norm
+    draws: int = 1  # batches of prompts sampled at most, until every group has signal
+    equal_norm: bool = False  # rescale every gradient to the norm at which others are clipped
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: what tells its record from the others'."""
+
+    stage: str
+    estimator: str
+    regime: str
+    reward: str
+    seed: int
+    learning_rate: float
+
+    def settings(self, base: StudySettings) -> StudySettings:
+        """What decides the result of the run, apart from its seed."""
+        own = ARMS[self.estimator][1] | {"equal_norm": self.stage == "norm"}
+        return replace(
+            base,
+            warmup_success=REGIMES[self.regime],
+            reward=self.reward,
+            learning_rate=self.learning_rate,
+            **own,
+        )
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Cell:
+        """The cell that a record is of."""
+        return cls(*(record[name] for name in cls.__annotations__))

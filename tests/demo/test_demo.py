@@ -27,7 +27,7 @@ from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logits, sample
 from mapo_kernels.demo.settings import Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
-from mapo_kernels.demo.train import success_share
+from mapo_kernels.demo.train import Scored, group_summary
 from mapo_kernels.files import CommandError
 
 ROOT = Path(__file__).parents[2]
@@ -216,17 +216,22 @@ def test_replay_has_importance_ratios_of_one_and_no_replay_the_kept_probability(
     assert all(1 < step["kept_columns"] < 29 for step in plain["steps"] + replay["steps"])
 
 
-@pytest.mark.parametrize("phase", ["mapo-replay", "mapo"])
-def test_the_ratio_of_every_token_before_an_update(phase, monkeypatch):
-    bench = train.Workbench(replace(TINY, top_p=0.7, minibatches=1), torch.device("cpu"))
+@pytest.mark.parametrize(
+    "phase, minibatches", [("mapo-replay", 1), ("mapo-replay", 2), ("mapo", 1)]
+)
+def test_the_ratio_of_every_token_in_a_step(phase, minibatches, monkeypatch):
+    settings = replace(TINY, top_p=0.7, minibatches=minibatches)
+    bench = train.Workbench(settings, torch.device("cpu"))
     roll_out, rewards = bench.roll_out, torch.tensor([0.0, 1.0]).repeat(4, 2)
     # Signal in every group: a model that has learned nothing is never right.
-    monkeypatch.setattr(bench, "roll_out", lambda *given: (roll_out(*given)[0], rewards))
+    monkeypatch.setattr(bench, "roll_out", lambda *x: roll_out(*x)._replace(rewards=rewards))
     run = train.Run(bench, phase, 0)
     run.step()
     (step,) = run.record["steps"]
-    assert step["scored_tokens"] > 50
-    if phase == "mapo-replay":
+    assert step["scored_tokens"] * minibatches > 50
+    if minibatches == 2:  # the second meets a policy that the first has changed
+        assert step["on_policy_ratio"] == 1 < step["ratio_max"]
+    elif phase == "mapo-replay":
         assert step["ratio_mean"] == step["ratio_max"] == 1 and step["approx_kl"] == 0
     else:
         assert step["ratio_mean"] < step["ratio_max"] < 1
@@ -385,7 +390,9 @@ def test_success_is_exact_match_not_mean_reward():
     problem = Problem("stones<", "senots")
     nearly, too_long = task.reward(problem, "senot<"), task.reward(problem, "senotsx")
     assert (nearly, too_long) == (5 / 6, 6 / 7)
-    assert success_share(torch.tensor([[1.0, nearly, too_long, 0.0]])) == 0.25
+    rewards = torch.tensor([[1.0, nearly, too_long, 0.0]])
+    summary = group_summary(Scored(None, rewards, torch.tensor([[True, False, False, False]])))
+    assert summary["success"] == 0.25 and summary["reward"] > 0.6
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
@@ -426,10 +433,13 @@ def test_cached_sampling_agrees_with_the_full_forward_pass(top_p):
 
 def test_parts_of_rollouts_keep_what_their_answers_kept():
     _, _, rollouts = sampled(0.6)
-    parts = rollouts.split(5)
+    parts = [rollouts.select(rows) for rows in torch.arange(15).split(5)]
     assert [part.tokens.shape for part in parts] == [(5, 5)] * 3
     kept = SamplingMask.cat([part.kept for part in parts])
     assert all(torch.equal(x, y) for x, y in zip(kept, rollouts.kept, strict=True))
+    again = train.Rollouts.cat(parts)
+    tensors = ((*x[:-1], *x.kept) for x in (again, rollouts))
+    assert all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
 
 
 def test_unfinished_answers_decode_to_none():
