@@ -23,6 +23,7 @@ from mapo_kernels.files import CommandError
 from mapo_kernels.study import statistics
 from mapo_kernels.study.settings import (
     ESTIMATORS,
+    NORM_RATE,
     RATE_SEEDS,
     RATES,
     READ_SUCCESS,
@@ -111,7 +112,7 @@ def phases(
         yield [
             Cell("rate", estimator, regime, "binary", seed, rate)
             for seed in RATE_SEEDS
-            for rate in RATES
+            for rate in RATES[regime]
             for estimator in estimators
         ]
         counted = range(seeds) if regime == "mixed" else few
@@ -123,7 +124,7 @@ def phases(
     for regime in regimes:
         if regime != "easy":
             yield [
-                Cell("norm", estimator, regime, "binary", seed, StudySettings.learning_rate)
+                Cell("norm", estimator, regime, "binary", seed, NORM_RATE)
                 for seed in few
                 for estimator in estimators
             ]
