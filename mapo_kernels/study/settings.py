@@ -143,14 +143,13 @@ RECORD_SCHEMA: dict[str, Any] = {
 class StudySettings(Settings):
     """The demo's settings at the study's size, and what the study adds to them."""
 
-    steps: int = 80
+    steps: int = 60
     prompts: int = 16
     minibatches: int = 2
     eps_high: float = 0.2  # symmetric, for all but `dapo`
     warmup_steps: int = 4000
     eval_prompts: int = 256
-    eval_copies: int = 4
-    eval_every: int = 20
+    eval_every: int = 15
     reward: str = "binary"  # a name in REWARDS
     learning_rate: float = 5e-4  # of the warm-up
     draws: int = 1  # batches of prompts sampled at most, until every group has signal
