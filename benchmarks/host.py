@@ -38,6 +38,8 @@ REPEATS, CALLS = 9, 200  # samples, and calls in each
 VOCAB, CHUNKS = 1024, 8
 FROM_HIDDEN = "mapo_loss_from_hidden"
 ANOTHER_CHUNK = f"{FROM_HIDDEN}, each chunk more"
+# What the chunk's two products take on this CPU, where a GPU would only be told of them.
+PRODUCTS = "... of which its products, on this CPU"
 # Where others offer the same: calls by level.
 PEERS = {"TRL", "Liger"}
 SHARED = {LOGPROBS: "mapo_loss", SCORING: "token_logprobs", LOGITS: "mapo_loss_from_logits"}
@@ -93,8 +95,10 @@ def our_calls() -> dict[str, Call]:
     # Made before nothing is computed any more: it says which rows are live.
     plan = mk.make_plan(advantages=more.advantages, mask=more.mask, spec=SPEC)
 
-    def from_hidden(rows: int) -> Call:
-        head = {"plan": plan, "old_logprobs": more.old, "chunk_rows": rows}
+    rows = hidden.flatten(0, 1)[: logp.numel() // CHUNKS]
+
+    def from_hidden(chunk_rows: int) -> Call:
+        head = {"plan": plan, "old_logprobs": more.old, "chunk_rows": chunk_rows}
         return step(lambda *x: mk.mapo_loss_from_hidden(*x, more.ids, **head).loss, hidden, weight)
 
     return {
@@ -108,6 +112,7 @@ def our_calls() -> dict[str, Call]:
         ),
         FROM_HIDDEN: from_hidden(logp.numel()),
         ANOTHER_CHUNK: from_hidden(logp.numel() // CHUNKS),
+        PRODUCTS: lambda: torch.mm(torch.mm(rows, weight.t()), weight),
     }
 
 
