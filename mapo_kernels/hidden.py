@@ -151,6 +151,7 @@ def _token_level(
     given = Batch(*taken)  # type: ignore[arg-type]
     advantages = live.take(advantage)
     chunk_spec = replace(spec, aggregation="token-mean", max_tokens=None)
+    no_groups = AdvantageSpec()
     # Of each chunk its results, then its loss; kernels are compiled for rows aligned to 16 bytes.
     table = active.new_zeros((-(-live.n // live.step), 2 * SLOTS))
     nothing = active.new_empty(0)
@@ -164,7 +165,7 @@ def _token_level(
             rows._replace(token_ids=rows.token_ids[:, None]),
             chunk,
             chunk_spec,
-            AdvantageSpec(),
+            no_groups,
             True,
             TokenResults(found[SLOTS], found[:SLOTS], nothing, place[:, None]),
             None if of_live is None else of_live[:, span, None],

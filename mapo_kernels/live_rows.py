@@ -154,7 +154,8 @@ class LiveRows:
                 logits = self.logits(span, hidden[padded])
                 place = head.place(logits) if kept is None else kept[padded]
                 gradient(span, logits[:n], rows, place[:n])
-                place[n:].zero_()
+                if place.shape[0] > n:
+                    place[n:].zero_()
                 grad = head.before_softcap(place, logits)
                 if d_hidden is not None:
                     d_hidden[span] = head.hidden_gradient(grad, dtype)[:n]
