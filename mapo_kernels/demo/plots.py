@@ -13,26 +13,9 @@ from matplotlib.figure import Figure
 
 from mapo_kernels import group_advantages
 from mapo_kernels.demo.settings import REPLAY, WARM_UP, Record
+from mapo_kernels.demo.styles import SETTINGS, STYLES
 from mapo_kernels.files import write_figure
 
-STYLES = {  # label and colour
-    "mapo": ("MAPO", "#d1495b"),
-    "grpo": ("GRPO", "#2e6f95"),
-    "apd": ("APD only", "#edae49"),
-    "mean": ("r - mean", "#66a182"),
-    "rloo": ("RLOO", "#8d6a9f"),
-}
-SETTINGS: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlelocation": "left",
-    "figure.constrained_layout.use": True,
-    "grid.alpha": 0.4,
-    "legend.frameon": False,
-    "lines.linewidth": 2.3,
-    "lines.markersize": 4,
-}
 SMOOTHING = 7  # steps on either side, in the running mean over noisy counts
 
 Grouped = dict[str, list[Record]]  # the runs of each estimator
@@ -103,7 +86,7 @@ def _smoothed(name: str) -> Callable[[Record], Curve]:
 
 def _style(phase: str, configuration: Record, seeds: int = 1) -> dict[str, Any]:
     estimator = phase.removesuffix(REPLAY)
-    label, colour = STYLES[estimator]
+    label, colour, _ = STYLES[estimator]
     if estimator == "mapo" and configuration["certainty"] != "quadratic":
         label += f" ({configuration['certainty']})"
     if phase != estimator:

@@ -16,6 +16,7 @@ __all__ = ["add_arguments", "main"]
 # Module and what it does.
 COMMANDS: dict[str, str] = {
     "ablation": "train every estimator from the same starts, several seeds each",
+    "synthetic": "advantages of groups that are known in closed form, beside what they must be",
 }
 
 
