@@ -17,6 +17,7 @@ __all__ = ["add_arguments", "main"]
 COMMANDS: dict[str, str] = {
     "ablation": "train every estimator from the same starts, several seeds each",
     "synthetic": "advantages of groups that are known in closed form, beside what they must be",
+    "extreme": "rollouts that nearly always fail or succeed: signal, first success, options",
 }
 
 
