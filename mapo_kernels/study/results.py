@@ -13,7 +13,11 @@ Found = dict[str, Any]
 
 def environment() -> Found:
     """Commit, versions, device and threads; nothing about whose machine it is."""
-    from mapo_kernels.bench.environment import describe
+    # Installed with the package, or beside it in a checkout.
+    try:
+        from mapo_kernels.bench.environment import describe
+    except ModuleNotFoundError:
+        from benchmarks.environment import describe
 
     return describe()
 
