@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "ablation": "train every estimator from the same starts, several seeds each",
     "synthetic": "advantages of groups that are known in closed form, beside what they must be",
     "extreme": "rollouts that nearly always fail or succeed: signal, first success, options",
+    "report": "a page of what the results say, as HTML and Markdown",
 }
 
 

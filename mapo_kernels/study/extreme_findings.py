@@ -121,6 +121,41 @@ def sentences(found: Found) -> list[str]:
     ]
 
 
+def against_mapo(found: Found) -> list[str]:
+    """What does not favour MAPO."""
+    size = max(row["group_size"] for row in found["options"])
+    first, base = (
+        next(x for x in found["first"] if (x["group_size"], x["variant"]) == (size, name))
+        for name in ("mapo", BASE)
+    )
+    times = first["success"][0] / base["success"][0]
+    lines = []
+    if times > 1:
+        lines.append(
+            f"One success of {size} gets {number(times, 1)} times GRPO's advantage, with no bound "
+            f"but max_abs."
+        )
+    small = min(row["group_size"] for row in found["options"])
+    plain = next(
+        x
+        for x in found["options"]
+        if (x["group_size"], x["variant"], x["option"]) == (small, "mapo", "none")
+    )
+    if plain["credit"] > plain["success"]:
+        lines.append(
+            f"In a failed group of {small} one 0.1 of format credit gets a larger advantage than "
+            f"a first success does: {number(plain['credit'], 2)} and {number(plain['success'], 2)}."
+        )
+    threshold = found["shaped"][0]
+    if threshold["lambda"] == 1:
+        lines.append(
+            f"It needs to know successes: with {threshold['right']} of {threshold['group_size']} "
+            f"answers right and shaped rewards below the threshold it is the percent deviation "
+            f"alone."
+        )
+    return lines
+
+
 def _on_signal(found: Found) -> str:
     rows = found["signal"]
     inside = [

@@ -75,6 +75,19 @@ def synthetic(found: Found) -> list[str]:
     return [*_agreement(found["rows"]), _reversion(found), _mirror(found), *_gradient(found)]
 
 
+def against_mapo(found: Found) -> list[str]:
+    """What does not favour MAPO."""
+    high, low = (_lowest(found, group, "mapo") for group in (HIGH, LOW))
+    if high <= low + SAME:
+        return []
+    return [
+        f"On the paper's own example of advantage reversion it keeps the reversion: |A| of "
+        f"{number(high, 2)} in [{_text_of(HIGH)}], {number(low, 2)} in [{_text_of(LOW)}] "
+        f"(GRPO: {number(_lowest(found, HIGH, 'grpo'), 2)} and "
+        f"{number(_lowest(found, LOW, 'grpo'), 2)})."
+    ]
+
+
 def _agreement(rows: list[Found]) -> list[str]:
     wrong = [x for x in rows if not x["ok"]]
     exact = [x for x in rows if x["kind"] != "printed"]
