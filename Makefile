@@ -23,7 +23,8 @@ TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
-.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint docs bench clean
+.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint docs bench \
+	hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mapo-kernels demo $(DEMO_ARGS)
@@ -68,6 +69,10 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed
 	$(BIN)/mapo-kernels bench $(BENCH_ARGS)
+
+# A kernel for the Hugging Face Hub, in build/hub.
+hub: $(VENV)/.installed
+	$(BIN)/python hub/build.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mapo_kernels import backend
+from mapo_kernels._ops import add_op_namespace_prefix
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -37,7 +38,7 @@ def dispatched(
     """
     name = launch.__name__.removeprefix("launch_")
 
-    @torch.library.custom_op(f"mapo_kernels::{name}", mutates_args=("out",), schema=_SCHEMA)
+    @torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=("out",), schema=_SCHEMA)
     def operator(tensors, out, numbers, form):  # type: ignore[no-untyped-def]
         fields, reads, writes = iter(form.split()), iter(tensors), iter(out)
         values = iter(numbers)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mapo_kernels import checks, planning
@@ -26,6 +25,7 @@ from mapo_kernels.selection import select
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
 
 if TYPE_CHECKING:
+    import numpy as np
     from typing_extensions import Unpack
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mapo_kernels.dtypes import INTEGERS
@@ -72,7 +72,9 @@ def _as_tensor(sequences: object) -> torch.Tensor:
     """Indices or a mask as a tensor, where they lie."""
     if isinstance(sequences, torch.Tensor):
         return sequences
-    if isinstance(sequences, np.ndarray):
+    # Where there is an array, somebody has imported NumPy; torch works without it.
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(sequences, numpy.ndarray):
         sequences = sequences.tolist()
     if isinstance(sequences, (list, tuple, range)):
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mapo_kernels._ops import add_op_namespace_prefix
+
 # From as many numbers on, one sum is shared by torch's threads.
 _SHARED = 32768
 
@@ -32,7 +34,7 @@ def sum_by(index: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 # A graph's own loop would add from several threads, in the order in which they come.
-@torch.library.custom_op("mapo_kernels::sum_by", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("sum_by"), mutates_args=())
 def _sum_by(index: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
     return x.new_zeros(n).index_add(0, index, x)
 
