@@ -24,7 +24,7 @@ TRITONS ?= 3.6.0 3.8.0 3.9.0
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
 .PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint docs bench \
-	hub clean
+	dist test-dist hub clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mapo-kernels demo $(DEMO_ARGS)
@@ -60,6 +60,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 # The site, for `python3 -m http.server --directory build/site`. Material tells of its successor, once
 # a build, unless the variable is set.
@@ -69,6 +75,16 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed
 	$(BIN)/mapo-kernels bench $(BENCH_ARGS)
+
+# The source distribution, and the wheel that is built from it.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+# In an empty environment, outside the checkout.
+test-dist: dist
+	PYTHON=$(abspath $(BIN))/python PIP_ARGS="$(PIP_ARGS)" tests/package/installed.sh
 
 # A kernel for the Hugging Face Hub, in build/hub.
 hub: $(VENV)/.installed
@@ -93,4 +109,4 @@ $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* .triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
