@@ -5,7 +5,6 @@ import inspect
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -141,10 +140,6 @@ def test_what_is_exported_is_imported_when_asked_for():
 def test_version():
     out = run_python("from mapo_kernels.__main__ import main; main(['--version'])")
     assert out == f"mapo-kernels {mk.__version__}\n"
-    try:
-        assert mk.__version__ == metadata.version("mapo-kernels")
-    except metadata.PackageNotFoundError:
-        pytest.skip("the package is on the path but not installed")
 
 
 def test_kernels_do_not_validate_and_the_api_does_not_compute():
