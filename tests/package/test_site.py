@@ -50,6 +50,30 @@ def test_every_variable_of_the_environment_is_explained():
     assert names and all(f"| `{name}` |" in text for name in names)
 
 
+def test_what_runs_where_is_what_the_tests_and_ci_run():
+    rows = [line.split(" | ") for line in (DOCS / "support.md").read_text().splitlines()]
+    rows = [[cell.strip("| ") for cell in row] for row in rows if len(row) == 4][2:]
+    said = {status: " ".join(row[1] for row in rows if row[2] == status) for *_, status, _ in rows}
+    assert set(said) == {"run", "compiled", "untried"}
+    constraints = {path.stem: path.read_text() for path in ROOT.glob("constraints*.txt")}
+    torch, trl, verl = (
+        re.search(rf"^{name}==([\d.]+)$", constraints[file], re.M)[1]
+        for name, file in (
+            ("torch", "constraints"),
+            ("trl", "constraints-trl"),
+            ("verl", "constraints-verl"),
+        )
+    )
+    for name in (torch.removesuffix(".0"), f"TRL {trl}", f"verl {verl}"):
+        assert name in said["run"]
+    triton = re.search(r"^TRITONS \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert all(version in said["run"] for version in triton)
+    compiled = re.findall(r"sm_\d+|gfx\w+", said["compiled"])
+    source = (ROOT / "benchmarks/machine_code.py").read_text()
+    assert sorted(compiled) == sorted(re.findall(r'^    "(\w+)": GPUTarget\(', source, re.M))
+    assert re.search("on a GPU", said["untried"])
+
+
 def test_the_first_loss_is_what_the_page_says(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.S)
     scope = {}
