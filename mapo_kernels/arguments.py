@@ -95,7 +95,7 @@ DEFAULTS: dict[str, Any] = {
     "spec": LossSpec(),
     "advantage_spec": AdvantageSpec(),
 }
-_MARK = "        **arguments: "
+_MARK = "    **arguments: "
 
 
 def takes(table: type) -> Callable[[F], F]:
@@ -120,7 +120,8 @@ def takes(table: type) -> Callable[[F], F]:
         first = [p for p in own if p not in last]
         function.__signature__ = plain.replace(parameters=[*first, *shared, *last])  # type: ignore[attr-defined]
         if function.__doc__:  # python -OO has none
-            lines = function.__doc__.splitlines()
+            # Without the indentation of the source, which compilers of Python 3.13 leave out.
+            lines = inspect.cleandoc(function.__doc__).splitlines()
             at = next(i for i, line in enumerate(lines) if line.startswith(_MARK))
             lines[at : at + 1] = _meanings(table)
             function.__doc__ = "\n".join(lines)
@@ -132,6 +133,7 @@ def takes(table: type) -> Callable[[F], F]:
 def _meanings(table: type) -> list[str]:
     """The lines of help about the arguments of a table and of those it extends."""
     texts = [
-        (x.__doc__ or "").partition("Args:\n")[2] for x in dict.fromkeys((BatchArguments, table))
+        inspect.cleandoc(x.__doc__ or "").partition("Args:\n")[2]
+        for x in dict.fromkeys((BatchArguments, table))
     ]
     return [line for text in texts for line in text.splitlines() if line.strip()]

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mapo_kernels as mk
+from mapo_kernels import arguments
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [name for name in mk.__all__ if not name.startswith("__")]
@@ -45,6 +47,27 @@ def test_fields_are_documented():
     for result in (mk.LossOutput, mk.GroupStats, mk.Plan):
         names = getattr(result, "_fields", None) or result.__dataclass_fields__
         assert all(f"{name}:" in inspect.getdoc(result) for name in names)
+
+
+def test_help_comes_together_without_the_indentation_of_the_source():
+    # Python 3.13 strips it when it compiles; a module whose help cannot be made is not imported.
+    def indented(**arguments):
+        """Something.
+
+        Args:
+            **arguments: those that all losses share, in `arguments.BatchArguments`.
+        """
+
+    def stripped(**arguments): ...
+
+    stripped.__doc__ = inspect.cleandoc(indented.__doc__)
+    texts = [
+        inspect.getdoc(arguments.takes(arguments.BatchArguments)(x)) for x in (indented, stripped)
+    ]
+    assert texts[0] == texts[1]
+    assert re.findall(r"^    (\w+): ", texts[0], re.M) == list(
+        arguments.BatchArguments.__annotations__
+    )
 
 
 # A machine without a GPU, and Triton not interpreting.
