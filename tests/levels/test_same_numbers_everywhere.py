@@ -11,8 +11,8 @@ import mapo_kernels as mk
 from mapo_kernels._triton import interprets
 
 NAN = float("nan")
-# A tenth added up ten times (from Python 3.12 on `sum` rounds once), a difference that float32 cannot
-# hold, and one that only looks like one.
+# A tenth added up ten times (from Python 3.12 on `sum` rounds once), a difference that float32
+# cannot hold, and one that only looks like one.
 REWARDS = {
     "sum of tenths": [0.9999999999999999, 0.0, 0.0, 0.0],
     "large offset": [1e9 + 1, 1e9, 1e9, 1e9],
