@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=8, help=seeds)
     add("--steps", type=int, default=StudySettings.steps, help="RL steps of a run")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    add("--device", default="cpu", help="a torch device; on a CPU runs repeat bit for bit")
+    models = "instead of the demo's: a Hugging Face causal LM, by name or folder, and TRL's trainer"
+    add("--model", help=models)
+    needed = "with --model, yaml that decides all else, as examples/paper_setting.yaml"
+    add("--config", type=Path, help=needed)
     folder = "folder of the results; what an earlier study has finished there is kept"
     add("--out", type=Path, default=Path("study_out"), help=folder)
 
@@ -64,12 +69,43 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             given = getattr(args, name)
             raise CommandError(f"--{name}: expected at least {least}, got {given}")
+    if (args.model is None) != (args.config is None):
+        raise CommandError("--model, --config: expected both or neither")
+    device = _checked_device(args.device)
+    if args.model is not None:
+        return _of_model(args, device)
     return run_study(
         StudySettings(steps=args.steps),
         estimators=list(dict.fromkeys(args.estimators)),
         regimes=list(dict.fromkeys(args.regimes)),
         seeds=args.seeds,
         jobs=args.jobs,
+        out=args.out,
+        device=device,
+    )
+
+
+def _checked_device(name: str) -> str:
+    from mapo_kernels.demo.experiment import usable_device
+
+    try:
+        return str(usable_device(name))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _of_model(args: argparse.Namespace, device: str) -> int:
+    """The runs of a Hugging Face model; TRL's trainer has no dynamic sampling."""
+    from mapo_kernels.study import model_runs
+    from mapo_kernels.study.analytic import VARIANTS
+
+    every = args.estimators == list(ESTIMATORS)
+    return model_runs.run(
+        args.model,
+        args.config,
+        estimators=list(VARIANTS if every else dict.fromkeys(args.estimators)),
+        seeds=args.seeds,
+        device=device,
         out=args.out,
     )
 
@@ -82,12 +118,13 @@ def run_study(
     seeds: int,
     jobs: int,
     out: Path,
+    device: str = "cpu",
 ) -> int:
     """Run every cell whose record is missing; see `main`."""
     with files.naming(out):
         out.mkdir(parents=True, exist_ok=True)
     path = out / RECORDS_NAME
-    with files.locked(out), _runner(base, out, jobs) as run:
+    with files.locked(out), _runner(base, out, jobs, device) as run:
         records = _kept_records(path, base)
         for cells in phases(records, estimators, regimes, seeds):
             done = {Cell.of(record) for record in records}
@@ -147,19 +184,19 @@ def _main(
 
 
 @contextmanager
-def _runner(base: StudySettings, out: Path, jobs: int) -> Iterator[Runner]:
+def _runner(base: StudySettings, out: Path, jobs: int, device: str) -> Iterator[Runner]:
     """What runs cells and yields their records as they end; with one job, in this process."""
     from mapo_kernels.study.runs import run_cell
 
     if jobs == 1:
-        yield lambda cells: (run_cell(cell, base, out) for cell in cells)
+        yield lambda cells: (run_cell(cell, base, out, device) for cell in cells)
         return
     # Forked processes would share torch's threads; Ctrl-C is this process's affair.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_ignore_interrupts)
 
     def run(cells: Iterable[Cell]) -> Iterator[Record]:
-        futures = [pool.submit(run_cell, cell, base, out) for cell in cells]
+        futures = [pool.submit(run_cell, cell, base, out, device) for cell in cells]
         return (future.result() for future in as_completed(futures))
 
     try:

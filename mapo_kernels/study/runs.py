@@ -42,9 +42,9 @@ class StudyBench(Workbench):
 
     settings: StudySettings
 
-    def __init__(self, settings: StudySettings) -> None:
-        """Create the task's datasets; everything runs on the CPU."""
-        super().__init__(settings, torch.device("cpu"))
+    def __init__(self, settings: StudySettings, device: str = "cpu") -> None:
+        """Create the task's datasets."""
+        super().__init__(settings, torch.device(device))
         self._credit = replace(self.task, partial_credit=True)
 
     def reward(self, problem: Problem, answer: str | None) -> float:
@@ -122,19 +122,20 @@ def _joined(first: Scored, second: Scored) -> Scored:
     return Scored(rollouts, rewards, torch.cat([first.correct, second.correct]))
 
 
-def run_cell(cell: Cell, base: StudySettings, out: Path) -> Record:
+def run_cell(cell: Cell, base: StudySettings, out: Path, device: str = "cpu") -> Record:
     """Train and evaluate one cell; returns its record.
 
     Args:
         cell: which run.
         base: the settings that all cells share.
         out: the study's folder, which keeps the warm-ups.
+        device: a torch device.
     """
     began = time.perf_counter()
     torch.set_num_threads(1)
     settings = cell.settings(base)
-    start = _start(cell.regime, cell.seed, base, out)
-    run = StudyRun(StudyBench(settings), cell, start)
+    start = _start(cell.regime, cell.seed, base, out, device)
+    run = StudyRun(StudyBench(settings, device), cell, start)
     run.begin()
     while not run.record["finished"]:
         run.step()
@@ -147,17 +148,20 @@ def run_cell(cell: Cell, base: StudySettings, out: Path) -> Record:
         "evals": run.record["evals"],
         "steps": _blocks(run.record["steps"]),
         "seconds": time.perf_counter() - began,
-        **_environment(),
+        **_environment(device),
     }
     return _rounded(record)
 
 
-def _start(regime: str, seed: int, base: StudySettings, out: Path) -> Run:
+def _start(regime: str, seed: int, base: StudySettings, out: Path, device: str) -> Run:
     """The warm-up of a regime and a seed, made once for all estimators."""
     # Of the settings, only those that a warm-up depends on.
     shared = replace(base, warmup_success=REGIMES[regime], steps=0)
-    run = Run(StudyBench(shared), WARM_UP, seed)
-    path = out / STARTS_NAME / f"{regime}_seed{seed}.pt"
+    run = Run(StudyBench(shared, device), WARM_UP, seed)
+    # A random state is that of a kind of device.
+    kind = run.bench.device.type
+    of_device = "" if kind == "cpu" else f"_{kind}"
+    path = out / STARTS_NAME / f"{regime}_seed{seed}{of_device}.pt"
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
@@ -199,13 +203,15 @@ def _rounded(value: Any) -> Any:
 
 
 @cache
-def _environment() -> Record:
+def _environment(device: str) -> Record:
     """Versions, machine and commit, which do not change while a process lives."""
     found = versions() | {"reasoning-gym": metadata.version("reasoning-gym")}
-    return {"commit": _commit(), "versions": found, "machine": _machine()}
+    return {"commit": _commit(), "versions": found, "machine": _machine(device)}
 
 
-def _machine() -> str:
+def _machine(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, one thread a run"
 
 

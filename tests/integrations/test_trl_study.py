@@ -18,10 +18,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from mapo_kernels import files
+from mapo_kernels.__main__ import main
 from mapo_kernels.files import CommandError
 from mapo_kernels.integrations.trl import MAPOConfig
 from mapo_kernels.integrations.trl_options import advantage_spec_of, loss_spec_of
 from mapo_kernels.study import model_runs
+from mapo_kernels.study.analytic import VARIANTS
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper_setting.yaml"
 # A token is a whole answer in the right form, so that a random model is right now and then.
@@ -112,6 +114,23 @@ def test_a_model_from_a_folder_is_trained_and_the_rest_is_resumed(model, config,
         assert any(x["grad_norm"] > 0 for x in steps)
     # The same start, and the same draws of evaluation.
     assert records[0]["before"] == records[1]["before"]
+
+
+def test_the_command_line_trains_and_its_report_says_so(model, config, tmp_path):
+    given = ["--model", model, "--config", str(config), "--device", "cpu", "--seeds", "1"]
+    given += ["--estimators", "mapo-step", "--out", str(tmp_path)]
+    assert main(["study", "ablation", *given]) == 0
+    assert main(["study", "report", str(tmp_path), "--markdown", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| tiny | MAPO step | 0 |" in page and "study ablation --model tiny" in page
+
+
+def test_without_a_choice_all_estimators_run_that_trl_has(config, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_runs, "run", lambda *_, **given: asked.append(given) or 0)
+    given = ["--model", "x", "--config", str(config), "--out", str(tmp_path)]
+    assert main(["study", "ablation", *given]) == 0
+    assert asked[0]["estimators"] == list(VARIANTS)
 
 
 def test_other_settings_are_not_continued(model, config, tmp_path):

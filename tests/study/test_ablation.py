@@ -172,6 +172,30 @@ def test_gradients_are_rescaled_to_one_norm_in_the_stage_norm_alone(stage, monke
         assert done["update_norm"] > 0
 
 
+def test_the_device_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
+    asked = []
+    made = runs.StudyBench.__init__
+
+    def bench(self, given, device="cpu"):
+        asked.append(device)
+        made(self, given, "cpu")
+
+    monkeypatch.setattr(runs.StudyBench, "__init__", bench)
+    monkeypatch.setattr(runs, "_environment", lambda device: {"machine": device})
+    cell = replace(CELL, estimator="dapo")
+    assert runs.run_cell(cell, TINY, tmp_path, "cuda:1")["machine"] == "cuda:1"
+    assert asked == ["cuda:1", "cuda:1"]
+
+
+def test_a_device_that_there_is_not_is_refused(tmp_path, capsys):
+    arguments = ["study", "ablation", "--out", str(tmp_path), "--device"]
+    assert main([*arguments, "meta"]) == 2
+    assert "--device: expected a usable device, got 'meta'" in capsys.readouterr().err
+    assert main([*arguments, "cpu", "--model", "x"]) == 2
+    assert "--model, --config: expected both or neither" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # The study
 
 
@@ -184,7 +208,8 @@ def study(out, base=TINY, *, estimators=("mapo", "grpo"), regimes=("mixed",), se
 def quick(monkeypatch):
     """Records without training; the success of a run is ten times its learning rate."""
 
-    def run_cell(cell, base, out):
+    def run_cell(cell, base, out, device):
+        assert device == "cpu"
         success = 10 * cell.learning_rate
         evals = [{"step": 0, "success_sampled": success, "success_greedy": 0.0}]
         return {
