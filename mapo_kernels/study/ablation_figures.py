@@ -55,7 +55,7 @@ def draw(ablation: Ablation) -> Figures:
 def _panels(titles: Sequence[str], title: str, high: float = 4.2) -> tuple[Figure, list[Axes]]:
     """Panels side by side that share their y-axis, under one title."""
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(2.4 + 3.4 * len(titles), high))
+        figure = Figure(figsize=(max(7.6, 2.4 + 3.4 * len(titles)), high))
         axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
         for panel, text in zip(axes, titles, strict=True):
             panel.set_title(text, fontsize=10)
@@ -86,7 +86,7 @@ def _curves(
             )
         panel.set_xlabel("RL step")
     axes[0].set(ylabel=label)
-    axes[0].set_ylim(0, 1.02 if what != "gradient_norm" and what != "advantage_abs" else None)
+    axes[0].set_ylim(0, None)
     figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False)
     return figure
 
@@ -157,7 +157,6 @@ def _forms(ablation: Ablation, settings: Sequence[Setting]) -> Figure:
 def _threshold(ablation: Ablation, known: Setting, guessed: Setting) -> Figure:
     title = "Does MAPO gain from success= with continuous rewards?"
     figure, axes = _panels(["mixed, partial rewards"], title, high=3.2)
-    figure.set_size_inches(7.6, 3.2)
     rows = [
         (name, ablation.between(name, known, guessed, measure), measure == "area")
         for measure in MEASURES

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
 from typing import NamedTuple
 
 from mapo_kernels.demo.styles import STYLES
@@ -161,6 +162,42 @@ def _by_setting(of_it: Sequence[Comparison]) -> list[str]:
         seeds = max(x.found.seeds for x in compared)
         lines.append(f"{where}, {measure} ({seeds} seeds): {'. '.join(sorted(parts))}.")
     return lines
+
+
+def resolution(compared: Sequence[Comparison]) -> str:
+    """How small a difference could have been seen."""
+    halves = [
+        (x.found.high - x.found.low) / 2
+        for x in compared
+        if x.found.low is not None and x.found.high is not None
+    ]
+    if not halves:
+        return "No estimator has two seeds yet."
+    return (
+        f"Half of the intervals reach less than {median(halves):.3f} to either side: differences "
+        f"much smaller than that would go unseen."
+    )
+
+
+def price_of_sampling(ablation: Ablation) -> list[str]:
+    """What dynamic sampling costs, which a comparison at equal steps does not see."""
+    lines = []
+    for setting in _settings(ablation, "main"):
+        means = {}
+        for name in ("dapo", BASE):
+            runs = ablation.cells[setting].get(name, {}).values()
+            groups = [x for record in runs for x in record["steps"]["groups"] if x is not None]
+            if groups:
+                means[name] = sum(groups) / len(groups)
+        if len(means) == 2 and means["dapo"] > means[BASE]:
+            lines.append(f"{setting.regime} {means['dapo'] / means[BASE]:.2f}")
+    if not lines:
+        return []
+    return [
+        f"These comparisons are at equal steps. {STYLES['dapo'].label} samples again where groups "
+        f"have no signal, and sampled this many times the answers of the others: "
+        f"{', '.join(lines)}."
+    ]
 
 
 def mapo_and_grpo(ablation: Ablation) -> tuple[str, Table]:

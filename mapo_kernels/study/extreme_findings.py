@@ -168,7 +168,7 @@ def _on_signal(found: Found) -> str:
     same = all(row["same_for_all"] for row in rows)
     which = "the same groups" if same else "DIFFERENT groups"
     return (
-        f"With a success probability of {rarest['p']:g} and G = {rarest['group_size']} "
+        f"With a success probability of {rarest['p']:g} and G = {rarest['group_size']}, "
         f"{100 * rarest['groups']['expected']:.1f}% of groups and "
         f"{100 * rarest['steps']['expected']:.1f}% of steps of {found['settings']['groups']} "
         f"groups have a gradient, and as many with 1 - p: no estimator changes that, all have "

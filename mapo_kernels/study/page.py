@@ -41,7 +41,7 @@ def table(content: Table, *, folded: bool = False) -> str:
     """A table under its title; a long one shows when its title is clicked on."""
     if not folded:
         return f"{content.title}:\n\n{content.markdown()}"
-    summary = f"<details><summary>{html.escape(content.title)}</summary>"
+    summary = f'<details markdown="1"><summary>{html.escape(content.title)}</summary>'
     return f"{summary}\n\n{content.markdown()}\n\n</details>"
 
 

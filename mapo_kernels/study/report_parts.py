@@ -176,7 +176,8 @@ def _ablation(ablation: Ablation | None, drawn: Collection[str]) -> list[str]:
         *_method(ablation),
         f"{len(compared)} comparisons were made in all; the interval of {len(stated)} excludes 0, "
         f"and that of about {(1 - CONFIDENCE) * len(compared):.0f} would by chance alone. They are "
-        "not corrected for their number, and percentile intervals of so few seeds are too narrow.",
+        "not corrected for their number, and percentile intervals of so few seeds are too narrow. "
+        f"{ablation_findings.resolution(compared)}",
         *_plots(["ablation_success"], drawn),
         heading(3, "MAPO and GRPO"),
         short,
@@ -185,6 +186,8 @@ def _ablation(ablation: Ablation | None, drawn: Collection[str]) -> list[str]:
     for name, answer in ablation_findings.answers(ablation).items():
         parts += [heading(3, answer.question), answer.short, *_plots(PLOTS_OF.get(name, ()), drawn)]
         parts.append(bullets(answer.lines))
+        if name == "estimator":
+            parts += ablation_findings.price_of_sampling(ablation)
     parts += [heading(3, "Over the run"), *_plots(OVER_TIME, drawn)]
     parts.append(heading(3, "All numbers"))
     return parts + [table(x, folded=True) for x in ablation_findings.tables(ablation)]

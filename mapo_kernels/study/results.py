@@ -30,4 +30,4 @@ def write(out: Path, name: str, found: Found) -> None:
     """
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / name, (json.dumps(found, indent=0) + "\n").encode())
+    write_whole(out / name, (json.dumps(found, separators=(",", ":")) + "\n").encode())

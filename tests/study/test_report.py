@@ -1,6 +1,7 @@
 """`mapo-kernels study report`: what it says of known numbers, of few and of none."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from mapo_kernels.__main__ import main
 from mapo_kernels.study import ablation_findings as findings
 from mapo_kernels.study.ablation_results import Ablation, Setting, settings_of_study
 from mapo_kernels.study.comparisons import difference, estimate, interquartile_mean
+from mapo_kernels.study.report import TITLE
+from mapo_kernels.study.report_parts import Results, markdown
+from mapo_kernels.study.report_parts import figures as figures_of
 from mapo_kernels.study.settings import ESTIMATORS
 
-MIXED = Setting("main", "mixed", "binary")
+ROOT = Path(__file__).parents[2]
+RESULTS, DOCS = ROOT / "benchmarks/results/study", ROOT / "docs"
 
 
 # Statistics
@@ -107,6 +112,25 @@ def test_the_threshold_is_compared_with_success_known_apart():
     partial = noisy(["mapo", "grpo"], 4, reward="partial")
     known = noisy(["mapo"], 4, reward="partial-success", effects={"mapo": 0.2})
     assert "Higher than itself with the default threshold**: MAPO +0.2" in said(partial + known)
+
+
+def test_what_dynamic_sampling_costs_is_said():
+    records = noisy(["grpo", "dapo"], 2)
+    assert findings.price_of_sampling(Ablation(records)) == []
+    for x in records:
+        if x["estimator"] == "dapo":
+            x["steps"]["groups"] = [32.0, 40.0]
+    (line,) = findings.price_of_sampling(Ablation(records))
+    assert "GRPO + DAPO samples again" in line and "the others: mixed 2.25." in line
+
+
+def test_how_small_a_difference_could_be_seen():
+    records = [record("grpo", seed, 0.5) for seed in (0, 1)]
+    records += [record("apd", seed, 0.5 + 0.2 * seed) for seed in (0, 1)]
+    compared = findings.comparisons(Ablation(records))
+    # The intervals are [0, 0.2] of the final success, and half of that of the mean.
+    assert "less than 0.075 to either side" in findings.resolution(compared)
+    assert findings.resolution([]) == "No estimator has two seeds yet."
 
 
 # What is missing
@@ -220,3 +244,14 @@ def test_what_is_no_result_is_refused(tmp_path, capsys, files, says):
 def test_a_folder_that_there_is_not_is_named(tmp_path, capsys):
     assert report(tmp_path / "none") == 2
     assert "none" in capsys.readouterr().err
+
+
+# The page of the repository
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="no results in this checkout")
+def test_the_page_in_docs_is_what_its_results_say():
+    drawn = {x.stem.removeprefix("study_") for x in DOCS.glob("study_*.png")}
+    assert drawn == set(figures_of(Results.read(RESULTS)))
+    text = markdown(Results.read(RESULTS), TITLE, drawn)
+    assert (DOCS / "study.md").read_text() == text, "run: mapo-kernels study report"
