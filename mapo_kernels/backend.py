@@ -14,6 +14,7 @@ from mapo_kernels._triton import (
     environment,
     interprets,
 )
+from mapo_kernels.tracing import constant_in_graphs
 
 BACKENDS = ("auto", "triton", "eager", "inductor")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
@@ -50,7 +51,7 @@ def _setting() -> str:
 
 
 # The environment cannot be traced by torch.compile, and need not be: tracing settles the backend.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def resolve_backend(device_type: str, is_double: bool = False) -> str:
     """The backend that a call with tensors on `device_type` uses.
 

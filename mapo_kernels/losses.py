@@ -20,6 +20,7 @@ from mapo_kernels.masks import SamplingMask
 from mapo_kernels.plan import bounds_of
 from mapo_kernels.scoring import checked_head, head_description, split_of
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tracing import outside_graphs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,12 +141,12 @@ def mapo_loss_from_logits(
         logits = logits.detach()
     apply = MapoLogitsLossFunction.apply
     if split is not None:
-        apply = torch.compiler.disable(apply)
+        apply = outside_graphs(apply)
     given = (call.batch, call.spec, call.advantage_spec, inplace)
     return call.output(*apply(logits, rows, *given, *((scores,) if scores else ())))
 
 
-@torch.compiler.disable
+@outside_graphs
 @takes(LossArguments)
 def mapo_loss_from_hidden(
     hidden: torch.Tensor,

@@ -17,6 +17,7 @@ from mapo_kernels.keywords import names_checked
 from mapo_kernels.masks import SamplingMask, check_sampling_mask, one_of_both, resolved
 from mapo_kernels.plan import Plan, require_plan
 from mapo_kernels.spec import require_bool
+from mapo_kernels.tracing import outside_graphs
 
 
 @names_checked
@@ -80,7 +81,7 @@ def token_logprobs(
     return tuple(table.view(2, *token_ids.shape).unbind(0))
 
 
-@torch.compiler.disable
+@outside_graphs
 @names_checked
 def token_logprobs_from_hidden(
     hidden: torch.Tensor,
