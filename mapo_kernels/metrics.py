@@ -268,7 +268,7 @@ def as_metrics(
     results: torch.Tensor,
     known: dict[str, torch.Tensor],
     ranks: tuple[int, ...] | None,
-) -> dict[str, torch.Tensor]:
+) -> Metrics:
     """`Metrics` from what a loss leaves, but for a compiled graph that cannot make them.
 
     Args:
@@ -282,7 +282,7 @@ def as_metrics(
         values = {name: results[slot] for name, slot in slots.items()}
         values.update(known)
         if not _IS_TRACEABLE:
-            return values
+            return values  # type: ignore[return-value]
         metrics = Metrics(values)
     else:
         metrics = dict.__new__(_Unread)
