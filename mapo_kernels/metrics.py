@@ -66,11 +66,11 @@ class Metrics(dict[str, torch.Tensor]):
             self._know_what(other)
         super().update(*args, **kwargs)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: Any) -> Metrics:  # type: ignore[override]
         """A union, as `update` has it."""
         return _union(self, other)
 
-    def __ror__(self, other: Any) -> Any:
+    def __ror__(self, other: Any) -> Metrics:  # type: ignore[override]
         """A union, as `update` has it."""
         return _union(other, self)
 

@@ -75,7 +75,8 @@ def step(
     plain = mapo_loss(ref, plan=plan, old_logprobs=old, ref_logprobs=ref)
     same = MapoLoss(plan.spec)(ref, plan=plan, old_logprobs=old, ref_logprobs=ref)
     print(plain.loss - same.loss, plain.advantages)
-    return log(out.metrics | plain.metrics, None)
+    both: Metrics = out.metrics | plain.metrics
+    return log(both, None)
 
 
 def step_from_hidden(
