@@ -253,6 +253,7 @@ def _check_points(given: argparse.Namespace) -> None:
 
 
 def _warm(given: argparse.Namespace) -> int:
+    require("bench", "rich", "pytest")
     _check_points(given)
     from . import tune
 
@@ -264,7 +265,7 @@ def _warm(given: argparse.Namespace) -> int:
 
 
 def _tune(given: argparse.Namespace) -> int:
-    require("bench", "rich")
+    require("bench", "rich", "pytest")
     if given.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # as in `_run`
     import torch

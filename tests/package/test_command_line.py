@@ -108,7 +108,9 @@ def test_a_missing_extra_says_what_to_install(kind, monkeypatch, tmp_path, capsy
     assert not out and err == f"mapo-kernels demo: rich not installed: pip install {expected}\n"
 
 
-@pytest.mark.parametrize("action", ["run", "report x.json", "codegen", "host", "startup", "tune"])
+@pytest.mark.parametrize(
+    "action", ["run", "report x.json", "codegen", "host", "startup", "warm", "tune"]
+)
 def test_benchmarks_without_their_extra_are_one_line(action, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(files, "find_spec", lambda name: None if name == "rich" else True)
     monkeypatch.chdir(tmp_path)
