@@ -49,6 +49,8 @@ def test_help_needs_no_torch(words, tmp_path):
         (["demo", "--see", "3"], "--see"),
         (["doctor", "foo"], "foo"),
         (["doctor", "--seeds", "3"], "--seeds"),
+        (["study", "foo"], "foo"),
+        (["study", "ablation", "--see", "3"], "--see"),
         (["bench", "foo"], "foo"),
         (["bench", "run", "foo"], "foo"),
         (["bench", "--suit", "full"], "--suit"),
