@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="which")
     regimes = "how often the start succeeds: " + ", ".join(f"{k} {v}" for k, v in REGIMES.items())
     add("--regimes", nargs="+", choices=REGIMES, default=["mixed", "hard", "easy"], help=regimes)
-    seeds = f"of the mixed regime with binary rewards; at most {SEEDS} of these elsewhere"
-    add("--seeds", type=int, default=8, help=seeds)
+    add("--seeds", type=int, default=8, help="of the mixed regime with binary rewards")
+    add("--other-seeds", type=int, default=SEEDS, help="of everything else, at most --seeds")
     add("--steps", type=int, default=StudySettings.steps, help="RL steps of a run")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     add("--device", default="cpu", help="a torch device; on a CPU runs repeat bit for bit")
@@ -64,10 +64,10 @@ def main(args: argparse.Namespace) -> int:
         CommandError: it cannot be run like that, or the folder has records of other settings.
     """
     files.require("demo", "reasoning_gym", "jsonschema", "filelock")
-    for name, least in {"seeds": 1, "steps": 0, "jobs": 1}.items():
+    for name, least in {"seeds": 1, "other_seeds": 1, "steps": 0, "jobs": 1}.items():
         if getattr(args, name) < least:
-            given = getattr(args, name)
-            raise CommandError(f"--{name}: expected at least {least}, got {given}")
+            option, given = name.replace("_", "-"), getattr(args, name)
+            raise CommandError(f"--{option}: expected at least {least}, got {given}")
     if (args.model is None) != (args.config is None):
         raise CommandError("--model, --config: expected both or neither")
     device = _checked_device(args.device)
@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
         estimators=list(dict.fromkeys(args.estimators)),
         regimes=list(dict.fromkeys(args.regimes)),
         seeds=args.seeds,
+        other_seeds=args.other_seeds,
         jobs=args.jobs,
         out=args.out,
         device=device,
@@ -115,6 +116,7 @@ def run_study(
     estimators: Sequence[str],
     regimes: Sequence[str],
     seeds: int,
+    other_seeds: int = SEEDS,
     jobs: int,
     out: Path,
     device: str = "cpu",
@@ -125,7 +127,7 @@ def run_study(
     path = out / RECORDS_NAME
     with files.locked(out), _runner(base, out, jobs, device) as run:
         records = _kept_records(path, base)
-        for cells in phases(records, estimators, regimes, seeds):
+        for cells in phases(records, estimators, regimes, seeds, other_seeds):
             done = {Cell.of(record) for record in records}
             missing = [cell for cell in cells if cell not in done]
             for count, record in enumerate(run(missing), start=1):
@@ -137,13 +139,17 @@ def run_study(
 
 
 def phases(
-    records: Sequence[Record], estimators: Sequence[str], regimes: Sequence[str], seeds: int
+    records: Sequence[Record],
+    estimators: Sequence[str],
+    regimes: Sequence[str],
+    seeds: int,
+    other_seeds: int = SEEDS,
 ) -> Iterator[list[Cell]]:
     """All cells, what matters most first; `records` grows in between, and decides learning rates.
 
     Seed by seed, so that a study that ends early has whole seeds to compare.
     """
-    few = range(min(seeds, SEEDS))
+    few = range(min(seeds, other_seeds))
     for regime in regimes:
         yield [
             Cell("rate", estimator, regime, "binary", seed, rate)

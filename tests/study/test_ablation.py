@@ -199,9 +199,9 @@ def test_a_device_that_there_is_not_is_refused(tmp_path, capsys):
 # The study
 
 
-def study(out, base=TINY, *, estimators=("mapo", "grpo"), regimes=("mixed",), seeds=1, jobs=1):
-    given = {"estimators": estimators, "regimes": regimes, "seeds": seeds}
-    return run_study(base, jobs=jobs, out=out, **given)
+def study(out, base=TINY, *, estimators=("mapo", "grpo"), regimes=("mixed",), seeds=1, **others):
+    given = {"estimators": estimators, "regimes": regimes, "seeds": seeds, "jobs": 1} | others
+    return run_study(base, out=out, **given)
 
 
 @pytest.fixture
@@ -246,6 +246,17 @@ def test_the_cells_of_the_whole_study(quick, tmp_path):
     for cell in cells:  # the largest learning rate was the best
         rates = {"main": (RATES[cell.regime][-1],), "norm": (NORM_RATE,)}
         assert cell.learning_rate in rates.get(cell.stage, RATES[cell.regime])
+
+
+def test_seeds_can_be_added_to_a_finished_study(quick, tmp_path):
+    path = tmp_path / settings.RECORDS_NAME
+    study(tmp_path, seeds=3, other_seeds=1)
+    before = path.read_bytes()
+    study(tmp_path, seeds=3, other_seeds=2)
+    assert path.read_bytes().startswith(before)
+    added = [Cell.of(x) for x in read_records(path)[before.count(b"\n") :]]
+    assert {x.seed for x in added} == {1} and {x.stage for x in added} == {"main", "norm"}
+    assert not any((x.stage, x.reward) == ("main", "binary") for x in added)
 
 
 def test_a_study_that_was_cut_off_continues(quick, tmp_path, capsys):
@@ -300,7 +311,7 @@ def test_processes_give_the_records_of_one_process(tmp_path):
     assert json.dumps(found[0]) == json.dumps(found[1])
 
 
-@pytest.mark.parametrize("words", ["--seeds 0", "--jobs 0", "--steps -1"])
+@pytest.mark.parametrize("words", ["--seeds 0", "--jobs 0", "--steps -1", "--other-seeds 0"])
 def test_impossible_options_are_one_line(words, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["study", "ablation", *words.split(), "--out", str(out)]) == 2
