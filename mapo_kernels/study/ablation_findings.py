@@ -5,6 +5,7 @@ A difference is stated where its interval excludes 0, and nowhere else.
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
@@ -19,8 +20,8 @@ from mapo_kernels.study.ablation_results import (
     Ablation,
     Setting,
 )
-from mapo_kernels.study.comparisons import CONFIDENCE, Estimate
-from mapo_kernels.study.settings import READ_SUCCESS, REGIMES
+from mapo_kernels.study.comparisons import Estimate, rate_by_chance
+from mapo_kernels.study.settings import RATE_SEEDS, RATES, READ_SUCCESS, REGIMES
 from mapo_kernels.study.statistics import chosen_rates
 from mapo_kernels.study.tables import Table
 
@@ -137,14 +138,45 @@ def answers(ablation: Ablation) -> dict[str, Answer]:
 def counted(of_it: Sequence[Comparison]) -> str:
     """How many comparisons there were, and how they came out."""
     kinds = Counter(x.verdict for x in of_it)
-    many = len(of_it) - kinds["one seed allows no statement"]
+    with_interval = [x for x in of_it if x.found.low is not None]
     parts = [f"{kinds[x]} {x}" for x in ("higher", "lower") if kinds[x]]
     if kinds["no difference found"]:
         parts.append(f"no difference found in {kinds['no difference found']}")
-    if many < len(of_it):
-        parts.append(f"one seed allows no statement in {len(of_it) - many}")
-    chance = f"about {(1 - CONFIDENCE) * many:.1f} would exclude 0 by chance alone"
+    if len(with_interval) < len(of_it):
+        few = len(of_it) - len(with_interval)
+        parts.append(f"one seed allows no statement in {few}")
+    chance = f"about {by_chance(with_interval):.1f} would exclude 0 by chance alone"
     return f"Of {len(of_it)} comparisons: {', '.join(parts)} ({chance})."
+
+
+def rates(ablation: Ablation) -> str:
+    """Which learning rates were tried and chosen, and what that leaves open."""
+    tried, chosen, at_an_end = [], [], False
+    for regime, grid in RATES.items():
+        tried.append(f"{regime} {', '.join(f'{rate:g}' for rate in grid)}")
+        of_it = chosen_rates(ablation.records, regime)
+        at_an_end = at_an_end or any(rate in (min(grid), max(grid)) for rate in of_it.values())
+        if of_it:
+            usual = statistics.mode(of_it.values())
+            others = [f"{STYLES[x].label} {rate:g}" for x, rate in of_it.items() if rate != usual]
+            chosen.append(f"{regime} {usual:g}" + (f" ({', '.join(others)})" if others else ""))
+    beyond = " Where an end of a grid was chosen, better ones may lie beyond." if at_an_end else ""
+    return (
+        f"Learning rates tried: {'; '.join(tried)}. Chosen: {'; '.join(chosen) or 'none yet'}. "
+        f"{len(RATE_SEEDS)} seeds choose with noise, and an estimator with another rate than GRPO "
+        f"may differ from it for that alone.{beyond}"
+    )
+
+
+def by_chance(compared: Iterable[Comparison]) -> float:
+    """How many of these intervals would exclude 0 if there were no differences at all."""
+    return sum(rate_by_chance(x.found.seeds) for x in compared)
+
+
+def chances(compared: Iterable[Comparison]) -> str:
+    """That rate for each number of seeds."""
+    seeds = sorted({x.found.seeds for x in compared})
+    return ", ".join(f"{rate_by_chance(n):.0%} of those of {n} seeds" for n in seeds)
 
 
 def _by_setting(of_it: Sequence[Comparison]) -> list[str]:

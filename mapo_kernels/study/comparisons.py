@@ -15,6 +15,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+TRIALS = 2000  # of a simulation, with RESAMPLES / 10 each
 SEED = 0  # of the resampling: a page that is made again has the same numbers
 LEAST = 2  # seeds that an interval takes
 
@@ -60,6 +61,22 @@ def estimate(by_seed: Mapping[int, float]) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(interquartile_mean(values[_resamples(n)]), (tail, 1 - tail))
     return Estimate(value, float(low), float(high), n)
+
+
+@cache
+def rate_by_chance(seeds: int) -> float:
+    """How often an interval excludes 0 where the seeds' differences are normal noise around 0.
+
+    Above 1 - CONFIDENCE: the percentiles of so few seeds are too close together. Simulated.
+    """
+    noise = np.random.default_rng(SEED).standard_normal((TRIALS, seeds))
+    tail = (1 - CONFIDENCE) / 2
+    found = 0
+    for values in noise:
+        means = interquartile_mean(values[_resamples(seeds)[: RESAMPLES // 10]])
+        low, high = np.quantile(means, (tail, 1 - tail))
+        found += not low <= 0 <= high
+    return found / TRIALS
 
 
 @cache

@@ -18,13 +18,22 @@ from mapo_kernels.study import (
 )
 from mapo_kernels.study import figures as synthetic_figures
 from mapo_kernels.study.ablation import read_records
-from mapo_kernels.study.ablation_results import MOST_SEEDS, Ablation
+from mapo_kernels.study.ablation_results import Ablation
 from mapo_kernels.study.comparisons import CONFIDENCE, RESAMPLES
 from mapo_kernels.study.figures import Figures
 from mapo_kernels.study.model_runs import RECORDS_NAME as MODELS_NAME
 from mapo_kernels.study.model_runs import read_records as read_models
 from mapo_kernels.study.page import bullets, figure, heading, table
-from mapo_kernels.study.settings import ESTIMATORS, RECORDS_NAME, REGIMES, REWARDS, SEEDS, STAGES
+from mapo_kernels.study.settings import (
+    ESTIMATORS,
+    NORM_RATE,
+    RATE_SEEDS,
+    RATES,
+    RECORDS_NAME,
+    REGIMES,
+    REWARDS,
+    STAGES,
+)
 from mapo_kernels.study.tables import Table
 
 Found = dict[str, Any]
@@ -175,8 +184,9 @@ def _ablation(ablation: Ablation | None, drawn: Collection[str]) -> list[str]:
         heading(2, "Estimators trained from the same starts"),
         *_method(ablation),
         f"{len(compared)} comparisons were made in all; the interval of {len(stated)} excludes 0, "
-        f"and that of about {(1 - CONFIDENCE) * len(compared):.0f} would by chance alone. They are "
-        "not corrected for their number, and percentile intervals of so few seeds are too narrow. "
+        f"and that of about {ablation_findings.by_chance(compared):.0f} would by chance alone: "
+        f"percentile intervals of few seeds are too narrow, and where only normal noise differs "
+        f"{ablation_findings.chances(compared)} exclude 0. Their number is not corrected for. "
         f"{ablation_findings.resolution(compared)}",
         *_plots(["ablation_success"], drawn),
         heading(3, "MAPO and GRPO"),
@@ -211,10 +221,18 @@ def _method(ablation: Ablation) -> list[str]:
         f"A decoder of the demo learns one verifiable task ({said}) by each estimator, from the "
         f"same supervised warm-up for a seed. Regimes are successes at which the warm-up ends: "
         f"{regimes}; held-out success at the start of RL was {measured}. Each estimator has the "
-        f"learning rate that did best on seeds of its own (stage `rate`); stage `norm` compares at "
-        f"one learning rate, with every gradient rescaled to one norm.",
-        f"Numbers are interquartile means over seeds (at most {MOST_SEEDS} in the mixed regime "
-        f"with binary rewards, {SEEDS} elsewhere). Brackets are {CONFIDENCE:.0%} percentile "
+        f"learning rate, of {len(RATES['mixed'])}, with the largest mean success over the run on "
+        f"seeds of its own (stage `rate`, {len(RATE_SEEDS)} seeds, binary rewards). "
+        f"{ablation_findings.rates(ablation)}",
+        f"Adam divides by the gradient's running size, so that a constant factor of all advantages "
+        f"changes nothing: what an estimator decides is how much each group weighs beside the "
+        f"others, and how gradients change in size from step to step and against the norm at which "
+        f"they are clipped. Stage `norm` takes away the latter two: one learning rate "
+        f"({NORM_RATE:g}) for all, and every gradient rescaled to that norm.",
+        "With partial rewards, a reward of 1 is out of reach for solutions of 3 characters, takes "
+        "the solution for 4, and four fifths or more of it for 5 and 6. Z-scores and percent "
+        "deviations do not see that scale, lambda does.",
+        f"Numbers are interquartile means over seeds. Brackets are {CONFIDENCE:.0%} percentile "
         f"bootstrap intervals over seeds ({RESAMPLES} resamples); differences are of the same "
         f"seeds. A difference is stated only where its interval excludes 0.",
         table(Table("Estimators", ["name", "what"], list(ESTIMATORS.items())), folded=True),

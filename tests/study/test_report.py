@@ -15,11 +15,11 @@ from study.records import noisy, record, write
 from mapo_kernels.__main__ import main
 from mapo_kernels.study import ablation_findings as findings
 from mapo_kernels.study.ablation_results import Ablation, Setting, settings_of_study
-from mapo_kernels.study.comparisons import difference, estimate, interquartile_mean
+from mapo_kernels.study.comparisons import difference, estimate, interquartile_mean, rate_by_chance
 from mapo_kernels.study.report import TITLE
 from mapo_kernels.study.report_parts import Results, markdown
 from mapo_kernels.study.report_parts import figures as figures_of
-from mapo_kernels.study.settings import ESTIMATORS
+from mapo_kernels.study.settings import ESTIMATORS, RATE_SEEDS, RATES
 
 ROOT = Path(__file__).parents[2]
 RESULTS, DOCS = ROOT / "benchmarks/results/study", ROOT / "docs"
@@ -50,6 +50,12 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_claims():
     assert 0.88 <= covered <= 1
 
 
+def test_intervals_of_few_seeds_exclude_0_more_often_than_they_claim():
+    # Of two seeds: if both differ in the same direction.
+    assert rate_by_chance(2) == pytest.approx(0.5, abs=0.04)
+    assert 0.12 > rate_by_chance(5) > rate_by_chance(8) > rate_by_chance(30) > 0.04
+
+
 def test_differences_are_of_the_same_seeds():
     found = difference({0: 0.5, 1: 0.9, 2: 0.4}, {1: 0.8, 2: 0.3, 7: 9.0})
     assert found.value == pytest.approx(0.1) and found.seeds == 2
@@ -76,16 +82,32 @@ def test_a_difference_is_stated_where_the_interval_excludes_0_and_counted():
     assert re.search(r"Lower than GRPO\*\*: RLOO -0\.\d+ \[-[^]]*\]", text)
     assert re.search(r"No difference found\*\*: APD only [+-]0\.\d+ \[-0[^]]*\+0", text)
     assert "mixed, binary rewards, final success (5 seeds): " in text
-    counts = "Of 6 comparisons: 2 higher, 2 lower, no difference found in 2 (about 0.3 would"
+    counts = "Of 6 comparisons: 2 higher, 2 lower, no difference found in 2 (about 0.6 would"
     assert counts in text
     short, table = findings.mapo_and_grpo(Ablation(records))
-    assert short.startswith("Of 2 comparisons: 2 higher (about 0.1")
+    assert short.startswith("Of 2 comparisons: 2 higher (about 0.2")
     assert [line[-1] for line in table.lines] == ["higher", "higher"]
+
+
+def test_chosen_rates_at_an_end_of_their_grid_are_said():
+    def tried(best):
+        return [
+            record(name, seed, 0.5 + (rate == best[name]), stage="rate", rate=rate)
+            for name in best
+            for seed in RATE_SEEDS
+            for rate in RATES["mixed"]
+        ]
+
+    low, middle, _ = RATES["mixed"]
+    text = findings.rates(Ablation(tried({"mapo": middle, "grpo": middle, "apd": low})))
+    assert f"Chosen: mixed {middle:g} (APD only {low:g}). " in text and "may lie beyond" in text
+    text = findings.rates(Ablation(tried({"mapo": middle, "grpo": middle})))
+    assert f"Chosen: mixed {middle:g}. " in text and "may lie beyond" not in text
 
 
 def test_no_difference_is_said_and_one_seed_allows_none():
     same = [record(name, seed, 0.5 + 0.01 * seed) for name in ("mapo", "grpo") for seed in range(3)]
-    assert "Of 2 comparisons: no difference found in 2 (about 0.1" in said(same)
+    assert "Of 2 comparisons: no difference found in 2 (about 0.5" in said(same)
     single = [record("mapo", 0, 0.9), record("grpo", 0, 0.1)]
     assert "Of 2 comparisons: one seed allows no statement in 2" in said(single)
     assert "One seed allows no statement**: MAPO +0.800 (one seed)" in said(single)
