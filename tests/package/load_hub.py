@@ -96,7 +96,8 @@ def main(folders):
     os.environ["LOCAL_KERNELS"] = f"OWNER/mapo-kernels={folders[0]}"
     card = (Path(folders[0]) / "CARD.md").read_text()
     exec(card.split("```python\n")[1].split("```")[0], {})
-    assert not [x for x in versions[0].__all__ if f"`{x}`" not in card and "__" not in x]
+    unnamed = [x for x in versions[0].__all__ if f"`{x}`" not in card and "__" not in x]
+    assert not unnamed, f"hub/CARD.md says nothing about {unnamed}"
     assert not [name for name in sys.modules if name.startswith("mapo_kernels.")]
     # What older versions of `kernels` load: a module of another name that is the same kernel.
     folder = Path(versions[0].__file__).parent / "mapo_kernels"
