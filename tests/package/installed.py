@@ -24,7 +24,7 @@ out.loss.backward()
 advantages = mk.group_advantages(torch.tensor([1.0, 0, 0, 1]), group_size=2)
 torch.testing.assert_close(logp.grad, -advantages[:, None].expand(4, 3) / 12)
 
-for file in ("bench/stub_cuda.c",):
+for file in ("py.typed", "bench/stub_cuda.c"):
     assert (folder / file).is_file(), f"{file} is not in the wheel"
 assert not list(folder.glob("bench/**/*.png")), "results of benchmarks are in the wheel"
 
