@@ -47,7 +47,8 @@ test-full: $(VENV)/.installed
 test-integrations: $(TRAINERS:%=test-with-%)
 
 $(TRAINERS:%=test-with-%): test-with-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest --must-run tests/integrations/test_$**.py $(TEST_ARGS)
+	.venv-$*/bin/python -m pytest --must-run tests/integrations/test_$**.py \
+		tests/examples/test_$**.py $(TEST_ARGS)
 
 # A Triton lies in a folder of its own, which comes before the environment's on the path.
 test-triton: $(TRITONS:%=test-triton-%)

@@ -91,10 +91,8 @@ def _leaves(
         return (logits,), our_scores(logits, rest)
     hidden = torch.randn(n, length, width, device=device).to(case.dtype)
     weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
-    kept = getattr(rest, "kept", None)
-    logp = mk.token_logprobs_from_hidden(
-        hidden, weight, rest.ids, softcap=softcap, sampling_mask=kept
-    )
+    kept = {"sampling_mask": getattr(rest, "kept", None)}
+    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, softcap=softcap, **kept)
     return (hidden, weight), logp
 
 

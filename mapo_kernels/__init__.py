@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
     from mapo_kernels.calls import LossOutput, TokenLossOutput
     from mapo_kernels.groups import GroupStats
-    from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden, mapo_loss_from_logits
+    from mapo_kernels.losses import (
+        MapoLinearLoss,
+        MapoLoss,
+        mapo_loss,
+        mapo_loss_from_hidden,
+        mapo_loss_from_logits,
+    )
     from mapo_kernels.masks import SamplingMask
     from mapo_kernels.metrics import Metrics
-    from mapo_kernels.modules import MapoLinearLoss, MapoLoss
     from mapo_kernels.plan import Plan, make_plan
     from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
     from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -62,10 +67,10 @@ _HOMES = {
     "GroupStats": "groups",
     "LossOutput": "calls",
     "LossSpec": "spec",
-    "MapoLinearLoss": "modules",
+    "MapoLinearLoss": "losses",
     "MapoLinearLossFunction": "autograd",
     "MapoLogitsLossFunction": "autograd",
-    "MapoLoss": "modules",
+    "MapoLoss": "losses",
     "MapoLossFunction": "autograd",
     "Metrics": "metrics",
     "Plan": "plan",

@@ -14,15 +14,13 @@ from mapo_kernels._triton import (
     environment,
     interprets,
 )
-from mapo_kernels.choices import BACKENDS as BACKENDS
-from mapo_kernels.choices import Backend, Computing
-from mapo_kernels.tracing import constant_in_graphs
 
+BACKENDS = ("auto", "triton", "eager", "inductor")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
-_chosen: Backend | None = None
+_chosen: str | None = None
 
 
-def set_backend(name: Backend | None) -> None:
+def set_backend(name: str | None) -> None:
     """Choose the backend for this process.
 
     Args:
@@ -40,7 +38,7 @@ def set_backend(name: Backend | None) -> None:
     _chosen = name
 
 
-def _setting() -> Backend:
+def _setting() -> str:
     """What was chosen: by `set_backend`, else by the environment, where empty means unset."""
     if _chosen is not None:
         return _chosen
@@ -52,8 +50,8 @@ def _setting() -> Backend:
 
 
 # The environment cannot be traced by torch.compile, and need not be: tracing settles the backend.
-@constant_in_graphs
-def resolve_backend(device_type: str, is_double: bool = False) -> Computing:
+@torch.compiler.assume_constant_result
+def resolve_backend(device_type: str, is_double: bool = False) -> str:
     """The backend that a call with tensors on `device_type` uses.
 
     Args:

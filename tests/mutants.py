@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-_COPIED = ("mapo_kernels", "reference", "benchmarks", "tests", "docs", "pyproject.toml")
-_COPIED += ("README.md", "constraints.txt")
+_COPIED = ("mapo_kernels", "reference", "benchmarks", "tests", "docs", "examples")
+_COPIED += ("README.md", "ARCHITECTURE.md", "Makefile", "pyproject.toml", "constraints.txt")
 
 
 class Mutant(NamedTuple):

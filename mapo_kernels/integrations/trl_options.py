@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from mapo_kernels.advantage_spec import require_scale
-from mapo_kernels.choices import AggregationName, Objective
 from mapo_kernels.settings import require_bool, require_choice, require_number
 from mapo_kernels.spec import ESTIMATORS, VESPO, AdvantageSpec, LossSpec
 
 LEVELS = ("hidden", "logits", "logprobs")
 # TRL's loss types: what is averaged, and over what.
-AGGREGATIONS: dict[str, AggregationName] = {
+AGGREGATIONS = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
     "bnpo": "token-mean",
@@ -28,7 +27,7 @@ AGGREGATIONS: dict[str, AggregationName] = {
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
-OBJECTIVES: dict[str, Objective] = {"cispo": "cispo", "sapo": "sapo", "vespo": "vespo"}
+OBJECTIVES = {"cispo": "cispo", "sapo": "sapo", "vespo": "vespo"}
 
 
 def check_config(args: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mapo_kernels import files
 from mapo_kernels.files import CommandError
+from mapo_kernels.study import statistics
 from mapo_kernels.study.settings import (
     ESTIMATORS,
     NORM_RATE,
@@ -180,9 +181,7 @@ def _main(
     seeds: Iterable[int],
 ) -> list[Cell]:
     """The runs at the learning rates that were chosen in the regime with binary rewards."""
-    from mapo_kernels.study.statistics import chosen_rates  # which imports numpy
-
-    rates = chosen_rates(records, regime)
+    rates = statistics.chosen_rates(records, regime)
     return [
         Cell("main", estimator, regime, reward, seed, rates[estimator])
         for seed in seeds

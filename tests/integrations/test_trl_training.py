@@ -1,8 +1,6 @@
 """Real runs of `MAPOTrainer`: rewards rise, adapters and evaluation work, dropping is exact."""
 
-import re
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,11 @@ from trl_support import (
     loss_and_gradients,
     new_batch,
     new_model,
-    new_tokenizer,
     new_trainer,
     prompts,
     relative_gap,
     share_of_a,
     starts_with_a,
-    vars_of_a_tiny_run,
 )
 
 LEVELS = ("hidden", "logits", "logprobs")
@@ -48,20 +44,6 @@ def test_the_reward_rises(options, tmp_path):
     assert all(0.0 <= p <= 1.0 for p in logged(trainer, "mapo/success_ratio"))
     assert max(logged(trainer, "mapo/lambda")) > 0.2
     assert logged(trainer, "mapo/zero_signal")[0] > 0
-
-
-def test_the_example_of_the_page_trains(tmp_path):
-    page = (Path(__file__).parents[2] / "docs/trl.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    scope = {}
-    exec(next(block for block in blocks if "MAPOTrainer" in block), scope)
-
-    def correct(completions, **_):
-        return starts_with_a(completions)
-
-    options = vars_of_a_tiny_run(tmp_path) | {"max_steps": 3}
-    trainer = scope["train"](new_model(), new_tokenizer(), correct, prompts(), **options)
-    assert trainer.state.global_step == 3 and logged(trainer, "rewards/correct/mean")
 
 
 def test_a_reward_function_by_name_says_what_success_is(tmp_path):

@@ -11,6 +11,8 @@ from benchmarks import report, results
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+# Pages that have no code of their own.
+CUT = ("README.md", "docs/own_loop.md", "docs/trl.md")
 FENCES = re.compile(r"^```.*?^```", re.S | re.M)
 
 
@@ -51,6 +53,17 @@ def test_files_that_a_page_names_exist(name):
         r"`((?:benchmarks|examples|tests|mapo_kernels)/[\w/]+\.\w+)`", TEXTS[name]
     ):
         assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_code_of_an_example_is_what_the_file_has(name):
+    """A block whose title is a file of examples/ is a piece of that file, which tests run."""
+    blocks = re.findall(r"^```python([^\n]*)\n(.*?)^```", TEXTS[name], re.S | re.M)
+    for words, code in blocks:
+        title = re.fullmatch(r' title="(examples/\w+\.py)"', words)
+        assert title or name not in CUT, f"{name} has code of its own:\n{code}"
+        if title:
+            assert f"\n\n{code}\n" in (ROOT / title[1]).read_text(), f"{title[1]} has not:\n{code}"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from own_loop import TinyModel, batch_for
+from tiny_model import TinyModel, batch_for
 
 import mapo_kernels as mk
 
