@@ -19,9 +19,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "architecture.md": "ARCHITECTURE.md",
     "gpu.md": "benchmarks/GPU.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",
 }
-LATER = ("study.md", "changelog.md")  # shown as soon as they are there
+LATER = ("study.md",)  # shown as soon as they are there
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)#\s]+)(?=[)#])")
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.S
@@ -68,8 +70,7 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages that lie elsewhere, and every file that a page links to."""
     for uri, path in PAGES.items():
-        if (ROOT / path).exists():
-            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
     for page in files.documentation_pages():
         for path in _linked(page.content_string, page.src_uri):
             uri = _uri(path)
@@ -77,13 +78,15 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
                 files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links of the repository become links of the site."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Links of the repository become links of the site; those to folders lead to the repository."""
     uri = page.file.src_uri
     folder = posixpath.dirname(_source(uri))
 
     def moved(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[0]))
+        if (ROOT / path).is_dir():
+            return f"{config.extra['social'][0]['link']}/tree/main/{path}"
         if not (ROOT / path).is_file():
             return link[0]
         return posixpath.relpath(_uri(path), posixpath.dirname(uri) or ".")

@@ -24,6 +24,7 @@ def _parameter(one: inspect.Parameter, function: griffe.Function) -> griffe.Para
     annotation: griffe.Expr | str | None = None
     if one.annotation is not inspect.Parameter.empty:
         text = inspect.formatannotation(one.annotation).strip("'")
+        text = "Any" if text.startswith("Unpack[") else text
         annotation = griffe.get_annotation(ast.parse(text, mode="eval").body, parent=function)
     return griffe.Parameter(
         one.name,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAVIGATION = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\ntheme:")[0]
 # Pages of the site that lie elsewhere in the repository: see docs/site/hooks.py.
-ELSEWHERE = {"architecture.md", "gpu.md", "changelog.md"}
+ELSEWHERE = {"architecture.md", "gpu.md", "contributing.md", "security.md", "changelog.md"}
 PUBLIC = {name for name in mk.__all__ if not name.startswith("__")}
 # With arguments that only a running Python knows: docs/site/signatures.py.
 AT_RUN_TIME = ("mapo_loss", "mapo_loss_from_logits", "mapo_loss_from_hidden", "make_plan")
@@ -40,6 +40,11 @@ def test_every_page_is_in_the_navigation_once():
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     named = re.findall(r"[\w/]+\.md", NAVIGATION)
     assert pages | ELSEWHERE <= set(named) and len(named) == len(set(named))
+
+
+def test_the_links_to_the_repository_are_those_of_the_package():
+    link = re.search(r'link: "(.+)" }', (ROOT / "mkdocs.yml").read_text())[1]
+    assert f'Homepage = "{link}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_every_variable_of_the_environment_is_explained():
