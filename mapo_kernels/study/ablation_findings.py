@@ -26,6 +26,7 @@ from mapo_kernels.study.statistics import chosen_rates
 from mapo_kernels.study.tables import Table
 
 FORMS = ("mapo-linear", "mapo-entropy", "mapo-step", "mapo-0.5")  # beside the paper's
+OTHERS = ("apd", "mean", "rloo", "dapo")  # that mix nothing; GRPO is compared with all
 
 
 class Comparison(NamedTuple):
@@ -57,7 +58,7 @@ def comparisons(ablation: Ablation) -> list[Comparison]:
     """Everything that is compared, whatever comes out."""
     return [
         *_against_grpo(ablation),
-        *_forms(ablation),
+        *_against_mapo(ablation),
         *_threshold(ablation),
     ]
 
@@ -90,9 +91,10 @@ def _against_grpo(ablation: Ablation) -> Iterator[Comparison]:
         yield from _pairs(ablation, "rewards", setting, ablation.estimators(setting), BASE)
 
 
-def _forms(ablation: Ablation) -> Iterator[Comparison]:
+def _against_mapo(ablation: Ablation) -> Iterator[Comparison]:
     for setting in _settings(ablation, "main"):
         yield from _pairs(ablation, "lambda", setting, FORMS, "mapo")
+        yield from _pairs(ablation, "mapo", setting, OTHERS, "mapo")
 
 
 def _threshold(ablation: Ablation) -> Iterator[Comparison]:
@@ -111,6 +113,7 @@ QUESTIONS = {
     "estimator": "Is an estimator better than GRPO, each at its own learning rate?",
     "step size": "Is it, at equal gradient norms and one learning rate?",
     "lambda": "Does the form of lambda(p) matter? (against the paper's quadratic)",
+    "mapo": "Is an estimator that mixes nothing better than MAPO?",
     "rewards": "Is an estimator better than GRPO with continuous rewards?",
     "threshold": "Does MAPO gain from being told successes, where rewards are continuous?",
 }
@@ -254,11 +257,14 @@ def against_mapo(ablation: Ablation) -> list[str]:
     every = comparisons(ablation)
     lower = [x for x in _of_mapo(every) if x.verdict == "lower"]
     forms = [x for x in every if x.question == "lambda" and x.verdict == "higher"]
+    higher = [x for x in every if x.question == "mapo" and x.verdict == "higher"]
     return [
         *_listed("MAPO is lower than GRPO", lower),
+        *_listed("Another estimator is higher than MAPO", higher),
+        *(price_of_sampling(ablation) if STYLES["dapo"].label in {x.ours for x in higher} else []),
         *_listed("Another lambda does better than the paper's", forms),
         *_listed("Gains over GRPO that step size may explain", _lost_at_equal_norm(every)),
-        *_simpler(ablation),
+        *_as_good(every),
     ]
 
 
@@ -283,21 +289,21 @@ def _lost_at_equal_norm(every: Iterable[Comparison]) -> list[Comparison]:
     ]
 
 
-def _simpler(ablation: Ablation) -> Iterator[str]:
-    """Estimators without a lambda(p) that are not found to be worse than MAPO."""
-    for setting in _settings(ablation, "main"):
-        level = []
-        for name in ("apd", "mean", "rloo", "grpo"):
-            found = ablation.against(setting, name, "mapo", "area")
-            if found is None or found.low is None:
-                continue
-            if not (found.excludes_zero and found.value < 0):
-                level.append(f"{STYLES[name].label} {found.text(sign='+')}")
-        if level:
-            yield (
-                f"Not found to be worse than MAPO ({setting.text}, {MEASURE_NAMES['area']}, their "
-                f"difference from it): {'; '.join(level)}."
-            )
+def _as_good(every: Iterable[Comparison]) -> list[str]:
+    """Estimators without a mixture that are not found to be worse than MAPO."""
+    found: dict[str, list[str]] = {}
+    for x in every:
+        if x.measure != "area" or x.verdict != "no difference found":
+            continue
+        if x.question == "mapo":
+            found.setdefault(x.where, []).append(x.text)
+        elif x.question == "estimator" and x in _of_mapo([x]):
+            found.setdefault(x.where, []).append(x.theirs)
+    return [
+        f"No worse than MAPO, as far as was found ({where}, {MEASURE_NAMES['area']}): "
+        f"{'; '.join(which)}."
+        for where, which in found.items()
+    ]
 
 
 def tables(ablation: Ablation) -> list[Table]:

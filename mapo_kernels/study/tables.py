@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.table import Table as RichTable
+
+NUMBER = re.compile(r"(\*\*)?[-+]?(\d+(\.\d+)?(e[-+]\d+)?( [(\[/].*)?)?(\*\*)?$")
 
 
 class Table(NamedTuple):
@@ -18,16 +21,22 @@ class Table(NamedTuple):
     def rich(self) -> RichTable:
         """For the terminal: names to the left, numbers to the right."""
         drawn = RichTable(title=self.title, title_justify="left")
-        for i, head in enumerate(self.heads):
-            drawn.add_column(head, justify="right" if i else "left")
+        for head, right in zip(self.heads, self._numeric(), strict=True):
+            drawn.add_column(head, justify="right" if right else "left")
         for line in self.lines:
             drawn.add_row(*line)
         return drawn
 
     def markdown(self) -> str:
         """The cells alone: what they are is said around them."""
-        rule = ["---", *["---:"] * (len(self.heads) - 1)]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.heads, rule, *self.lines))
+        rule = ["---:" if right else "---" for right in self._numeric()]
+        rows = [[x.replace("|", "\\|") for x in cells] for cells in (self.heads, *self.lines)]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+
+    def _numeric(self) -> list[bool]:
+        """Which columns hold numbers, or dashes, alone."""
+        columns = zip(*self.lines, strict=True) if self.lines else [()] * len(self.heads)
+        return [all(NUMBER.match(cell) for cell in column) for column in columns]
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -20,6 +20,7 @@ from mapo_kernels.study.report import TITLE
 from mapo_kernels.study.report_parts import Results, markdown
 from mapo_kernels.study.report_parts import figures as figures_of
 from mapo_kernels.study.settings import ESTIMATORS, RATE_SEEDS, RATES
+from mapo_kernels.study.tables import Table
 
 ROOT = Path(__file__).parents[2]
 RESULTS, DOCS = ROOT / "benchmarks/results/study", ROOT / "docs"
@@ -119,13 +120,16 @@ def test_what_speaks_against_mapo():
     text = against(noisy(names, 5, effects={"mapo": -0.1, "mapo-step": 0.05}))
     assert re.search(r"MAPO is lower than GRPO: MAPO -0\.1\d+ \[[^]]*\] \(mixed, binary", text)
     assert "Another lambda does better than the paper's: MAPO step +0.1" in text
-    assert "Not found to be worse than MAPO (mixed, binary rewards" in text
+    assert re.search(r"Another estimator is higher than MAPO: APD only \+0\.\d", text)
+    text = against(noisy(["mapo", "grpo", "apd"], 5))
+    where = "(mixed, binary rewards, mean success over the run)"
+    assert re.search(rf"No worse than MAPO, [^(]*{re.escape(where)}: GRPO; APD only [+-]0", text)
     gain = noisy(names, 5, effects={"mapo": 0.1, "apd": -0.2, "mapo-step": -0.2})
     assert against(gain) == ""
     text = against(gain + noisy(names, 5, stage="norm"))
     assert "Gains over GRPO that step size may explain: MAPO" in text
     assert "(mixed, binary rewards, equal gradient norms, final success)" in text
-    assert "lower than" not in text and "Another" not in text and "Not found" not in text
+    assert "lower than" not in text and "Another" not in text and "No worse" not in text
     kept = noisy(names, 5, stage="norm", effects={"mapo": 0.1})
     assert against(gain + kept) == ""
 
@@ -153,6 +157,14 @@ def test_how_small_a_difference_could_be_seen():
     # The intervals are [0, 0.2] of the final success, and half of that of the mean.
     assert "less than 0.075 to either side" in findings.resolution(compared)
     assert findings.resolution([]) == "No estimator has two seeds yet."
+
+
+def test_tables_hold_numbers_to_the_right_and_bars_inside():
+    table = Table("t", ["name", "|A|", "text"], [["a | b", "-1.5 [-2, +3]", "1 of 3"]])
+    head, rule, line = table.markdown().splitlines()
+    assert (head, rule) == (r"| name | \|A\| | text |", "| --- | ---: | --- |")
+    assert line == r"| a \| b | -1.5 [-2, +3] | 1 of 3 |"
+    assert [x.justify for x in table.rich().columns] == ["left", "right", "left"]
 
 
 # What is missing
