@@ -11,11 +11,10 @@ import torch
 
 import mapo_kernels as mk
 
-SUITES = ("quick", "gpu", "full")
-MAPO, GRPO = "advantages, MAPO", "advantages, GRPO"
-LOGPROBS, LOGITS, SCORING, HIDDEN = "log-probs", "logits", "scoring logits", "hidden states"
-KEPT = "kept columns"
-LEVELS = (MAPO, GRPO, LOGPROBS, LOGITS, SCORING, HIDDEN, KEPT)
+from .names import GRPO, HIDDEN, KEPT, LOGITS, LOGPROBS, MAPO, SCORING
+from .names import LEVELS as LEVELS
+from .names import SUITES as SUITES
+
 BF16 = torch.bfloat16
 # Spread of answer lengths: a heavy tail up to the limit, as reasoning models have.
 LENGTH_SIGMA = 0.6

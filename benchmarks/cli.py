@@ -1,4 +1,8 @@
-"""`mapo-kernels bench`: run a suite, redraw its report, read machine code, time the host, tune."""
+"""`mapo-kernels bench`: run a suite, redraw its report, read machine code, time the host, tune.
+
+Each action has options of its own. It imports torch and the packages of the `bench` extra when it
+runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -9,57 +13,101 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mapo_kernels.files import CommandError, read_whole, write_whole
+from mapo_kernels.files import CommandError, read_whole, require, write_whole
 
-from .cases import LEVELS, SUITES
+from .names import LEVELS, SUITES
 
-RESULTS = Path("benchmarks/results")
 # Exit statuses of pytest.
 FINISHED, FAILED, INTERRUPTED = 0, 1, 2
+PACKAGES = ("matplotlib", "rich", "jsonschema")
+DEFAULT = "run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `bench`."""
+    """Add the actions and their options to a parser."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, action in ACTIONS.items():
+        summary = action.summary + (" (what `bench` alone does)" if name == DEFAULT else "")
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        action.add_arguments(
+            actions.add_parser(
+                name, help=summary, description=summary, formatter_class=shown, allow_abbrev=False
+            )
+        )
+
+
+def completed(words: Sequence[str]) -> list[str]:
+    """The words of a command line behind `bench`, with the action where it is left out."""
+    left_out = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
+    return [DEFAULT, *words] if left_out else list(words)
+
+
+def _add_nothing(parser: argparse.ArgumentParser) -> None:
+    """For an action without options."""
+
+
+def _add_result(parser: argparse.ArgumentParser) -> None:
+    """What every action takes that writes a result file."""
     add = parser.add_argument
-    add(
-        "action",
-        nargs="?",
-        default="run",
-        choices=list(ACTIONS),
-        help="run a suite (default); report: plots and tables of result files again; "
-        "codegen: what the compiler makes of the kernels for A100, H100, H200 and B200; "
-        "host: what each call costs its caller, over a driver that does nothing; "
-        "warm: compile what tune measures into TRITON_CACHE_DIR, without a GPU; "
-        "tune: measure values of the fields in config.py, and write the fastest to a file",
-    )
-    add("files", nargs="*", type=Path, help="report: result files (JSON)")
+    add("--commit", help="where the code has no git history to ask")
+    add("--notes", help="kept in the result file: what was predicted, and found")
+    add("--out", type=Path, default=Path(), help="folder of the result files")
+    add("--name", help="of the files; without one it is what is measured, device and time")
+
+
+def _add_special(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="each once: the times mean nothing")
+    _add_result(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--suite",
         choices=SUITES,
         default="quick",
         help="quick: under a minute on a CPU; gpu: parity tests, then all levels, under 8 minutes "
-        "on one H200; full: everything (default: quick)",
+        "on one H200; full: everything",
     )
     add(
         "--dry-run",
         action="store_true",
-        help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU; "
-        "tune: every point, compiled and interpreted",
+        help="walk every case that the suite has on a GPU, tiny and interpreted on the CPU",
     )
-    add("--level", action="append", default=[], choices=LEVELS, help="only this one; repeatable")
-    add("--commit", help="where the code has no git history to ask")
-    add("--notes", help="kept in the result file: what was predicted, and found")
-    add("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS}); tune: or a file")
-    add("--name", help="of the files (default: suite, device and time)")
+    once = "only this one; may be given several times"
+    add("--level", action="append", default=[], choices=LEVELS, help=once)
+    _add_result(parser)
     add("--no-plots", action="store_true", help="tables only")
-    add("--minutes", type=float, default=math.inf, help="tune: stop after so many (default: never)")
-    add("--family", action="append", default=[], help="tune, warm: only this one; repeatable")
-    add("--target", default="sm_90", help="warm, tune --dry-run: architecture (default: sm_90)")
-    add("--jobs", type=int, default=1, help="warm, tune --dry-run: processes (default: 1)")
-    add("--readme", type=Path, help="report: write its tables between its markers")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="result files (JSON)")
+    add("--readme", type=Path, help="a page to write the tables to, between its markers")
+    add("--no-plots", action="store_true", help="tables only")
+
+
+def _add_warm(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    once = "only this one; may be given several times"
+    add("--family", action="append", default=[], help=once)
+    add("--target", default="sm_90", help="architecture")
+    add("--jobs", type=int, default=1, help="processes that compile")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    dry = "every point, compiled for --target and interpreted on the CPU"
+    add("--dry-run", action="store_true", help=dry)
+    add("--minutes", type=float, default=math.inf, help="stop after so many; it can go on later")
+    _add_warm(parser)
+    add("--out", type=Path, default=Path(), help="folder, or the file itself")
+    add("--name", help="of the file; without one it is that of the device")
 
 
 def _name(given: argparse.Namespace) -> str:
@@ -69,7 +117,9 @@ def _name(given: argparse.Namespace) -> str:
     device = re.sub(r"\W+", "_", device_name()).strip("_").lower()
     if given.action == "tune":  # which goes on with what it finds there
         return given.name or f"tune_{'dry' if given.dry_run else device}"
-    kind = "host" if given.action == "host" else "dry" if given.dry_run else given.suite
+    kind = given.action
+    if kind == "run":
+        kind = "dry" if given.dry_run else given.suite
     return given.name or f"{kind}_{device}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
@@ -90,6 +140,7 @@ def measure(given: argparse.Namespace, path: Path) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
+    require("bench", *PACKAGES, "pytest", "pytest_benchmark")
     if given.dry_run:
         # Triton decides at import whether it interprets: nothing may have imported it yet.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -139,10 +190,9 @@ def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
+    require("bench", *PACKAGES)
     from . import report, results
 
-    if not given.files:
-        raise CommandError("report: expected result files, e.g. benchmarks/results/cpu.json")
     # All is read before anything is written.
     every = {path: results.read(path) for path in given.files}
     text = None
@@ -163,6 +213,7 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _codegen(given: argparse.Namespace) -> int:
+    require("bench", "rich")
     from .codegen import COLUMNS, static_table
     from .report import table
 
@@ -171,15 +222,18 @@ def _codegen(given: argparse.Namespace) -> int:
     return 0
 
 
-def _host(given: argparse.Namespace) -> int:
-    from . import host, results
+def _special(given: argparse.Namespace) -> int:
+    """`host` and `startup`: what is measured without cases."""
+    require("bench", "rich", "jsonschema")
+    from . import results
 
+    measured: Any = import_module(f".{given.action}", __package__)
     path = results.reserve(given.out, _name(given))
-    host.measure(path, given.dry_run, given.commit, given.notes)
+    measured.measure(path, given.dry_run, given.commit, given.notes)
     found = results.read(path)
     _show(found, path, plots=False)
     return int(
-        any(row["status"] == "failed" and row["provider"] == host.OURS for row in found["rows"])
+        any(row["status"] == "failed" and row["provider"] == measured.OURS for row in found["rows"])
     )
 
 
@@ -199,6 +253,7 @@ def _check_points(given: argparse.Namespace) -> None:
 
 
 def _warm(given: argparse.Namespace) -> int:
+    require("bench", "rich", "pytest")
     _check_points(given)
     from . import tune
 
@@ -210,6 +265,7 @@ def _warm(given: argparse.Namespace) -> int:
 
 
 def _tune(given: argparse.Namespace) -> int:
+    require("bench", "rich", "pytest")
     if given.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # as in `_run`
     import torch
@@ -241,19 +297,48 @@ def _tune(given: argparse.Namespace) -> int:
     return int(any(row["status"] == "wrong" for row in rows))
 
 
-ACTIONS = {"run": _run, "report": _report, "codegen": _codegen, "host": _host}
-ACTIONS |= {"warm": _warm, "tune": _tune}
+class Action(NamedTuple):
+    """What `bench ACTION` does."""
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    main: Callable[[argparse.Namespace], int]
 
 
-def main(arguments: list[str] | argparse.Namespace | None = None) -> int:
+ACTIONS = {
+    "run": Action("run a suite", _add_run, _run),
+    "report": Action("tables and plots of result files again", _add_report, _report),
+    "codegen": Action(
+        "what the compiler makes of the kernels for A100, H100, H200 and B200",
+        _add_nothing,
+        _codegen,
+    ),
+    "host": Action(
+        "what each call costs its caller, over a driver that does nothing", _add_special, _special
+    ),
+    "startup": Action(
+        "what imports, the first use and the help of commands take", _add_special, _special
+    ),
+    "warm": Action(
+        "compile what tune measures into TRITON_CACHE_DIR, without a GPU", _add_warm, _warm
+    ),
+    "tune": Action(
+        "measure values of the fields in config.py, and write the fastest to a file",
+        _add_tune,
+        _tune,
+    ),
+}
+
+
+def main(arguments: Sequence[str] | argparse.Namespace) -> int:
     """Run the command; 1 if our own numbers are wrong, 2 for wrong usage, else 0."""
     given = arguments
     if not isinstance(given, argparse.Namespace):
-        parser = argparse.ArgumentParser(prog="mapo-kernels bench", description=__doc__)
+        parser = argparse.ArgumentParser(prog="mapo-kernels bench", allow_abbrev=False)
         add_arguments(parser)
-        given = parser.parse_args(given)
+        given = parser.parse_args(completed(given))
     try:
-        return ACTIONS[given.action](given)
+        return ACTIONS[given.action].main(given)
     except CommandError as error:
         print(f"mapo-kernels bench: {error}", file=sys.stderr)
         return 2

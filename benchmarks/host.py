@@ -98,8 +98,10 @@ def our_calls() -> dict[str, Call]:
     rows = hidden.flatten(0, 1)[: logp.numel() // CHUNKS]
 
     def from_hidden(chunk_rows: int) -> Call:
-        head = {"plan": plan, "old_logprobs": more.old, "chunk_rows": chunk_rows}
-        return step(lambda *x: mk.mapo_loss_from_hidden(*x, more.ids, **head).loss, hidden, weight)
+        head: Any = {"plan": plan, "old_logprobs": more.old, "chunk_rows": chunk_rows}
+        return step(
+            lambda h, w: mk.mapo_loss_from_hidden(h, w, more.ids, **head).loss, hidden, weight
+        )
 
     return {
         "x + 1": lambda: rest.old + 1,

@@ -91,8 +91,10 @@ def _leaves(
         return (logits,), our_scores(logits, rest)
     hidden = torch.randn(n, length, width, device=device).to(case.dtype)
     weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
-    kept = {"sampling_mask": getattr(rest, "kept", None)}
-    logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, softcap=softcap, **kept)
+    kept = getattr(rest, "kept", None)
+    logp = mk.token_logprobs_from_hidden(
+        hidden, weight, rest.ids, softcap=softcap, sampling_mask=kept
+    )
     return (hidden, weight), logp
 
 

@@ -85,6 +85,16 @@ def host_table(rows: list[Row]) -> str:
     return table(["call, us (launches)", *names], lines)
 
 
+def startup_table(rows: list[Row]) -> str:
+    """What a process waits for: a row a command, its median and the fastest and slowest sample."""
+    lines = []
+    for row in rows:
+        if row["status"] == "ok":
+            times = (row["median_ms"], min(row["samples_ms"]), max(row["samples_ms"]))
+            lines.append([row["level"], row["provider"], *[f"{x:.0f}" for x in times]])
+    return table(["command", "of", "ms", "fastest", "slowest"], lines)
+
+
 def about(found: Row) -> str:
     """Where a result was measured, and what bounds it."""
     where = found["environment"]
@@ -98,6 +108,8 @@ def about(found: Row) -> str:
     text = ", ".join(parts)
     if found["suite"] == "host":
         text += ". Medians of what a call takes its caller."
+    elif found["suite"] == "startup":
+        text += ". Medians of processes by the wall clock."
     else:
         roofs = found["roofs"]
         text += f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s"
@@ -132,8 +144,9 @@ def markdown(found: Row) -> str:
     levels: dict[str, list[Row]] = {}
     for row in found["rows"]:
         levels.setdefault(row["level"], []).append(row)
-    if found["suite"] == "host":
-        tables = [host_table(found["rows"])]
+    special = {"host": host_table, "startup": startup_table}
+    if found["suite"] in special:
+        tables = [special[found["suite"]](found["rows"])]
     else:
         tables = [level_table(level, rows) for level, rows in levels.items()]
     return "\n\n".join([about(found), *tables, *notes(found)])

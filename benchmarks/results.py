@@ -89,13 +89,25 @@ HOST_ROW = _object(level=TEXT, provider=TEXT, status={"enum": ["ok", "failed", "
     "then": _object(launches=WHOLE, median_us=NUMBER, samples_us=SAMPLES),
     "else": _object(reason=TEXT),
 }
-HOST_COLUMNS = ["level", "provider", "status", "reason", "launches", "median_us"]
+OF_SPECIAL = {  # the columns of their tables
+    "host": ["level", "provider", "status", "reason", "launches", "median_us"],
+    "startup": ["level", "provider", "status", "reason", "median_ms"],
+}
 # Of `bench host`.
 HOST = _object(**ABOUT, suite={"const": "host"}, rows={"type": "array", "items": HOST_ROW})
-for schema in (SCHEMA, HOST):
+# Of `bench startup`.
+STARTUP_ROW = _object(level=TEXT, provider=TEXT, status={"enum": ["ok", "failed"]}) | {
+    "if": {"properties": {"status": {"const": "ok"}}},
+    "then": _object(median_ms=NUMBER, samples_ms=SAMPLES),
+    "else": _object(reason=TEXT),
+}
+STARTUP = _object(**ABOUT, suite={"const": "startup"}, rows={"type": "array", "items": STARTUP_ROW})
+for schema in (SCHEMA, HOST, STARTUP):
     # Whether no row is missing is not in earlier files.
     schema["properties"] |= {"notes": SOME_TEXT, "finished": {"type": "boolean"}}
-EITHER = {"if": _object(suite={"const": "host"}), "then": HOST, "else": SCHEMA}
+EITHER: dict[str, Any] = SCHEMA
+for special in (HOST, STARTUP):
+    EITHER = {"if": _object(suite=special["properties"]["suite"]), "then": special, "else": EITHER}
 
 
 def describe(case: Case, provider: str, live: float) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def write(found: dict[str, Any], path: Path) -> None:
 def write_table(found: dict[str, Any], path: Path) -> None:
     """Write the CSV beside a result's JSON; raises CommandError."""
     table = io.StringIO(newline="")
-    columns = COLUMNS if found["suite"] in SUITES else HOST_COLUMNS
+    columns = OF_SPECIAL.get(found["suite"], COLUMNS)
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(found["rows"])

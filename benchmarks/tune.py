@@ -274,17 +274,22 @@ class Tuning:
         self.about = {"device": device, "build": build(), "commit": commit}
         self.about["tuning"] = config.changed()
         self.device = torch.device("cpu" if dry_run else "cuda")
-        self.effort = DRY if dry_run else cases.EFFORTS["gpu"]
-        self.roofs = Roofs(self.device, self.effort, tiny=dry_run)
-        self._run: CaseRun | None = None
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # A run that was killed may have left a part of a line.
         whole = [line for line in lines if line.endswith("\n")]
+        try:
+            rows = [row for row in map(json.loads, whole) if row["about"] == self.about]
+            self.rows: dict[str, Row] = {key_of(row): row for row in rows}
+        except (ValueError, TypeError, KeyError) as error:
+            raise CommandError(
+                f"{path}: expected a file of `bench tune`, got one of something else"
+            ) from error
         write_whole(path, "".join(whole).encode())
-        rows = [row for row in map(json.loads, whole) if row["about"] == self.about]
-        self.rows: dict[str, Row] = {key_of(row): row for row in rows}
+        self.effort = DRY if dry_run else cases.EFFORTS["gpu"]
+        self.roofs = Roofs(self.device, self.effort, tiny=dry_run)
+        self._run: CaseRun | None = None
 
     def measure(self, names: list[str], minutes: float, compiled: dict[str, Row]) -> bool:
         """Measure what has not been measured; whether the time was enough for all.

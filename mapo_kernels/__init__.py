@@ -22,15 +22,10 @@ if TYPE_CHECKING:
     from mapo_kernels.backend import describe_backend, resolve_backend, set_backend
     from mapo_kernels.calls import LossOutput, TokenLossOutput
     from mapo_kernels.groups import GroupStats
-    from mapo_kernels.losses import (
-        MapoLinearLoss,
-        MapoLoss,
-        mapo_loss,
-        mapo_loss_from_hidden,
-        mapo_loss_from_logits,
-    )
+    from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden, mapo_loss_from_logits
     from mapo_kernels.masks import SamplingMask
     from mapo_kernels.metrics import Metrics
+    from mapo_kernels.modules import MapoLinearLoss, MapoLoss
     from mapo_kernels.plan import Plan, make_plan
     from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
     from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -67,10 +62,10 @@ _HOMES = {
     "GroupStats": "groups",
     "LossOutput": "calls",
     "LossSpec": "spec",
-    "MapoLinearLoss": "losses",
+    "MapoLinearLoss": "modules",
     "MapoLinearLossFunction": "autograd",
     "MapoLogitsLossFunction": "autograd",
-    "MapoLoss": "losses",
+    "MapoLoss": "modules",
     "MapoLossFunction": "autograd",
     "Metrics": "metrics",
     "Plan": "plan",

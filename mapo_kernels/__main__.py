@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from mapo_kernels._version import __version__
@@ -23,25 +24,29 @@ def _module(command: str) -> Any:
     if command != "bench":
         return import_module(f"mapo_kernels.{command}")
     # Installed with the package, or beside it in a checkout.
-    try:
-        return import_module("mapo_kernels.bench.cli")
-    except ModuleNotFoundError:
-        return import_module("benchmarks.cli")
+    installed = find_spec("mapo_kernels.bench") is not None
+    return import_module("mapo_kernels.bench.cli" if installed else "benchmarks.cli")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="mapo-kernels", description="MAPO in fused kernels")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="mapo-kernels", description="MAPO in fused kernels", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    # Only the command that was named is imported, torch taking a second; doctor has no options.
-    named = next((word for word in given if not word.startswith("-")), None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = given[0] if given else None
     try:
         for name, summary in COMMANDS.items():
-            command = commands.add_parser(name, help=summary)
+            command = commands.add_parser(
+                name, help=summary, description=summary, allow_abbrev=False
+            )
+            # Only the command that was named is imported; doctor has no options.
             if name == named != "doctor":
                 _module(name).add_arguments(command)
+        if named == "bench":
+            given = ["bench", *_module("bench").completed(given[1:])]
         args = parser.parse_args(given)
         return _module(args.command).main(args)
     except CommandError as error:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mapo_kernels.choices import (
+    APD_DENOMINATORS,
+    CERTAINTIES,
+    DIFFICULTIES,
+    ESTIMATORS,
+    SCALES,
+    ApdDenominator,
+    Certainty,
+    Difficulty,
+    Estimator,
+    Scale,
+)
 from mapo_kernels.formula import AdvantageNumbers
 from mapo_kernels.keywords import settings_checked
 from mapo_kernels.settings import Packable, require_choice, require_number
 
-ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
-CERTAINTIES = ("quadratic", "linear", "entropy", "step")
-APD_DENOMINATORS = ("bounded", "paper")
-DIFFICULTIES = ("focal", "power")
-SCALES = ("group", "batch", "none")
 # Of estimators without a z-score, whose own scale every one of these is.
-SCALES_OF = {"mean": ("group", "none"), "rloo": ("group", "none"), "apd": ("group",)}
+SCALES_OF: dict[str, tuple[Scale, ...]] = {
+    "mean": ("group", "none"),
+    "rloo": ("group", "none"),
+    "apd": ("group",),
+}
 
 
 def require_scale(name: str, scale: object, estimator: str) -> None:
@@ -76,16 +87,16 @@ class AdvantageSpec(Packable):
         TypeError: a value of the wrong type.
     """
 
-    estimator: str = "mapo"
-    certainty: str | float = "quadratic"
+    estimator: Estimator = "mapo"
+    certainty: Certainty | float = "quadratic"
     success_threshold: float = 1.0
     std_correction: int = 1
     eps: float = 1e-6
-    apd: str = "bounded"
+    apd: ApdDenominator = "bounded"
     max_abs: float | None = None
-    difficulty: str | None = None
+    difficulty: Difficulty | None = None
     difficulty_exponent: float = 0.5
-    scale: str = "group"
+    scale: Scale = "group"
 
     _INTEGERS = ("std_correction",)
 

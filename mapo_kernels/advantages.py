@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch.compiler import is_compiling
@@ -13,6 +13,18 @@ from mapo_kernels.distributed import data
 from mapo_kernels.groups import GroupStats, threshold_decides, warn_of_threshold
 from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import AdvantageSpec, require_bool
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mapo_kernels.arguments import AdvantageArguments
+    from mapo_kernels.choices import (
+        ApdDenominator,
+        Certainty,
+        Difficulty,
+        Estimator,
+        Scale,
+    )
 
 _SETTINGS = tuple(field.name for field in fields(AdvantageSpec))
 _known: dict[Any, AdvantageSpec] = {}
@@ -37,27 +49,42 @@ def _known_spec(settings: tuple[Any, ...]) -> AdvantageSpec:
     return spec
 
 
+@overload
+def group_advantages(
+    rewards: torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **arguments: Unpack[AdvantageArguments],
+) -> torch.Tensor: ...
+@overload
+def group_advantages(
+    rewards: torch.Tensor, *, return_stats: Literal[True], **arguments: Unpack[AdvantageArguments]
+) -> tuple[torch.Tensor, GroupStats]: ...
+@overload
+def group_advantages(
+    rewards: torch.Tensor, *, return_stats: bool, **arguments: Unpack[AdvantageArguments]
+) -> torch.Tensor | tuple[torch.Tensor, GroupStats]: ...
 @names_checked
 def group_advantages(
     rewards: torch.Tensor,
     *,
     group_size: int | None = None,
     group_ids: torch.Tensor | None = None,
-    estimator: str = "mapo",
-    certainty: str | float = "quadratic",
+    estimator: Estimator = "mapo",
+    certainty: Certainty | float = "quadratic",
     success: torch.Tensor | None = None,
     success_threshold: float = 1.0,
     std_correction: int = 1,
     eps: float = 1e-6,
-    apd: str = "bounded",
+    apd: ApdDenominator = "bounded",
     max_abs: float | None = None,
-    difficulty: str | None = None,
+    difficulty: Difficulty | None = None,
     difficulty_exponent: float = 0.5,
-    scale: str = "group",
+    scale: Scale = "group",
     group_weight: torch.Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> torch.Tensor | tuple[torch.Tensor, GroupStats]:
     """Advantage of each sequence from the rewards of its group (MAPO, arXiv 2509.18849).
 
     With mu, sigma and p a group's mean, standard deviation and success ratio:

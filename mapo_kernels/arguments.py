@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 
+from mapo_kernels.choices import Normalizer
 from mapo_kernels.keywords import names_checked
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 if TYPE_CHECKING:
+    from mapo_kernels.choices import (
+        ApdDenominator,
+        Certainty,
+        Difficulty,
+        Estimator,
+        Scale,
+    )
+    from mapo_kernels.masks import SamplingMask
     from mapo_kernels.plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,7 +72,7 @@ class BatchArguments(TypedDict, total=False):
     group_weight: torch.Tensor | None
     mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
-    normalizer: torch.Tensor | float | str | None
+    normalizer: torch.Tensor | float | Normalizer | None
     process_group: torch.distributed.ProcessGroup | None
     sequence_group: torch.distributed.ProcessGroup | None
     spec: LossSpec
@@ -88,6 +97,69 @@ class LossArguments(BatchArguments, total=False):
     rollout_logprobs: torch.Tensor | None
     token_weights: torch.Tensor | None
     plan: Plan | None
+
+
+# The functions whose result depends on a flag have a signature for each value of it. What else they
+# take is in the tables below, for type checkers; defaults and meaning are with the function.
+
+
+class AdvantageArguments(TypedDict, total=False):
+    """Of `group_advantages`."""
+
+    group_size: int | None
+    group_ids: torch.Tensor | None
+    estimator: Estimator
+    certainty: Certainty | float
+    success: torch.Tensor | None
+    success_threshold: float
+    std_correction: int
+    eps: float
+    apd: ApdDenominator
+    max_abs: float | None
+    difficulty: Difficulty | None
+    difficulty_exponent: float
+    scale: Scale
+    group_weight: torch.Tensor | None
+    process_group: torch.distributed.ProcessGroup | None
+
+
+class RowArguments(TypedDict, total=False):
+    """Of what reads rows of logits."""
+
+    temperature: torch.Tensor | float
+    vocab_group: torch.distributed.ProcessGroup | None
+    sampling_mask: SamplingMask | None
+
+
+class HeadArguments(RowArguments, total=False):
+    """Of what multiplies by the lm_head."""
+
+    bias: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+    chunk_rows: int | None
+    batch_invariant: bool
+
+
+class ScoreArguments(RowArguments, total=False):
+    """Of `token_logprobs`."""
+
+    mask: torch.Tensor | None
+    plan: Plan | None
+
+
+class HiddenScoreArguments(ScoreArguments, HeadArguments, total=False):
+    """Of `token_logprobs_from_hidden`."""
+
+
+class LogitsLossArguments(LossArguments, RowArguments, total=False):
+    """Of `mapo_loss_from_logits`."""
+
+    inplace: bool
+
+
+class HiddenLossArguments(LossArguments, HeadArguments, total=False):
+    """Of `mapo_loss_from_hidden`."""
 
 
 DEFAULTS: dict[str, Any] = {

@@ -14,13 +14,15 @@ from mapo_kernels._triton import (
     environment,
     interprets,
 )
+from mapo_kernels.choices import BACKENDS as BACKENDS
+from mapo_kernels.choices import Backend, Computing
+from mapo_kernels.tracing import constant_in_graphs
 
-BACKENDS = ("auto", "triton", "eager", "inductor")
 _ENVIRONMENT = "MAPO_KERNELS_BACKEND"
-_chosen: str | None = None
+_chosen: Backend | None = None
 
 
-def set_backend(name: str | None) -> None:
+def set_backend(name: Backend | None) -> None:
     """Choose the backend for this process.
 
     Args:
@@ -38,7 +40,7 @@ def set_backend(name: str | None) -> None:
     _chosen = name
 
 
-def _setting() -> str:
+def _setting() -> Backend:
     """What was chosen: by `set_backend`, else by the environment, where empty means unset."""
     if _chosen is not None:
         return _chosen
@@ -50,8 +52,8 @@ def _setting() -> str:
 
 
 # The environment cannot be traced by torch.compile, and need not be: tracing settles the backend.
-@torch.compiler.assume_constant_result
-def resolve_backend(device_type: str, is_double: bool = False) -> str:
+@constant_in_graphs
+def resolve_backend(device_type: str, is_double: bool = False) -> Computing:
     """The backend that a call with tensors on `device_type` uses.
 
     Args:

@@ -19,7 +19,7 @@ from mapo_kernels.groups import decide_rewards
 from mapo_kernels.layout import Layout
 from mapo_kernels.live_counts import count_tokens
 from mapo_kernels.masks import SamplingMask, check_sampling_mask, one_of_both, resolved
-from mapo_kernels.metrics import Slots, as_metrics
+from mapo_kernels.metrics import Metrics, Slots, as_metrics
 from mapo_kernels.plan import Plan, require_plan
 from mapo_kernels.planning import groups_of, prompts_of
 from mapo_kernels.rollout import correct
@@ -56,7 +56,7 @@ class LossOutput(NamedTuple):
     """
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Metrics
     advantages: torch.Tensor
 
 
@@ -74,7 +74,7 @@ class TokenLossOutput(NamedTuple):
     """
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Metrics
     advantages: torch.Tensor
     logprobs: torch.Tensor
     entropy: torch.Tensor

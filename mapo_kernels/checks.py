@@ -12,18 +12,18 @@ import torch.distributed as dist
 
 from mapo_kernels._triton import environment
 from mapo_kernels.batch import Batch
+from mapo_kernels.choices import GLOBAL as GLOBAL
 from mapo_kernels.dtypes import FLOATING, NUMBER, REAL, require_dtype
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
+from mapo_kernels.tracing import constant_in_graphs
 
-# The normalizer that counts the batch of all ranks.
-GLOBAL = "global"
 # Token tensors that a loss is not differentiated by: the first fields of `Batch`.
 CONSTANTS = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "token_weights")
 _VALIDATE = "MAPO_KERNELS_VALIDATE"
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def validates_device_data() -> bool:
     """Whether MAPO_KERNELS_VALIDATE=1 asks for checks that read device data (they synchronise).
 

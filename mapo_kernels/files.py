@@ -34,9 +34,27 @@ def require(extra: str, *modules: str) -> None:
     """Raise a `CommandError` that says what to install, if one of these is not there."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        checkout = Path(__file__).parents[1]
-        source = f"-e {checkout}" if (checkout / "pyproject.toml").exists() else "mapo-kernels"
-        raise CommandError(f"{', '.join(missing)} not installed: pip install {source}[{extra}]")
+        raise CommandError(f"{', '.join(missing)} not installed: pip install {_source(extra)}")
+
+
+def _source(extra: str) -> str:
+    """What pip installs this package with an extra from: where it came from itself."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").exists():
+        return f'-e "{"." if checkout == Path.cwd() else checkout}[{extra}]"'
+    from importlib import metadata  # which takes longer than all else that is imported here
+
+    package = f"mapo-kernels[{extra}]"
+    try:
+        # PEP 610: pip writes it, but not of what comes from an index.
+        text = metadata.distribution("mapo-kernels").read_text("direct_url.json")
+        origin = json.loads(text or "")
+        url, vcs = origin["url"], origin.get("vcs_info")
+    except (metadata.PackageNotFoundError, ValueError, LookupError):
+        return f'"{package}"'
+    if vcs:
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return f'"{package} @ {url}"'
 
 
 @contextmanager

@@ -1,13 +1,13 @@
-"""The losses, from log-probs, from logits, from hidden states and lm_head, and their modules."""
+"""The losses, from log-probs, from logits, from hidden states and lm_head."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
 from mapo_kernels import checks, checks_head, checks_rows
-from mapo_kernels.arguments import DEFAULTS, LossArguments, takes
+from mapo_kernels.arguments import LossArguments, takes
 from mapo_kernels.autograd import (
     MapoLinearLossFunction,
     MapoLogitsLossFunction,
@@ -15,14 +15,15 @@ from mapo_kernels.autograd import (
 )
 from mapo_kernels.batch import HeadInputs
 from mapo_kernels.calls import LossOutput, TokenLossOutput, n_scores, resolve
-from mapo_kernels.keywords import require_names, settings_checked
 from mapo_kernels.masks import SamplingMask
 from mapo_kernels.plan import bounds_of
 from mapo_kernels.scoring import checked_head, head_description, split_of
-from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tracing import outside_graphs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from mapo_kernels.arguments import HiddenLossArguments, LogitsLossArguments
 
 
 @takes(LossArguments)
@@ -65,6 +66,42 @@ def mapo_loss(logprobs: torch.Tensor, **arguments: Unpack[LossArguments]) -> Los
     return call.output(loss, results, own, has_entropy=False)
 
 
+@overload
+def mapo_loss_from_logits(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: Literal[False] = False,
+    return_sum_pi_squared: Literal[False] = False,
+    **arguments: Unpack[LogitsLossArguments],
+) -> LossOutput: ...
+@overload
+def mapo_loss_from_logits(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: Literal[True],
+    return_sum_pi_squared: bool = False,
+    **arguments: Unpack[LogitsLossArguments],
+) -> TokenLossOutput: ...
+@overload
+def mapo_loss_from_logits(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: bool = False,
+    return_sum_pi_squared: Literal[True],
+    **arguments: Unpack[LogitsLossArguments],
+) -> TokenLossOutput: ...
+@overload
+def mapo_loss_from_logits(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: bool,
+    return_sum_pi_squared: bool = False,
+    **arguments: Unpack[LogitsLossArguments],
+) -> LossOutput | TokenLossOutput: ...
 @takes(LossArguments)
 def mapo_loss_from_logits(
     logits: torch.Tensor,
@@ -72,7 +109,7 @@ def mapo_loss_from_logits(
     *,
     temperature: torch.Tensor | float = 1.0,
     inplace: bool = False,
-    vocab_group: Any = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     sampling_mask: SamplingMask | None = None,
     return_logprobs: bool = False,
     return_sum_pi_squared: bool = False,
@@ -140,12 +177,52 @@ def mapo_loss_from_logits(
         logits = logits.detach()
     apply = MapoLogitsLossFunction.apply
     if split is not None:
-        apply = torch.compiler.disable(apply)
+        apply = outside_graphs(apply)
     given = (call.batch, call.spec, call.advantage_spec, inplace)
     return call.output(*apply(logits, rows, *given, *((scores,) if scores else ())))
 
 
-@torch.compiler.disable
+@overload
+def mapo_loss_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: Literal[False] = False,
+    return_sum_pi_squared: Literal[False] = False,
+    **arguments: Unpack[HiddenLossArguments],
+) -> LossOutput: ...
+@overload
+def mapo_loss_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: Literal[True],
+    return_sum_pi_squared: bool = False,
+    **arguments: Unpack[HiddenLossArguments],
+) -> TokenLossOutput: ...
+@overload
+def mapo_loss_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: bool = False,
+    return_sum_pi_squared: Literal[True],
+    **arguments: Unpack[HiddenLossArguments],
+) -> TokenLossOutput: ...
+@overload
+def mapo_loss_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_logprobs: bool,
+    return_sum_pi_squared: bool = False,
+    **arguments: Unpack[HiddenLossArguments],
+) -> LossOutput | TokenLossOutput: ...
+@outside_graphs
 @takes(LossArguments)
 def mapo_loss_from_hidden(
     hidden: torch.Tensor,
@@ -158,7 +235,7 @@ def mapo_loss_from_hidden(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
     batch_invariant: bool = False,
-    vocab_group: Any = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     sampling_mask: SamplingMask | None = None,
     return_logprobs: bool = False,
     return_sum_pi_squared: bool = False,
@@ -254,95 +331,3 @@ def _asked(scores: int) -> str:
 def _needs_grad(x: torch.Tensor | None) -> bool:
     """Whether the gradient by `x` will be asked for."""
     return torch.is_grad_enabled() and x is not None and x.requires_grad
-
-
-@settings_checked
-class MapoLoss(torch.nn.Module):
-    """`mapo_loss` with its specs fixed, as a module.
-
-    Args:
-        spec: which loss, and how it is aggregated.
-        advantage_spec: how rewards become advantages.
-
-    Shapes, dtypes and errors are those of `mapo_loss`: log-probs [B, T] or [total] in, `LossOutput`
-    out.
-    """
-
-    def __init__(
-        self,
-        spec: LossSpec = DEFAULTS["spec"],
-        advantage_spec: AdvantageSpec = DEFAULTS["advantage_spec"],
-    ) -> None:
-        """Keep the specs."""
-        super().__init__()
-        self.spec = spec
-        self.advantage_spec = advantage_spec
-
-    def forward(self, logprobs: torch.Tensor, **arguments: Any) -> LossOutput:
-        """The loss of `logprobs` [B, T] or [total]; `arguments` are the keywords of `mapo_loss`."""
-        return mapo_loss(logprobs, spec=self.spec, advantage_spec=self.advantage_spec, **arguments)
-
-    def extra_repr(self) -> str:
-        """The specs."""
-        return f"{self.spec}, {self.advantage_spec}"
-
-
-class MapoLinearLoss(torch.nn.Module):
-    """`mapo_loss_from_hidden` as a module that owns the lm_head.
-
-    FSDP2 gathers a sharded weight only inside the forward of a module that owns it: call
-    `fully_shard` on this one. Its mixed precision takes `cast_forward_inputs=False`, because
-    log-probs in bfloat16 are off by as much as a ratio is clipped at. The head stays the model's
-    own (tied embeddings too): nothing is copied.
-
-    Args:
-        lm_head: a `torch.nn.Linear` with weight [V, H], with or without bias [V].
-        spec: which loss, and how it is aggregated.
-        advantage_spec: how rewards become advantages.
-        **options: of `mapo_loss_from_hidden`: softcap, logit_scale, chunk_rows,
-            batch_invariant, temperature, vocab_group. (A `sampling_mask` comes with each batch.)
-
-    Raises:
-        TypeError: an unknown option; or `lm_head` is no plain linear layer. One with an adapter of
-            its own has a weight that is not `lm_head.weight`; merge it, or leave lm_head out of the
-            adapted modules.
-    """
-
-    def __init__(
-        self,
-        lm_head: torch.nn.Linear,
-        spec: LossSpec = DEFAULTS["spec"],
-        advantage_spec: AdvantageSpec = DEFAULTS["advantage_spec"],
-        **options: Any,
-    ) -> None:
-        """Keep the head, the specs and the options."""
-        super().__init__()
-        require_names(type(self).__name__, options, mapo_loss_from_hidden)
-        if not isinstance(lm_head, torch.nn.Linear) or hasattr(lm_head, "base_layer"):
-            raise TypeError(
-                f"lm_head: expected a torch.nn.Linear without adapters, got "
-                f"{type(lm_head).__module__}.{type(lm_head).__name__}"
-            )
-        self.lm_head = lm_head
-        self.spec = spec
-        self.advantage_spec = advantage_spec
-        self.options = options
-
-    def forward(
-        self, hidden: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
-    ) -> LossOutput | TokenLossOutput:
-        """The loss of hidden states [B, T, H] or [total, H]; see `mapo_loss_from_hidden`."""
-        if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
-            checks_head.check_not_rounded(arguments)
-        specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
-        return mapo_loss_from_hidden(
-            hidden,
-            self.lm_head.weight,
-            token_ids,
-            bias=self.lm_head.bias,
-            **{**specs, **self.options, **arguments},
-        )
-
-    def extra_repr(self) -> str:
-        """The specs and the options."""
-        return f"{self.spec}, {self.advantage_spec}, {self.options}"

@@ -66,11 +66,11 @@ class Metrics(dict[str, torch.Tensor]):
             self._know_what(other)
         super().update(*args, **kwargs)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: Any) -> Metrics:  # type: ignore[override]
         """A union, as `update` has it."""
         return _union(self, other)
 
-    def __ror__(self, other: Any) -> Any:
+    def __ror__(self, other: Any) -> Metrics:  # type: ignore[override]
         """A union, as `update` has it."""
         return _union(other, self)
 
@@ -268,7 +268,7 @@ def as_metrics(
     results: torch.Tensor,
     known: dict[str, torch.Tensor],
     ranks: tuple[int, ...] | None,
-) -> dict[str, torch.Tensor]:
+) -> Metrics:
     """`Metrics` from what a loss leaves, but for a compiled graph that cannot make them.
 
     Args:
@@ -282,7 +282,7 @@ def as_metrics(
         values = {name: results[slot] for name, slot in slots.items()}
         values.update(known)
         if not _IS_TRACEABLE:
-            return values
+            return values  # type: ignore[return-value]
         metrics = Metrics(values)
     else:
         metrics = dict.__new__(_Unread)

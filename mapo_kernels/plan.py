@@ -78,7 +78,7 @@ class Plan:
     sampling_mask: SamplingMask | None = None
     kept_bounds: tuple[int, ...] = ()
     sequence_weights: torch.Tensor | None = None
-    sequence_group: Any = None
+    sequence_group: torch.distributed.ProcessGroup | None = None
 
     def signal(self, is_double: bool) -> Signal:
         """Advantages and metrics for a loss in float64 (`is_double`), or in float32."""

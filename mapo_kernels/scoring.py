@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -17,8 +17,38 @@ from mapo_kernels.keywords import names_checked
 from mapo_kernels.masks import SamplingMask, check_sampling_mask, one_of_both, resolved
 from mapo_kernels.plan import Plan, require_plan
 from mapo_kernels.spec import require_bool
+from mapo_kernels.tracing import outside_graphs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mapo_kernels.arguments import HiddenScoreArguments, ScoreArguments
 
 
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    **arguments: Unpack[ScoreArguments],
+) -> torch.Tensor: ...
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_entropy: Literal[True],
+    **arguments: Unpack[ScoreArguments],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_entropy: bool,
+    **arguments: Unpack[ScoreArguments],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @names_checked
 def token_logprobs(
     logits: torch.Tensor,
@@ -27,10 +57,10 @@ def token_logprobs(
     temperature: torch.Tensor | float = 1.0,
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
-    vocab_group: Any = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     sampling_mask: SamplingMask | None = None,
     plan: Plan | None = None,
-) -> Any:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of sampled tokens from logits, and their entropies: both differentiable.
 
     On the same logits they equal, bit for bit, what `mapo_loss_from_logits` computes inside. The
@@ -77,10 +107,38 @@ def token_logprobs(
     table = operators.score_rows(logits.detach(), rows, mask, 2 if return_entropy else 1)
     if not return_entropy:
         return table.view(token_ids.shape)
-    return tuple(table.view(2, *token_ids.shape).unbind(0))
+    logprobs, entropy = table.view(2, *token_ids.shape).unbind(0)
+    return logprobs, entropy
 
 
-@torch.compiler.disable
+@overload
+def token_logprobs_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    **arguments: Unpack[HiddenScoreArguments],
+) -> torch.Tensor: ...
+@overload
+def token_logprobs_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_entropy: Literal[True],
+    **arguments: Unpack[HiddenScoreArguments],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def token_logprobs_from_hidden(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    return_entropy: bool,
+    **arguments: Unpack[HiddenScoreArguments],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@outside_graphs
 @names_checked
 def token_logprobs_from_hidden(
     hidden: torch.Tensor,
@@ -95,10 +153,10 @@ def token_logprobs_from_hidden(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
     batch_invariant: bool = False,
-    vocab_group: Any = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     sampling_mask: SamplingMask | None = None,
     plan: Plan | None = None,
-) -> Any:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of sampled tokens from hidden states, and their entropies: both differentiable.
 
     One matrix product over the tokens that are not masked. Where hidden states, weight or bias
@@ -165,7 +223,7 @@ def token_logprobs_from_hidden(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         table = hidden_level.linear_scores(hidden, head, rows, 2 if return_entropy else 1)
         logprobs, *entropy = table.view(table.shape[0], *token_ids.shape).unbind(0)
-    return (logprobs, *entropy) if return_entropy else logprobs
+    return (logprobs, entropy[0]) if return_entropy else logprobs
 
 
 def _named(function: str, return_entropy: bool) -> str:

@@ -9,14 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mapo_kernels.advantage_spec import APD_DENOMINATORS as APD_DENOMINATORS
-from mapo_kernels.advantage_spec import CERTAINTIES as CERTAINTIES
-from mapo_kernels.advantage_spec import DIFFICULTIES as DIFFICULTIES
-from mapo_kernels.advantage_spec import ESTIMATORS as ESTIMATORS
-from mapo_kernels.advantage_spec import SCALES as SCALES
 from mapo_kernels.advantage_spec import SCALES_OF as SCALES_OF
 from mapo_kernels.advantage_spec import AdvantageKind as AdvantageKind
 from mapo_kernels.advantage_spec import AdvantageSpec as AdvantageSpec
+from mapo_kernels.choices import APD_DENOMINATORS as APD_DENOMINATORS
+from mapo_kernels.choices import CERTAINTIES as CERTAINTIES
+from mapo_kernels.choices import DENOMINATORS as DENOMINATORS
+from mapo_kernels.choices import DIFFICULTIES as DIFFICULTIES
+from mapo_kernels.choices import ESTIMATORS as ESTIMATORS
+from mapo_kernels.choices import IMPORTANCE_LEVELS as IMPORTANCE_LEVELS
+from mapo_kernels.choices import KL_ESTIMATORS as KL_ESTIMATORS
+from mapo_kernels.choices import OBJECTIVES as OBJECTIVES
+from mapo_kernels.choices import SCALES as SCALES
+from mapo_kernels.choices import SEQUENCE_OBJECTIVES as SEQUENCE_OBJECTIVES
+from mapo_kernels.choices import TRUST_REGIONS as TRUST_REGIONS
+from mapo_kernels.choices import (
+    AggregationName,
+    Denominator,
+    ImportanceLevel,
+    KlEstimator,
+    Objective,
+    TrustRegion,
+)
 from mapo_kernels.formula import LossNumbers
 from mapo_kernels.keywords import settings_checked
 from mapo_kernels.settings import Packable, require_pair
@@ -25,14 +39,7 @@ from mapo_kernels.settings import require_bool as require_bool
 from mapo_kernels.settings import require_choice as require_choice
 from mapo_kernels.settings import require_number as require_number
 
-OBJECTIVES = ("clip", "cispo", "sapo", "none")
-# Of whole sequences: with importance_level="sequence".
-SEQUENCE_OBJECTIVES = ("gmpo", "vespo")
-IMPORTANCE_LEVELS = ("token", "sequence")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-DENOMINATORS = ("all", "contributing")
-TRUST_REGIONS = ("tv", "kl")
 
 
 class Aggregation(NamedTuple):
@@ -51,7 +58,7 @@ class Aggregation(NamedTuple):
 
 # The table of aggregations, by their names in verl. An entry made of what is here already needs
 # nothing else; another divisor also needs its line in `formula.sequence_divisor`.
-AGGREGATION_TABLE = {
+AGGREGATION_TABLE: dict[AggregationName, Aggregation] = {
     "token-mean": Aggregation("one", "tokens"),
     "token-sum": Aggregation("one", "one"),
     "prompt-mean": Aggregation("one", "prompts"),
@@ -135,8 +142,8 @@ class LossSpec(Packable):
         TypeError: a value of the wrong type.
     """
 
-    objective: str = "clip"
-    importance_level: str = "token"
+    objective: Objective = "clip"
+    importance_level: ImportanceLevel = "token"
     eps_low: float = 0.2
     eps_high: float = 0.2
     dual_clip: float | None = None
@@ -148,19 +155,19 @@ class LossSpec(Packable):
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
-    trust_region: str | None = None
+    trust_region: TrustRegion | None = None
     trust_low: float = 0.2
     trust_high: float = 0.2
     beta: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: KlEstimator = "k3"
     kl_importance_correction: bool = False
     entropy_coef: float = 0.0
     rollout_cap: float | None = None
     rollout_mask: tuple[float, float] | None = None
-    rollout_mask_level: str = "token"
+    rollout_mask_level: ImportanceLevel = "token"
     rollout_is: bool = True
-    aggregation: str = "token-mean"
-    denominator: str = "all"
+    aggregation: AggregationName = "token-mean"
+    denominator: Denominator = "all"
     max_tokens: int | None = None
     score_all: bool = False
 

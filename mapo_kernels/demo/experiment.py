@@ -30,15 +30,9 @@ def run_experiment(
     out: Path,
     resume: bool,
 ) -> int:
-    """Train every estimator on every seed, then write log, models and plots and print a table.
+    """Train every estimator (with REPLAY behind it, on replayed masks) from seed 0 on.
 
-    Args:
-        settings: what decides the results.
-        estimators: names that `AdvantageSpec` knows, and these with REPLAY behind them.
-        seeds: seeds 0 .. seeds - 1.
-        device: where to train.
-        out: the folder that gets everything.
-        resume: continue the runs in `out`, which are otherwise replaced.
+    Log, models and plots go to the folder `out`, whose runs are continued or replaced.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
@@ -53,7 +47,15 @@ def run_experiment(
         bench = Workbench(settings, device)
         # All at once: a damaged file must not be found after hours of training.
         begun = _load(bench, out, earlier["runs"]) if resume else {}
-        log = _new_log(bench, begun.values())
+        log = {
+            "format": FORMAT,
+            "status": "running",
+            "configuration": asdict(settings),
+            "versions": versions() | {"reasoning-gym": metadata.version("reasoning-gym")},
+            "backend": resolve_backend(device.type),
+            "held_out_problems": len(bench.held_out),
+            "runs": {run.name: run.record for run in begun.values()},
+        }
         folder.write_log(out, log)
         if not resume:
             folder.discard_runs(out, earlier["runs"])
@@ -78,11 +80,10 @@ def _load(bench: Workbench, out: Path, names: Iterable[str]) -> dict[str, Run]:
     """Those of the runs that were saved."""
     found = {}
     for name in names:
-        path = folder.run_path(out, name)
-        if path.exists():
-            phase, seed = name.split("_seed")
+        phase, seed = name.split("_seed")
+        if folder.run_path(out, name).exists():
             found[name] = Run(bench, phase, int(seed))
-            folder.load(path, found[name].load_state_dict)
+            folder.load(folder.run_path(out, name), found[name].load_state_dict)
     return found
 
 
@@ -103,18 +104,6 @@ def _train(run: Run, out: Path, log: Record, status: Status) -> None:
         if run.record["finished"] or len(run.record["steps"]) % SAVE_EVERY == 0:
             save()
             status.console.print(line)
-
-
-def _new_log(bench: Workbench, runs: Iterable[Run]) -> Record:
-    return {
-        "format": FORMAT,
-        "status": "running",
-        "configuration": asdict(bench.settings),
-        "versions": versions() | {"reasoning-gym": metadata.version("reasoning-gym")},
-        "backend": resolve_backend(bench.device.type),
-        "held_out_problems": len(bench.held_out),
-        "runs": {run.name: run.record for run in runs},
-    }
 
 
 def _require_same_settings(before: Record, settings: Settings) -> None:

@@ -31,18 +31,11 @@ LOG_SCHEMA = {
 
 @contextmanager
 def opened(path: Path, *, resume: bool) -> Iterator[Record]:
-    """Take an output folder for one experiment; nothing in a folder that is refused is changed.
+    """Take an output folder for one experiment, a new one if there is none to `resume`.
 
-    Args:
-        path: of the folder; made if it does not exist, unless there is one to be resumed.
-        resume: whether it must have the log of an earlier experiment.
-
-    Yields:
-        The log of the earlier experiment, without runs if there was none.
-
-    Raises:
-        CommandError: it is no folder, cannot be written to, is used by another process, or has
-            files but no log of the demo.
+    Yields the log of the earlier experiment, without runs if there was none. A `CommandError` says
+    that the path is no folder, cannot be written to, is used by another process, or has files but
+    no log of the demo; nothing in such a folder is changed.
     """
     with naming(path):
         if not (resume or path.exists()):
@@ -93,11 +86,7 @@ def save(path: Path, state: Record) -> None:
 
 
 def load(path: Path, restore: Callable[[Record], None]) -> None:
-    """Pass what `save` wrote to `restore`.
-
-    Raises:
-        CommandError: the file is damaged, or `restore` fails.
-    """
+    """Pass what `save` wrote to `restore`; CommandError if it is damaged or `restore` fails."""
     content = files.read_whole(path)
     try:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()

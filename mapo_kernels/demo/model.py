@@ -28,11 +28,11 @@ class Characters:
         self.size = len(self._characters)
 
     def prompts(self, texts: Iterable[str], length: int) -> Tensor:
-        """[B, length] token ids of prompts."""
+        """[B, length] token ids."""
         return self._encode(text.rjust(length, SPECIAL[PAD]) for text in texts)
 
     def answers(self, texts: Iterable[str], length: int) -> Tensor:
-        """[B, length] token ids of answers, each closed by the end token."""
+        """[B, length] token ids, with the end token."""
         return self._encode((text + SPECIAL[END]).ljust(length, SPECIAL[PAD]) for text in texts)
 
     def _encode(self, texts: Iterable[str]) -> Tensor:
@@ -139,8 +139,7 @@ def sample(
     """Continue each prompt [Q, P] `copies` times: at temperature 1, or greedily with no generator.
 
     Tokens are sampled from the likeliest, whose probabilities add up to `top_p` or more. Rows come
-    in groups of `copies` per prompt; the prompt is read once per group. Tokens after the end token
-    are padding and masked.
+    in groups of `copies` per prompt. Tokens after the end token are padding and masked.
     """
     logits, cache = model(prompts)
     next_logits = logits[:, -1].repeat_interleave(copies, dim=0)

@@ -41,15 +41,14 @@ def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
     evaluated = [run for run in runs if run["evals"]]
     if evaluated:
         show(_results_table(log, evaluated))
-    if log["configuration"]["top_p"] < 1:
-        for phase in dict.fromkeys(run["phase"] for run in evaluated):
-            show(_truncation(phase, evaluated))
     final: Final = {}
     for run in evaluated:
         if run["finished"]:
             by_seed = final.setdefault(run["phase"], {})
             by_seed[run["seed"]] = run["evals"][-1]["success_sampled"]
-    for line in conclusion(final):
+    truncated = log["configuration"]["top_p"] < 1
+    phases = dict.fromkeys(run["phase"] for run in evaluated if truncated)
+    for line in [*(_truncation(phase, evaluated) for phase in phases), *conclusion(final)]:
         show(line)
     seconds = sum(map(_seconds, runs))
     show(f"{seconds:.0f} s of training in all, on the {log['backend']} backend")
@@ -69,10 +68,8 @@ def _results_table(log: Record, runs: Sequence[Record]) -> Table:
         table.add_column(name, justify="right")
     for run in runs:
         first, last = run["evals"][0], run["evals"][-1]
-        changes = [
-            f"{first[kind]:.3f} -> {last[kind]:.3f}"
-            for kind in ("success_sampled", "success_greedy")
-        ]
+        kinds = ("success_sampled", "success_greedy")
+        changes = [f"{first[kind]:.3f} -> {last[kind]:.3f}" for kind in kinds]
         numbers = [str(run["seed"]), str(last["step"]), *changes, f"{_seconds(run):.0f}"]
         table.add_row(run["phase"], *numbers)
     return table
@@ -81,10 +78,8 @@ def _results_table(log: Record, runs: Sequence[Record]) -> Table:
 def _truncation(phase: str, runs: Sequence[Record]) -> str:
     """What sampling from some columns alone does to the runs of a phase, over all their steps."""
     steps = [step for run in runs if run["phase"] == phase for step in run["steps"]]
-    ratio, kept = (
-        torch.tensor([step[name] for step in steps]).nanmean()
-        for name in ("on_policy_ratio", "kept_columns")
-    )
+    names = ("on_policy_ratio", "kept_columns")
+    ratio, kept = (torch.tensor([step[name] for step in steps]).nanmean() for name in names)
     return f"{phase}: mean importance ratio before any update {ratio:.4f}, {kept:.2f} columns kept"
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mapo_kernels.choices import ESTIMATORS as ESTIMATORS
+from mapo_kernels.choices import Certainty
+
 Record = dict[str, Any]  # of a run, a step or all of them: what JSON can hold
 
 FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
-ESTIMATORS = ("mapo", "grpo", "apd", "mean", "rloo")
 WARM_UP = "warm-up"
 REPLAY = "-replay"  # behind the estimator, in the name of a phase that replays kept sets
 
@@ -19,7 +21,7 @@ class Settings:
 
     task: str = "number_sorting"  # a name in `TASKS`
     steps: int = 300  # of RL; the learning rate falls linearly to 0 over them
-    certainty: str | float = "quadratic"  # lambda(p) of the mapo estimator
+    certainty: Certainty | float = "quadratic"  # lambda(p) of the mapo estimator
     prompts: int = 32  # groups per step
     group_size: int = 16  # answers per prompt
     top_p: float = 1.0  # answers are sampled from the likeliest tokens of so much probability

@@ -99,16 +99,10 @@ TASKS: dict[str, Task] = {
 
 
 class ProblemStream:
-    """Endless problems of one task and one split; `position` is all its state.
-
-    Args:
-        task: which task.
-        seed: streams of different seeds draw different problems.
-        held_out: yield the held-out problems instead of the training problems.
-    """
+    """Endless problems of one task, for training or held out; `position` is all its state."""
 
     def __init__(self, task: Task, seed: int, *, held_out: bool = False) -> None:
-        """Create the reasoning-gym dataset behind the stream."""
+        """Create the reasoning-gym dataset behind the stream, another one for every seed."""
         from reasoning_gym import create_dataset
 
         self.task = task
@@ -124,18 +118,13 @@ class ProblemStream:
         while len(problems) < count:
             entry = self._dataset[self.position]
             self.position += 1
-            prompt = self.task.prompt(entry)
-            # A fixed property of its text.
-            held_out = zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
-            if held_out == self.held_out:
+            prompt = self.task.prompt(entry)  # whose text decides
+            if (zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0) == self.held_out:
                 problems.append(Problem(prompt, self.task.solution(entry)))
         return problems
 
 
 def held_out_problems(task: Task, count: int) -> list[Problem]:
     """Up to `count` distinct held-out problems, the same ones for every seed and estimator."""
-    stream = ProblemStream(task, HELD_OUT_SEED, held_out=True)
-    distinct: dict[str, Problem] = {}
-    for problem in stream.take(4 * count):
-        distinct.setdefault(problem.prompt, problem)
-    return list(distinct.values())[:count]
+    problems = ProblemStream(task, HELD_OUT_SEED, held_out=True).take(4 * count)
+    return list(dict.fromkeys(problems))[:count]

@@ -86,8 +86,8 @@ class Workbench:
         generator = Generator(self.device).manual_seed(EVAL_SEED + step)
         sampled = self.roll_out(model, self.held_out, self.settings.eval_copies, generator)
         greedy = self.roll_out(model, self.held_out, 1, None)
-        shares = {"sampled": share(sampled.correct), "greedy": share(greedy.correct)}
-        return {"step": step, **{f"success_{name}": value for name, value in shares.items()}}
+        found = {"success_sampled": share(sampled.correct), "success_greedy": share(greedy.correct)}
+        return {"step": step, **found}
 
 
 class Run:
@@ -155,7 +155,7 @@ class Run:
         """Evaluate before the first step of RL."""
         if self.phase != WARM_UP:
             if not self.record["evals"]:
-                self._evaluate(0)
+                self.record["evals"].append(self.bench.evaluate(self.model, 0))
             self.record["finished"] = len(self.record["steps"]) == self.settings.steps
 
     def step(self) -> None:
@@ -193,12 +193,10 @@ class Run:
         parts = [self._scored_anew(x) if self.replays else x for x in map(batch.groups, groups)]
         measured = [self._minibatch(part) for part in parts]
         # A minibatch without a scored token says NaN; so does a step of such minibatches.
-        means = {
-            name: torch.tensor([values[name] for values in measured]).nanmean().item()
-            for name in measured[0]
-        }
+        lists = {name: torch.tensor([values[name] for values in measured]) for name in measured[0]}
+        means = {name: values.nanmean().item() for name, values in lists.items()}
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            self._evaluate(step + 1)
+            self.record["evals"].append(self.bench.evaluate(self.model, step + 1))
         self.record["finished"] = step + 1 == settings.steps
         # Of the first minibatch, which is of the policy that sampled.
         means["on_policy_ratio"] = measured[0]["ratio_mean"]
@@ -240,9 +238,6 @@ class Run:
     def _roll_out(self) -> Scored:
         problems = self.stream.take(self.settings.prompts)
         return self.bench.roll_out(self.model, problems, self.settings.group_size, self.generator)
-
-    def _evaluate(self, step: int) -> None:
-        self.record["evals"].append(self.bench.evaluate(self.model, step))
 
     def _update(self, loss: Tensor) -> Record:
         """One optimizer step; returns the loss before it and the norm of its gradient."""

@@ -19,6 +19,7 @@ from mapo_kernels.batch import GroupInputs
 from mapo_kernels.checks import GLOBAL
 from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of, meeting_place
 from mapo_kernels.spec import AdvantageSpec, LossSpec
+from mapo_kernels.tracing import outside_graphs
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
 _COUNTS = ("sequences", "tokens", "rewards", "dtype", "success")
@@ -166,7 +167,7 @@ def _check_agreement(headers: list[list[int]], settings: dict[str, str]) -> None
     check_facts("process_group", settings, (), [header[len(_COUNTS) :] for header in headers])
 
 
-@torch.compiler.disable
+@outside_graphs
 def _exchange(
     part: Part, call: Call, process_group: dist.ProcessGroup, device: torch.device
 ) -> tuple[torch.Tensor, list[list[int]] | None]:

@@ -21,6 +21,7 @@ from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of
 from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.layout import Layout
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
+from mapo_kernels.tracing import outside_graphs
 
 
 def check_sequence_group(group: Any) -> None:
@@ -32,7 +33,7 @@ def check_sequence_group(group: Any) -> None:
         )
 
 
-@torch.compiler.disable
+@outside_graphs
 def meet(
     group: Any, tokens: torch.Tensor, batch: Batch, spec: LossSpec, advantage_spec: AdvantageSpec
 ) -> SequenceParts:

@@ -24,6 +24,7 @@ from mapo_kernels.batch import Batch, VocabShare
 from mapo_kernels.distributed.agreement import all_gather, check_facts, facts_of, meeting_place
 from mapo_kernels.masks import SamplingMask
 from mapo_kernels.spec import AdvantageSpec, LossSpec, describe
+from mapo_kernels.tracing import outside_graphs
 
 
 def sum_over_ranks(x: torch.Tensor, share: VocabShare) -> torch.Tensor:
@@ -66,7 +67,7 @@ class Split(NamedTuple):
     wanted: tuple[bool, ...] = ()
     planned: bool = False
 
-    @torch.compiler.disable
+    @outside_graphs
     def agree(
         self,
         token_ids: torch.Tensor,

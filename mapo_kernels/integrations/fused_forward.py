@@ -136,7 +136,7 @@ class _Head:
         self.config = model.config.get_text_config()
         self.temperature = temperature
         self.float32 = float32
-        self.options = {
+        self.options: dict[str, Any] = {
             "softcap": getattr(self.config, "final_logit_softcapping", None),
             "logit_scale": logit_scale_of(self.config),
             "temperature": temperature,

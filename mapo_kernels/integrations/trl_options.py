@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from mapo_kernels.advantage_spec import require_scale
+from mapo_kernels.choices import AggregationName, Objective
 from mapo_kernels.settings import require_bool, require_choice, require_number
 from mapo_kernels.spec import ESTIMATORS, VESPO, AdvantageSpec, LossSpec
 
 LEVELS = ("hidden", "logits", "logprobs")
 # TRL's loss types: what is averaged, and over what.
-AGGREGATIONS = {
+AGGREGATIONS: dict[str, AggregationName] = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
     "bnpo": "token-mean",
@@ -27,7 +28,7 @@ AGGREGATIONS = {
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
-OBJECTIVES = {"cispo": "cispo", "sapo": "sapo", "vespo": "vespo"}
+OBJECTIVES: dict[str, Objective] = {"cispo": "cispo", "sapo": "sapo", "vespo": "vespo"}
 
 
 def check_config(args: Any) -> None:

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from mapo_kernels.choices import TrustRegion
     from mapo_kernels.spec import LossSpec
 
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 MONKEY_PATCH = "verl.models.transformers.monkey_patch"
 ESTIMATOR, POLICY_LOSS = "mapo", "mapo_fused"
 # Names of verl's losses that have a trust region, and what that measures.
-TRUST_REGIONS = {"dppo_tv": "tv", "dppo_kl": "kl"}
+TRUST_REGIONS: dict[str, TrustRegion] = {"dppo_tv": "tv", "dppo_kl": "kl"}
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +91,7 @@ def mapo_fused_loss(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
-    trust_region: str | None = None,
+    trust_region: TrustRegion | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The policy loss `mapo_fused` of verl: what `vanilla` computes, by `mapo_loss`.
 
@@ -138,7 +139,7 @@ def mapo_fused_loss(
 
 
 def loss_spec(
-    loss_agg_mode: str, config: Any, info: dict[str, Any], trust_region: str | None = None
+    loss_agg_mode: str, config: Any, info: dict[str, Any], trust_region: TrustRegion | None = None
 ) -> LossSpec:
     """The `LossSpec` of verl's actor config and of its `global_batch_info`.
 
@@ -163,13 +164,13 @@ def loss_spec(
         names = ("eps_low", "eps_high", "dual_clip")
     else:
         names = ("trust_low", "trust_high", "eps_high_cispo")
-    bounds: dict[str, Any] = dict(zip(names, (low, high, cap), strict=True))
+    given: dict[str, Any] = dict(zip(names, (low, high, cap), strict=True))
+    given["aggregation"] = "token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode
     try:
         return LossSpec(
             objective="clip" if trust_region is None else "cispo",
             trust_region=trust_region,
-            **bounds,
-            aggregation="token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode,
+            **given,
             max_tokens=info.get("loss_scale_factor"),
         )
     except (TypeError, ValueError) as error:

@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary in COMMANDS.items():
         shown = argparse.ArgumentDefaultsHelpFormatter
         _module(name).add_arguments(
-            commands.add_parser(name, help=summary, description=summary, formatter_class=shown)
+            commands.add_parser(
+                name,
+                help=summary,
+                description=summary,
+                formatter_class=shown,
+                allow_abbrev=False,
+            )
         )
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from mapo_kernels import files
 from mapo_kernels.files import CommandError
-from mapo_kernels.study import statistics
 from mapo_kernels.study.settings import (
     ESTIMATORS,
     NORM_RATE,
@@ -181,7 +180,9 @@ def _main(
     seeds: Iterable[int],
 ) -> list[Cell]:
     """The runs at the learning rates that were chosen in the regime with binary rewards."""
-    rates = statistics.chosen_rates(records, regime)
+    from mapo_kernels.study.statistics import chosen_rates  # which imports numpy
+
+    rates = chosen_rates(records, regime)
     return [
         Cell("main", estimator, regime, reward, seed, rates[estimator])
         for seed in seeds

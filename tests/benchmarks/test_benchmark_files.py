@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import importlib
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,22 @@ def test_out_that_can_be_no_folder_is_refused_before_anything_runs(runs, tmp_pat
     assert not runs and file.read_text() == "mine" and not (tmp_path / "file.partial").exists()
 
 
+@pytest.mark.parametrize("action", ["host", "startup"])
+def test_so_it_is_where_there_are_no_cases(action, tmp_path, monkeypatch, capsys):
+    measured = importlib.import_module(f"benchmarks.{action}")
+    monkeypatch.setattr(measured, "measure", lambda *_: pytest.fail("something was measured"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert str(file) in refused(capsys, action, "--out", file, "--name=x")
+    assert file.read_text() == "mine"
+
+
+def test_results_go_to_the_current_folder(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--name=x", "--no-plots"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.json"]
+
+
 @pytest.mark.parametrize("name", ["a/b", "../x", "/tmp/x", "x" * 300])
 def test_a_name_that_can_be_no_file_is_refused_before_anything_runs(runs, tmp_path, capsys, name):
     refused(capsys, "--out", tmp_path / "out", f"--name={name}")
@@ -87,7 +104,7 @@ def test_a_full_disk_is_one_line_after_the_tables(runs, tmp_path, monkeypatch, c
     assert cli.main(["--out", str(tmp_path), "--name=x"]) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and f"{tmp_path / name}: No space left" in err
-    assert "hidden states" in out  # minutes of work are not lost
+    assert "hidden-states" in out  # minutes of work are not lost
     assert not list(tmp_path.glob("*.partial"))
     assert results.read(tmp_path / "x.json")["rows"] == FOUND["rows"]
 
@@ -236,6 +253,6 @@ def test_a_run_ends_where_its_rows_cannot_be_written(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(results, "write", fail)
     monkeypatch.setattr(harness, "Roofs", lambda device, effort, tiny: Roofs(device, DRY, True))
-    given = ["--level=advantages, MAPO", "--out", str(tmp_path), "--name=x", "--no-plots"]
+    given = ["--level=advantages-mapo", "--out", str(tmp_path), "--name=x", "--no-plots"]
     assert cli.main(given) == 1
     assert "rows are missing" in capsys.readouterr().out

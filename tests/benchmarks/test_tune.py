@@ -147,6 +147,22 @@ def test_a_dry_run_goes_through_its_points_and_goes_on_where_it_ended(tmp_path, 
 
 
 @interpreted
+@pytest.mark.parametrize("content", ['{"name": "mine"}\n', "a text\n", "[]\n", None])
+def test_a_file_that_is_not_ones_own_is_found_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys, content
+):
+    for name in ("compile_points", "Roofs"):
+        monkeypatch.setattr(tune, name, lambda *_, **__: pytest.fail("work was done"))
+    file = tmp_path / "x.jsonl"
+    file.write_text(content or "mine")
+    path = file if content else file / "y.jsonl"
+    assert cli.main(["tune", "--dry-run", f"--out={path}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(path) in err
+    assert file.read_text() == (content or "mine")
+
+
+@interpreted
 def test_points_that_spill_are_wrong_or_fail_are_not_timed(tmp_path, monkeypatch):
     family = tune.FAMILIES["scoring"]
     values = {"LOGITS.score_hint": ("evict_first", "", "evict_last", "nonsense")}

@@ -158,7 +158,7 @@ def test_sampling_masks(capsys):
 def test_torchrun(name):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, FOLDER / f"{name}.py"], capture_output=True, text=True, timeout=240
+        [*command, FOLDER / f"{name}.py"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     if name == "ddp":

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mapo_kernels as mk
-from mapo_kernels import arguments
+from mapo_kernels import arguments, tracing
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = [name for name in mk.__all__ if not name.startswith("__")]
@@ -131,6 +132,63 @@ def test_importing_does_no_work():
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     assert out.strip() == "[]"
+
+
+FIRST_USE = """
+import sys, torch, mapo_kernels as mk
+x = torch.zeros(4, 3, 5, requires_grad=True)
+ids, rewards = torch.zeros(4, 3, dtype=torch.int64), torch.tensor([1., 0, 0, 1])
+mk.group_advantages(rewards, group_size=2)
+plan = mk.make_plan(rewards=rewards, group_size=2, mask=torch.ones(4, 3))
+mk.mapo_loss(x[..., 0], plan=plan).loss.backward()
+mk.mapo_loss_from_logits(x, ids, plan=plan).loss.backward()
+mk.mapo_loss_from_hidden(x, torch.rand(7, 5), ids, plan=plan).loss.backward()
+mk.token_logprobs_from_hidden(x, torch.rand(7, 5), ids)
+print(mk.describe_backend())
+print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("interprets", ["0", "1"])
+def test_first_use_imports_no_compiler_of_graphs(interprets):
+    if interprets == "1":
+        pytest.importorskip("triton")
+    out = run_python(FIRST_USE, TRITON_INTERPRET=interprets).splitlines()
+    assert out[0].startswith("eager") and out[1] == "[]"
+
+
+def test_functions_are_marked_as_torch_marks_them():
+    def ours():
+        return None
+
+    def theirs():
+        return None
+
+    tracing.constant_in_graphs(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_a_graph_ends_before_a_function_that_is_not_traced():
+    """However often: torch stops tracing a frame that it has traced too often."""
+    seen = []
+
+    @tracing.outside_graphs
+    def untraced(x, text):
+        seen.append(torch.compiler.is_compiling())
+        return inner(x) * len(text)
+
+    def inner(x):
+        seen.append(torch.compiler.is_compiling())
+        return x[x > 0].sum()
+
+    torch.compiler.reset()
+    step = torch.compile(lambda x, text: untraced(x * 2, text=text) + 1, backend="aot_eager")
+    x = torch.ones(3)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in range(6):
+            assert step(x, "x" * n) == 6 * n + 1
+    assert seen == [False] * 12
 
 
 def test_integrations_import_their_trainers_as_their_docstring_says():

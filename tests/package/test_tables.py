@@ -13,12 +13,8 @@ import pytest
 from backends import INTERPRETS
 
 PACKAGE = Path(__file__).parents[2] / "mapo_kernels"
-AGGREGATION = (
-    "spec.py",
-    'AGGREGATION_TABLE = {\n    "token-mean": Aggregation("one", "tokens"),\n',
-    'AGGREGATION_TABLE = {\n    "token-mean": Aggregation("one", "tokens"),\n'
-    '    "new": Aggregation("tokens", "tokens"),\n',
-)
+LINE = '    "token-mean": Aggregation("one", "tokens"),\n'
+AGGREGATION = ("spec.py", LINE, f'{LINE}    "new": Aggregation("tokens", "tokens"),\n')
 METRIC = ("formula.py", "    ratio_mean: Any\n", "    ratio_mean: Any\n    log_ratio_mean: Any\n")
 METRIC_VALUE = (
     "formula.py",
