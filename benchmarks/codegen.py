@@ -7,13 +7,19 @@ three times an element: its bytes over the memory's bandwidth, its instructions 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
-from mapo_kernels.config import LOGITS
+import torch
+
+from mapo_kernels.config import LOGITS as RECORD
+
+from .cases import BF16, LOGITS, LOGPROBS, MAPO, QWEN2, Case
+from .harness import work_of
+from .levels import draw
+from .machine_code import COMPILED, compile_launches, in_processes, report
+from .providers import OURS, PROVIDERS
+
+Row = dict[str, Any]
 
 
 class Gpu(NamedTuple):
@@ -25,7 +31,7 @@ class Gpu(NamedTuple):
     multiprocessors: int
     gigahertz: float
 
-    def bounds(self, work: dict[str, float]) -> dict[str, float]:
+    def bounds(self, work: Row) -> dict[str, float]:
         """Picoseconds an element by memory, instructions and exponentials."""
         clocks = self.multiprocessors * self.gigahertz * 1e-3  # clocks of all in a picosecond
         return {
@@ -41,50 +47,25 @@ GPUS = (
     Gpu("H200", "sm_90", 4.8, 132, 1.98),
     Gpu("B200", "sm_100", 8.0, 148, 1.97),
 )
-
-
-class Part(NamedTuple):
-    """What is read of a kernel: code that a thread runs for `elements` of `nbytes` bytes each.
-
-    `stores` names its loops by how often they store; without it is all of the kernel.
-    """
-
-    kernel: str
-    title: str
-    element: str
-    nbytes: int
-    elements: int
-    stores: tuple[int, ...] = ()
-
-    def work(self, found: dict[str, Any]) -> dict[str, float]:
-        """Instructions, exponentials and bytes of one element, of a kernel's `report`."""
-        loops = [_main_loop(found, stores, self.elements) for stores in self.stores] or [found]
-        names = ("instructions", "exponentials")
-        counts = {name: sum(loop[name] for loop in loops) / self.elements for name in names}
-        return counts | {"bytes": self.nbytes}
-
-
-def _main_loop(found: dict[str, Any], stores: int, elements: int) -> dict[str, Any]:
-    """The unmasked loop: wide loads, that many stores, the fewest instructions."""
-    wide = [
-        loop
-        for loop in found["loops"]
-        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= elements
-    ]
-    return min(wide, key=lambda loop: loop["instructions"])
-
-
 # A thread has 4 rewards or tokens, or the tiles of a step, each of 8 bfloat16 logits and one store.
 # Of the two passes of a loss over a row, one reads memory and the other writes it. A token is 13
 # bytes: logp, old, mask and gradient.
-ROW, STORES = 8 * LOGITS.tiles, LOGITS.tiles
-PARTS = (
-    Part("advantages_kernel", "group advantages, groups of 16", "a reward", 8, 4),
-    Part("token_loss_kernel", "loss from float32 log-probs", "a token", 13, 4, (1,)),
-    Part("score_kernel", "log-probs of bfloat16 logits", "statistics pass", 2, ROW, (0,)),
-    Part("logits_loss_kernel", "loss from bfloat16 logits", "statistics pass", 2, ROW, (0,)),
-    Part("logits_loss_kernel", "loss from bfloat16 logits", "gradient pass", 2, ROW, (STORES,)),
-    Part("logits_loss_kernel", "loss from bfloat16 logits", "both passes", 4, ROW, (0, STORES)),
+ROW, STORES = 8 * RECORD.tiles, RECORD.tiles
+# Kernel, its name for people, what is counted, its bytes, how many of them a thread has, and the
+# loops that are read, by how often they store: without any all of the kernel.
+PARTS: tuple[tuple[str, str, str, int, int, tuple[int, ...]], ...] = (
+    ("advantages_kernel", "group advantages, groups of 16", "a reward", 8, 4, ()),
+    ("token_loss_kernel", "loss from float32 log-probs", "a token", 13, 4, (1,)),
+    ("score_kernel", "log-probs of bfloat16 logits", "statistics pass", 2, ROW, (0,)),
+    ("logits_loss_kernel", "loss from bfloat16 logits", "statistics pass", 2, ROW, (0,)),
+    ("logits_loss_kernel", "loss from bfloat16 logits", "gradient pass", 2, ROW, (STORES,)),
+    ("logits_loss_kernel", "loss from bfloat16 logits", "both passes", 4, ROW, (0, STORES)),
+)
+# One call of each level on small tensors; nothing runs, everything is compiled.
+CASES = (
+    Case(MAPO, 1 << 14),
+    Case(LOGPROBS, 16, 1024, 8),
+    Case(LOGITS, 16, 1, 8, head=QWEN2, dtype=BF16),
 )
 # What `bench codegen` shows of a row, by heading.
 COLUMNS = {
@@ -101,48 +82,42 @@ COLUMNS = {
 }
 
 
-def compile_here(target: str) -> list[dict[str, Any]]:
-    """Rows of the table for one architecture; changes Triton for the whole process."""
-    import torch
+def main_loop(found: Row, stores: int, elements: int) -> Row:
+    """The unmasked loop: wide loads, that many stores, the fewest instructions."""
+    wide = [
+        loop
+        for loop in found["loops"]
+        if loop["wide_loads"] and loop["stores"] == stores and loop["exponentials"] >= elements
+    ]
+    return min(wide, key=lambda loop: loop["instructions"])
 
-    from . import cases
-    from .cases import Case
-    from .harness import work_of
-    from .levels import draw
-    from .machine_code import compile_launches, report
-    from .providers import OURS, PROVIDERS
 
-    compiled = compile_launches(target)
-    # One call of each level on small tensors; nothing runs, everything is compiled.
-    for case in (
-        Case(cases.MAPO, 1 << 14),
-        Case(cases.LOGPROBS, 16, 1024, 8),
-        Case(cases.LOGITS, 16, 1, 8, head=cases.QWEN2, dtype=cases.BF16),
-    ):
+def compile_parts(target: str) -> list[Row]:
+    """Rows of the table for the architecture that this process compiles for."""
+    for case in CASES:
         inputs = draw(case, torch.device("cpu"))
         work_of(PROVIDERS[case.level][OURS], [inputs], case.direction)()
-    reports = {name: report(kernel) for name, kernel in compiled}
-    same = ("registers", "stack", "spills")
-    return [
-        {"kernel": part.title, "part": part.element, "target": target}
-        | {name: reports[part.kernel][name] for name in same}
-        | part.work(reports[part.kernel])
-        for part in PARTS
-    ]
+    reports = {name: report(kernel) for name, kernel in COMPILED}
+    rows = []
+    for kernel, title, element, nbytes, elements, stores in PARTS:
+        found = reports[kernel]
+        loops = [main_loop(found, n, elements) for n in stores] or [found]
+        counts = {
+            name: sum(loop[name] for loop in loops) / elements
+            for name in ("instructions", "exponentials")
+        }
+        same = {name: found[name] for name in ("registers", "stack", "spills")}
+        about = {"kernel": title, "part": element, "target": target, "bytes": nbytes}
+        rows.append(about | same | counts)
+    return rows
 
 
-def compile_for(target: str) -> list[dict[str, Any]]:
+def compile_for(target: str) -> list[Row]:
     """Rows of the table for one architecture, compiled in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = f"import json; from {__name__} import *; print(json.dumps(compile_here('{target}')))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return next(in_processes(compile_parts, [target], target, compile_launches))
 
 
-def static_table() -> list[dict[str, Any]]:
+def static_table() -> list[Row]:
     """For each kernel, pass and GPU: counts an element and the bound they give, in picoseconds."""
     by_target = {target: compile_for(target) for target in dict.fromkeys(g.target for g in GPUS)}
     rows = []

@@ -117,9 +117,8 @@ class CaseRun:
         if not error <= TOLERANCE[self.case.dtype]:
             known = error if math.isfinite(error) else None
             return {"status": "wrong", "error": known, "reason": "its result is off"}
-        # Counting tensors on a CPU needs every operation to be seen.
-        counted = self.roofs.device.type == "cuda" or not provider.compiles
-        memory = peak_bytes(once, self.roofs.device) if counted else None
+        given = once.prepare()
+        memory = peak_bytes(lambda: once.region(given), self.roofs.device)
         self.fill_cache()
         samples = timer(work_of(provider, self.inputs, self.case.direction), self.effort)
         p20, median, p80 = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))

@@ -7,13 +7,18 @@ process of its own, without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,6 +31,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# What launches have compiled in this process: names and kernels.
+COMPILED: list[tuple[str, Any]] = []
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -38,6 +45,19 @@ class Assembly(NamedTuple):
     access: str
     counted: dict[str, str]
 
+    def parse(self, text: str) -> tuple[list[str], dict[int, int], list[str]]:
+        """Instructions by name, where each branch leads, and the lines of the instructions."""
+        labels: dict[str, int] = {}
+        names, lines = [], []
+        for line in text.splitlines():
+            if found := re.match(self.label, line):
+                labels[found[1]] = len(names)
+            elif found := re.match(self.instruction, line):
+                names.append(found[1])
+                lines.append(line)
+        jumps = {i: jump[1] for i, x in enumerate(lines) if (jump := re.match(self.branch, x))}
+        return names, {i: labels[name] for i, name in jumps.items() if name in labels}, lines
+
     def counts(self, names: list[str]) -> dict[str, int]:
         """Instructions, in all and of each kind."""
         kinds = self.counted.items()
@@ -47,22 +67,13 @@ class Assembly(NamedTuple):
 
     def read(self, text: str) -> dict[str, Any]:
         """Counts of the whole code and of each loop: from a branch's target back to the branch."""
-        labels: dict[str, int] = {}
-        names: list[str] = []
-        loops = []
-        for line in text.splitlines():
-            if found := re.match(self.label, line):
-                labels[found[1]] = len(names)
-            elif found := re.match(self.instruction, line):
-                jump = re.match(self.branch, line)
-                start = labels.get(jump[1]) if jump else None
-                if start not in (None, len(names)):  # of an empty loop
-                    loops.append([*names[start:], found[1]])
-                names.append(found[1])
+        names, jumps, _ = self.parse(text)
         return {
             **self.counts(names),
             "accesses": Counter(name for name in names if re.match(self.access, name)),
-            "loops": [self.counts(body) for body in loops],
+            "loops": [
+                self.counts(names[start : end + 1]) for end, start in jumps.items() if start < end
+            ],
         }
 
 
@@ -106,86 +117,27 @@ def report(kernel: Any) -> dict[str, Any]:
         numbers = dict(re.findall(known, text))
         stack, spills = numbers["private_segment_fixed_size"], numbers["vgpr_spill_count"]
         return GCN.read(text) | {"stack": int(stack), "spills": int(spills)}
-    usage, text = _disassembly(kernel)
     names = {"REG": "registers", "STACK": "stack", "LOCAL": "local"}
+    usage = _tool("cuobjdump", "-res-usage", kernel)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return SASS.read(text) | {name: int(numbers[key]) for key, name in names.items()}
+    return SASS.read(disassembly(kernel)) | {name: int(numbers[k]) for k, name in names.items()}
 
 
-def _disassembly(kernel: Any) -> tuple[str, str]:
-    """What NVIDIA's tools say of a kernel's resources, and its machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        return _tool("cuobjdump", "-res-usage", path), _tool("nvdisasm", "-c", path)
+def disassembly(kernel: Any) -> str:
+    """A kernel's machine code for an NVIDIA GPU."""
+    return _tool("nvdisasm", "-c", kernel)
 
 
-def scalar_instructions(kernel: Any, tiles: int, vector: int = 8) -> dict[str, int]:
-    """Instructions that a row's program executes outside the main loops of its two passes.
-
-    The fewest on any way through the branches, by NVIDIA's machine code: before the first pass,
-    between the two, after the second. A warp executes each of them once a row, whatever the row
-    holds; what only some rows need (a mask to count, exact sums) is left out.
-    """
-    names, following = _flow(_disassembly(kernel)[1])
-    loops: dict[int, tuple[int, int, int]] = {}
-    for end, after in enumerate(following):
-        for start in after:
-            body = names[max(start, 0) : end + 1]
-            wide = sum(bool(re.match(SASS.counted["wide_loads"], name)) for name in body)
-            if 0 <= start < end and wide == tiles and body.count("MUFU.EX2") >= tiles * vector:
-                stores = sum(name.startswith("STG") for name in body)
-                loops[stores] = min(
-                    loops.get(stores, (len(body), start, end)), (len(body), start, end)
-                )
-    first, second = loops[0], loops[tiles]
-    return {
-        "before": _fewest(following, 0, first[1]),
-        "between": _fewest(following, first[2] + 1, second[1]),
-        "after": _fewest(following, second[2] + 1, len(names)),
-    }
-
-
-def _flow(text: str) -> tuple[list[str], list[list[int]]]:
-    """Instructions of a kernel, and after each which may follow; its end is one past the last."""
-    labels: dict[str, int] = {}
-    code: list[tuple[str, str]] = []
-    for line in text.splitlines():
-        if found := re.match(SASS.label, line):
-            labels[found[1]] = len(code)
-        elif found := re.match(SASS.instruction, line):
-            code.append((found[1], line))
-    following = []
-    for i, (name, line) in enumerate(code):
-        jump = re.match(SASS.branch, line)
-        may_pass = re.search(r"\s@!?U?P|BRA(\.DIV)? !?U", line) or re.search(r"BRA !?U?P", line)
-        after = [i + 1] if may_pass or not (jump or name in ("EXIT", "RET")) else []
-        if jump:
-            after.append(labels[jump[1]])
-        if name == "EXIT":
-            after.append(len(code))
-        following.append(after)
-    return [name for name, _ in code], following
-
-
-def _fewest(following: list[list[int]], start: int, goal: int) -> int:
-    """Instructions on the shortest way from one to another, which is not counted."""
-    steps, seen, reached = 0, {start}, [start]
-    while goal not in seen:
-        reached = [i for j in reached if j < len(following) for i in following[j] if i not in seen]
-        seen.update(reached)
-        steps += 1
-    return steps
-
-
-def _tool(name: str, *arguments: Any) -> str:
-    """What one of the tools in Triton's wheel prints."""
-    command = [NVIDIA_TOOLS / name, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _tool(name: str, option: str, kernel: Any) -> str:
+    """What one of the tools in Triton's wheel prints of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [NVIDIA_TOOLS / name, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_launches(target: str) -> list[tuple[str, Any]]:
-    """Make the package's launchers compile for a target, from CPU tensors; the list it fills."""
+    """Make the package's launchers compile for a target, from CPU tensors; returns `COMPILED`."""
     # Answers what Triton asks before it compiles.
     driver.set_active(
         SimpleNamespace(
@@ -194,12 +146,11 @@ def compile_launches(target: str) -> list[tuple[str, Any]]:
             get_current_stream=lambda device=None: 0,
         )
     )
-    compiled = []
     original = jit.JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.fn.__name__, kernel))
+        COMPILED.append((self.fn.__name__, kernel))
         return kernel
 
     jit.JITFunction.run = run
@@ -208,4 +159,15 @@ def compile_launches(target: str) -> list[tuple[str, Any]]:
     backend.set_backend("triton")
     # The tensors are on the CPU; what would run on them is compiled for the target instead.
     backend.is_eager = lambda x: False
-    return compiled
+    return COMPILED
+
+
+def in_processes(
+    call: Callable[[Any], Any], work: Iterable[Any], target: str, prepare: Any, jobs: int = 1
+) -> Iterator[Any]:
+    """`call(x)` of each piece of work, in processes that `prepare(target)` makes compile for it."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, spawn, prepare, (target,)) as processes:
+            yield from processes.map(call, work)

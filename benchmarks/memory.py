@@ -1,53 +1,36 @@
-"""Peak memory of tensors: the allocator's on a GPU, what torch's operations allocate elsewhere."""
+"""Peak memory of tensors: by the allocator of a GPU, by torch's profiler elsewhere."""
 
-import weakref
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
-class MemoryOfTensors(TorchDispatchMode):
-    """Counts the bytes of storages that operations create and that still live; `peak` of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        known = {x.untyped_storage().data_ptr() for x in given} | self.known
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage.data_ptr() not in known:
-                    self.add(storage)
-        return out
-
-    def add(self, storage):
-        key, size = storage.data_ptr(), storage.nbytes()
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key, size):
-        self.known.discard(key)
-        self.now -= size
+@contextmanager
+def allocations() -> Iterator[SimpleNamespace]:
+    """What is allocated on the CPU within it; afterwards it has `peak` and `now`, in bytes."""
+    found = SimpleNamespace(peak=0, now=0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((x for x in events if x.name() == "[memory]"), key=lambda x: x.start_ns())
+    sizes = list(itertools.accumulate((x.nbytes() for x in changes), initial=0))
+    found.peak, found.now = max(sizes), sizes[-1]
 
 
-def peak_bytes(work, device):
-    """Peak bytes that a `Work` allocates beside what exists already, its argument included."""
-    given = work.prepare()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work.region(given)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with MemoryOfTensors() as memory:
-        work.region(given)
-    return memory.peak
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Peak bytes that a call allocates beside what exists already."""
+    if device.type != "cuda":
+        with allocations() as found:
+            call()
+        return found.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -11,16 +11,13 @@ import copy
 import itertools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,8 +180,8 @@ def read(kernel: Any) -> dict[str, Any]:
     return report(kernel)
 
 
-def compile_here(target: str, names: list[str], part: int, parts: int) -> None:
-    """Compile a part of all points and print a line for each; this process can do no more."""
+def compile_products(target: str) -> None:
+    """Make this process compile what is launched, products that only a GPU computes included."""
     from mapo_kernels import head
 
     from .machine_code import compile_launches
@@ -192,23 +189,35 @@ def compile_here(target: str, names: list[str], part: int, parts: int) -> None:
     def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
-    compiled = compile_launches(target)
-    # Nothing is computed here, so products of mixed dtypes need no GPU either.
+    compile_launches(target)
     torch.mm = product  # type: ignore[assignment]
     torch.addmm = lambda before, a, b, out_dtype=None, out=None: before  # type: ignore[assignment]
     head.mixes_dtypes = lambda weight: weight.element_size() == 2
-    for family, case, rows in items(names):
-        inputs = family.inputs(small(case), torch.device("cpu"))
-        for row in rows[part::parts]:
-            compiled.clear()
-            try:
-                with config.override(row["point"]), config.override(as_on_gpu(case)):
-                    work_of(Provider(family.call), [inputs], case.direction)()
-                row["spills"] = sum(read(kernel)["spills"] for _, kernel in compiled)
-                row["registers"] = {name: read(x).get("registers") for name, x in compiled}
-            except Exception as error:  # What cannot be compiled is a finding about the point.
-                row["reason"] = reason_of(error)
-            print(json.dumps(row), flush=True)
+
+
+@lru_cache(1)
+def small_inputs(family: str, number: int) -> tuple[Case, Inputs]:
+    """A case of a family and the inputs that its points are compiled for, drawn once for all."""
+    case = FAMILIES[family].cases[number]
+    return case, FAMILIES[family].inputs(small(case), torch.device("cpu"))
+
+
+def compile_point(row: Row) -> Row:
+    """The row of a point with what was found in its kernels, or why they cannot be compiled."""
+    from .machine_code import COMPILED
+
+    family = FAMILIES[row["family"]]
+    number = [case.shape for case in family.cases].index(row["case"])
+    case, inputs = small_inputs(row["family"], number)
+    COMPILED.clear()
+    try:
+        with config.override(row["point"]), config.override(as_on_gpu(case)):
+            work_of(Provider(family.call), [inputs], case.direction)()
+        registers = {name: read(kernel).get("registers") for name, kernel in COMPILED}
+        spills = sum(read(kernel)["spills"] for _, kernel in COMPILED)
+        return row | {"spills": spills, "registers": registers}
+    except Exception as error:  # What cannot be compiled is a finding about the point.
+        return row | {"reason": reason_of(error)}
 
 
 def compile_points(target: str, names: list[str], jobs: int) -> dict[str, Row]:
@@ -217,22 +226,17 @@ def compile_points(target: str, names: list[str], jobs: int) -> dict[str, Row]:
     Raises:
         CommandError: a process ended with an error.
     """
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    from .machine_code import in_processes
 
-    def run(part: int) -> list[Row]:
-        call = f"compile_here({target!r}, {names!r}, {part}, {jobs})"
-        command = [sys.executable, "-c", f"from {__name__} import *; {call}"]
-        rows = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as child:
-            for line in child.stdout or ():
-                print(line, end="", flush=True)
-                rows.append(json.loads(line))
-        if child.returncode:
-            raise CommandError(f"compiling for {target} ended with {child.returncode}")
-        return rows
-
-    with ThreadPoolExecutor(jobs) as executor:
-        return {key_of(row): row for rows in executor.map(run, range(jobs)) for row in rows}
+    work = [row for *_, rows in items(names) for row in rows]
+    found = {}
+    try:
+        for row in in_processes(compile_point, work, target, compile_products, jobs):
+            print(json.dumps(row), flush=True)
+            found[key_of(row)] = row
+    except BrokenExecutor as error:
+        raise CommandError(f"compiling for {target}: {one_line(error)}") from error
+    return found
 
 
 def build() -> str:

@@ -11,8 +11,9 @@ import sys
 from contextlib import redirect_stdout
 
 import torch
+from scalar_code import scalar_instructions
 
-from benchmarks.machine_code import compile_launches, report, scalar_instructions
+from benchmarks.machine_code import compile_launches, report
 
 
 def batch(shape, packed=False):

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mapo_kernels as mk
 import reference
-from benchmarks.memory import MemoryOfTensors
+from benchmarks.memory import allocations
 from mapo_kernels.batch import HeadInputs
 from mapo_kernels.head import chunk_rows_of
 
@@ -383,7 +383,7 @@ def test_memory_does_not_grow_with_tokens():
             hidden = torch.randn(n_sequences, length, width, requires_grad=True)
             weight = torch.randn(vocab, width, requires_grad=True)
             ids = torch.randint(0, vocab, (n_sequences, length))
-            with MemoryOfTensors() as memory:
+            with allocations() as memory:
                 out = mk.mapo_loss_from_hidden(
                     hidden, weight, ids, advantages=torch.randn(n_sequences), chunk_rows=chunk
                 )

@@ -16,7 +16,7 @@ from support import (
 )
 
 import mapo_kernels as mk
-from benchmarks.memory import MemoryOfTensors
+from benchmarks.memory import allocations
 
 LEVELS = ("token", "sequence")
 
@@ -305,7 +305,7 @@ def test_the_eager_backend_holds_one_chunk_in_float32(monkeypatch):
             batch = make_logits(4, 50, vocab, dtype)
             leaf = batch["logits"].requires_grad_()
             logits = leaf * 1
-            with MemoryOfTensors() as memory:
+            with allocations() as memory:
                 out = mk.mapo_loss_from_logits(
                     logits,
                     batch["ids"],

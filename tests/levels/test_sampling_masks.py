@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mapo_kernels as mk
 import reference
-from benchmarks.memory import MemoryOfTensors
+from benchmarks.memory import allocations
 from mapo_kernels import kept_rows, operators
 
 LEVELS = ("token", "sequence")
@@ -236,7 +236,7 @@ def test_memory_is_that_of_the_kept_columns():
     mask = mask_of(batch, "cpu", vocab, sizes=(1, 2, 8, 30))
     nnz = mask.token_ids.shape[0]
     mk.set_backend("eager")
-    with MemoryOfTensors() as memory:
+    with allocations() as memory:
         run_hidden(batch, mk.LossSpec(), torch.device("cpu"), sampling_mask=mask)
     mk.set_backend(None)
     beside_weight = memory.peak - 3 * 4 * vocab * width
