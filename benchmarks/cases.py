@@ -83,6 +83,16 @@ class Case:
         common = "one column in every row" if self.common else ""
         return ", ".join(filter(None, (size, self.head.name, self.dtype_name, common, kept)))
 
+    def as_row(self) -> dict[str, Any]:
+        """What a result says of the case."""
+        same = ("level", "shape", "direction", "sweep", "tokens", "group_size", "padding")
+        return {name: getattr(self, name) for name in (*same, "no_signal")} | {
+            "dtype": self.dtype_name,
+            "head": self.head.name or None,
+            "width": self.head.width or None,
+            "vocab": self.head.vocab or None,
+        }
+
     def tiny(self) -> Case:
         """The same case with a few tokens and words, for Triton's interpreter."""
         head = self.head if self.head is NO_HEAD else self.head._replace(width=16, vocab=50)

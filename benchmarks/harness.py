@@ -6,7 +6,6 @@ import copy
 import gc
 import itertools
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,10 +46,13 @@ def cache_bytes(device: torch.device) -> int:
 def work_of(provider: Provider, inputs: list[Inputs], direction: str) -> Work:
     """What is timed: [values], or the leaves' gradients; the sets of inputs take turns."""
     turns = itertools.cycle(inputs)
+    if direction == "score":
 
-    def score(given: Inputs) -> list[torch.Tensor]:
-        with torch.no_grad():
+        @torch.no_grad()
+        def score(given: Inputs) -> list[torch.Tensor]:
             return [provider.call(*given.leaves, given.rest)]
+
+        return Work(score, lambda: next(turns))
 
     def with_leaves() -> Inputs:
         """Leaves that have no gradient yet; copies where the provider destroys them."""
@@ -61,8 +63,6 @@ def work_of(provider: Provider, inputs: list[Inputs], direction: str) -> Work:
     def both(given: Inputs) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(provider.call(*given.leaves, given.rest), given.leaves)
 
-    if direction == "score":
-        return Work(score, lambda: next(turns))
     return Work(both, with_leaves, repeatable=not provider.consumes)
 
 
@@ -94,22 +94,21 @@ class CaseRun:
 
     def measure(self, name: str, timer: Timer) -> Row:
         """One row; what cannot run or is wrong is a row that says so, and has no time."""
-        device, provider = self.roofs.device, PROVIDERS[self.case.level][name]
-        row = results.describe(self.case, name, self.inputs[0].live)
-        status, reason = "unavailable", provider.unavailable(self.case, device)
-        if reason is None:
-            try:
-                return row | self._measure(provider, timer)
-            except torch.OutOfMemoryError:
-                status, reason = "failed", "out of memory"
-            except Exception as exception:  # A peer's failure is a finding about the peer.
-                first_line = (str(exception).splitlines() or [""])[0]
-                status, reason = "failed", f"{type(exception).__name__}: {first_line}"
-            finally:
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-        return row | {"status": status, "reason": reason}
+        provider = PROVIDERS[self.case.level][name]
+        row = {**self.case.as_row(), "provider": name, "live": self.inputs[0].live}
+        reason = provider.unavailable(self.case, self.roofs.device)
+        if reason is not None:
+            return row | {"status": "unavailable", "reason": reason}
+        try:
+            return row | self._measure(provider, timer)
+        except torch.OutOfMemoryError:
+            return row | {"status": "failed", "reason": "out of memory"}
+        except Exception as exception:  # A peer's failure is a finding about the peer.
+            first_line = (str(exception).splitlines() or [""])[0]
+            return row | {"status": "failed", "reason": f"{type(exception).__name__}: {first_line}"}
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _measure(self, provider: Provider, timer: Timer) -> Row:
         once = work_of(provider, self.inputs[:1], self.case.direction)
@@ -117,22 +116,19 @@ class CaseRun:
         if not error <= TOLERANCE[self.case.dtype]:
             known = error if math.isfinite(error) else None
             return {"status": "wrong", "error": known, "reason": "its result is off"}
-        given = once.prepare()
-        memory = peak_bytes(lambda: once.region(given), self.roofs.device)
+        memory = peak_bytes(partial(once.region, once.prepare()), self.roofs.device)
         self.fill_cache()
         samples = timer(work_of(provider, self.inputs, self.case.direction), self.effort)
-        p20, median, p80 = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))
+        quantiles = [float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8))]
         return {
             "status": "ok",
             "error": error,
             "peak_bytes": memory,
-            "median_ms": median,
-            "p20_ms": p20,
-            "p80_ms": p80,
+            **dict(zip(("p20_ms", "median_ms", "p80_ms"), quantiles, strict=True)),
             "timer": samples.timer,
             "launched_ms": samples.launched_ms,
             "samples_ms": [float(f"{x:.5g}") for x in samples.ms],
-            **self.roofs.compare(self.case, least(self.case, self.inputs[0].live), median),
+            **self.roofs.compare(self.case, least(self.case, self.inputs[0].live), quantiles[1]),
         }
 
 
@@ -160,31 +156,14 @@ class Run:
 
     def start(self, path: Path, commit: str | None = None, notes: str | None = None) -> None:
         """Run a GPU's parity tests, measure the roofs; from here on rows are written to `path`."""
-        self.began, self.path = time.perf_counter(), path
         checked = self.suite == "gpu" and self.device.type == "cuda"
         parity = environment.parity_tests() if checked else None
         if self.dry_run:
             mapo_kernels.set_backend("triton")
         self.roofs = Roofs(self.device, self.effort, tiny=self.dry_run)
-        self.result: dict[str, Any] = {
-            "format": results.FORMAT,
-            "suite": self.suite,
-            "dry_run": self.dry_run,
-            "notes": notes,
-            "parity": parity,
-            "environment": environment.describe(commit),
-            "rows": [],
-        }
-        self.save()
-
-    def save(self) -> None:
-        """Write what there is; it is finished once it has a row for every item."""
-        finished = len(self.result["rows"]) == len(self.items)
-        if finished:
-            self.result["environment"]["gpu_state_after"] = environment.gpu_state()
-        seconds = time.perf_counter() - self.began
-        self.result |= {"finished": finished, "seconds": seconds, "roofs": self.roofs.as_dict()}
-        results.write(self.result, self.path)
+        about = {"suite": self.suite, "dry_run": self.dry_run, "notes": notes, "parity": parity}
+        about |= {"environment": environment.describe(commit), "roofs": self.roofs.found}
+        self.file = results.Growing(path, about, len(self.items))
 
     def measure(self, case: Case, name: str, timer: Timer) -> Row:
         """Measure one item and write its row."""
@@ -195,8 +174,9 @@ class Run:
             self._current = None  # Its tensors go before the next ones come.
             self._current = CaseRun(case, self.roofs, self.effort)
         row = self._current.measure(name, timer)
-        self.result["rows"].append(row)
-        self.save()
+        if len(self.file.found["rows"]) == len(self.items) - 1:
+            self.file.found["environment"]["gpu_state_after"] = environment.gpu_state()
+        self.file.add(row)
         return row
 
     @pytest.fixture

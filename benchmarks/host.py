@@ -171,13 +171,13 @@ def measure(path: Path, once: bool, commit: str | None = None, notes: str | None
     Raises:
         CommandError: there is no C compiler, or the result cannot be written.
     """
-    began = time.perf_counter()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # What is read of results that nobody computed makes no sense.
-    result: dict[str, Any] = {"format": results.FORMAT, "suite": "host", "dry_run": once}
-    result |= {"notes": notes, "environment": environment.describe(commit), "rows": []}
+    about = {"suite": "host", "dry_run": once, "notes": notes}
+    about["environment"] = environment.describe(commit)
     # All is drawn before nothing is computed any more.
     calls = {(name, OURS): (None, call) for name, call in our_calls().items()} | peer_calls()
+    file = results.Growing(path, about, len(calls))
     with tempfile.TemporaryDirectory() as folder:
         driver = install_driver(Path(folder))
         for (name, provider), (reason, call) in calls.items():
@@ -185,8 +185,5 @@ def measure(path: Path, once: bool, commit: str | None = None, notes: str | None
             if reason is None:
                 row = time_of(call, driver, once)
             if name == ANOTHER_CHUNK:
-                row = each_more(row, result["rows"][-1])
-            result["rows"].append({"level": name, "provider": provider, **row})
-            result["finished"] = len(result["rows"]) == len(calls)
-            result["seconds"] = time.perf_counter() - began
-            results.write(result, path)
+                row = each_more(row, file.found["rows"][-1])
+            file.add({"level": name, "provider": provider, **row})

@@ -51,6 +51,7 @@ def draw(case: Case, device: torch.device) -> Inputs:
         rewards=draw_rewards(case, generator).to(device),
         spec=SPEC,
         softcap=case.head.softcap,
+        kept=None,
     )
     if case.level in (MAPO, GRPO):
         # verl reads these.
@@ -91,9 +92,8 @@ def _leaves(
         return (logits,), our_scores(logits, rest)
     hidden = torch.randn(n, length, width, device=device).to(case.dtype)
     weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
-    kept = getattr(rest, "kept", None)
     logp = mk.token_logprobs_from_hidden(
-        hidden, weight, rest.ids, softcap=softcap, sampling_mask=kept
+        hidden, weight, rest.ids, softcap=softcap, sampling_mask=rest.kept
     )
     return (hidden, weight), logp
 

@@ -97,60 +97,44 @@ def our_scores(logits: Tensor, rest: Any) -> Tensor:
     return mk.token_logprobs(logits[:, :-1], rest.ids)
 
 
-@provides(OURS, HIDDEN)
+def our_plan(rest: Any) -> mk.Plan:
+    given = {"advantages": rest.advantages, "mask": rest.mask, "spec": rest.spec}
+    return mk.make_plan(**given, sampling_mask=rest.kept)
+
+
+@provides(OURS, HIDDEN, KEPT)
 def ours_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
-    plan = mk.make_plan(advantages=rest.advantages, mask=rest.mask, spec=rest.spec)
-    given = {"old_logprobs": rest.old, "plan": plan, "softcap": rest.softcap}
+    given = {"old_logprobs": rest.old, "plan": our_plan(rest), "softcap": rest.softcap}
     return mk.mapo_loss_from_hidden(hidden, weight, rest.ids, **given).loss
 
 
 @provides("mapo_kernels log-probs", HIDDEN)
 def our_logprobs_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
     """Log-probs with gradients, as for a loss of one's own, and `mapo_loss`."""
-    plan = mk.make_plan(advantages=rest.advantages, mask=rest.mask, spec=rest.spec)
+    plan = our_plan(rest)
     given = {"plan": plan, "softcap": rest.softcap}
     logp = mk.token_logprobs_from_hidden(hidden, weight, rest.ids, **given)
     return mk.mapo_loss(logp, old_logprobs=rest.old, plan=plan).loss
-
-
-@provides(OURS, KEPT)
-def ours_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
-    given = {"advantages": rest.advantages, "mask": rest.mask, "spec": rest.spec}
-    plan = mk.make_plan(**given, sampling_mask=rest.kept)
-    given = {"old_logprobs": rest.old, "plan": plan, "softcap": rest.softcap}
-    return mk.mapo_loss_from_hidden(hidden, weight, rest.ids, **given).loss
 
 
 @provides("mapo_kernels whole head", KEPT)
 def ours_from_whole(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
     """Every row of more than one column through the whole head, the others of its columns -inf."""
     with config.override({"KEPT.cpu_share": 1 << 30, "KEPT.gpu_share": 1 << 30}):
-        return ours_from_kept(hidden, weight, rest)
+        return ours_from_hidden(hidden, weight, rest)
 
 
-def masked_logits(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
-    """Logits [B, T, V] as trainers replay a sampling mask: all of them, most overwritten."""
+def plain_logits(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """Logits [B, T, V] as trainers compute them: where a sampling mask is replayed, overwritten."""
     logits = torch.nn.functional.linear(hidden, weight)
+    if rest.softcap is not None:
+        logits = torch.tanh(logits / rest.softcap) * rest.softcap
+    if rest.kept is None:
+        return logits
     row = torch.repeat_interleave(rest.kept.counts)
-    keeps = torch.zeros(logits[..., 0].numel(), logits.shape[-1], dtype=torch.bool)
-    keeps = keeps.to(logits.device)
-    keeps[row, rest.kept.token_ids.long()] = True
-    return logits.masked_fill(~keeps.view(logits.shape), -torch.inf)
-
-
-@provides(PLAIN, KEPT)
-def plain_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
-    logits = masked_logits(hidden, weight, rest)
-    return plain_from_logprobs(plain_token_logprobs(logits, rest.ids), rest)
-
-
-@provides("TRL", KEPT, package="trl")
-def trl_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
-    """TRL's loss of logits that were masked for it: its fused head takes no mask of columns."""
-    from trl.trainer.utils import selective_log_softmax
-
-    logp = selective_log_softmax(masked_logits(hidden, weight, rest), rest.ids)
-    return trl_from_logprobs(logp, rest)
+    keeps = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    keeps.view(-1, logits.shape[-1])[row, rest.kept.token_ids.long()] = True
+    return logits.masked_fill(~keeps, -torch.inf)
 
 
 @provides(PLAIN, MAPO, GRPO, compiled=True)
@@ -198,11 +182,10 @@ def plain_from_logits(logits: Tensor, rest: Any) -> Tensor:
     return plain_from_logprobs(plain_scores(logits, rest), rest)
 
 
+@provides(PLAIN, KEPT)
 @provides(PLAIN, HIDDEN, compiled=True)
 def plain_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight)
-    if rest.softcap is not None:
-        logits = torch.tanh(logits / rest.softcap) * rest.softcap
+    logits = plain_logits(hidden, weight, rest)
     return plain_from_logprobs(plain_token_logprobs(logits, rest.ids), rest)
 
 
@@ -294,6 +277,15 @@ def trl_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
         for x in found[:2]
     )
     return trl_from_logprobs(logp, rest, entropy.detach())
+
+
+@provides("TRL", KEPT, package="trl")
+def trl_from_kept(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
+    """TRL's loss of logits that were masked for it: its fused head takes no mask of columns."""
+    from trl.trainer.utils import selective_log_softmax
+
+    logp = selective_log_softmax(plain_logits(hidden, weight, rest), rest.ids)
+    return trl_from_logprobs(logp, rest)
 
 
 @provides("Liger", LOGITS, package="liger_kernel", needs_gpu=True)

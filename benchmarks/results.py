@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from mapo_kernels.files import PARTIAL, CommandError, naming, read_json, write_whole
 
-from .cases import SUITES, Case
+from .cases import SUITES
 
 FORMAT = 1
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
@@ -110,19 +111,6 @@ for special in (HOST, STARTUP):
     EITHER = {"if": _object(suite=special["properties"]["suite"]), "then": special, "else": EITHER}
 
 
-def describe(case: Case, provider: str, live: float) -> dict[str, Any]:
-    """The part of a row that needs no measurement."""
-    same = ("level", "shape", "direction", "sweep", "tokens", "group_size", "padding", "no_signal")
-    return {name: getattr(case, name) for name in same} | {
-        "provider": provider,
-        "dtype": case.dtype_name,
-        "live": live,
-        "head": case.head.name or None,
-        "width": case.head.width or None,
-        "vocab": case.head.vocab or None,
-    }
-
-
 def reserve(folder: Path, name: str) -> Path:
     """FOLDER/NAME.json, found out before a run of minutes to be a file that can be written.
 
@@ -151,6 +139,23 @@ def reserve(folder: Path, name: str) -> Path:
 def write(found: dict[str, Any], path: Path) -> None:
     """Write a result's JSON, whole or not at all; raises CommandError."""
     write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
+class Growing:
+    """A result file that is written anew with each of its rows; `found` is what it holds."""
+
+    def __init__(self, path: Path, about: dict[str, Any], n_rows: int) -> None:
+        """Write it without rows; of `n_rows` it is finished."""
+        self.path, self.n_rows, self.began = path, n_rows, time.perf_counter()
+        self.found = {"format": FORMAT, **about, "rows": []}
+        self.add()
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Write it with more rows; raises CommandError."""
+        self.found["rows"] += rows
+        self.found["finished"] = len(self.found["rows"]) == self.n_rows
+        self.found["seconds"] = time.perf_counter() - self.began
+        write(self.found, self.path)
 
 
 def write_table(found: dict[str, Any], path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from .cases import Case, Effort
+from .levels import Counts
 from .timers import Work, on_gpu
 
 # Rows of a product: what a chunk of the loss from hidden states has.
@@ -17,7 +18,7 @@ PRODUCT_ROWS = {"cuda": 3456, "cpu": 512}
 
 
 class Roofs:
-    """Bytes a second of a copy, flops a second of products by shape, seconds of a launch."""
+    """What a result file says of a machine, in `found`: rates of a copy, of products, a launch."""
 
     def __init__(self, device: torch.device, effort: Effort, tiny: bool = False) -> None:
         """Measure the copy and the launch; products are measured when a shape first asks."""
@@ -25,9 +26,12 @@ class Roofs:
         size = 1 << (16 if tiny else 30 if device.type == "cuda" else 27)
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
         target, one = torch.empty_like(source), torch.zeros(1, device=device)
-        self.copy = 2 * size / self._seconds(lambda: target.copy_(source))
-        self.launch = self._seconds(lambda: one.add_(1))
         self.products: dict[str, float] = {}
+        self.found = {
+            "copy_gigabytes_per_second": 2e-9 * size / self._seconds(lambda: target.copy_(source)),
+            "launch_microseconds": self._seconds(lambda: one.add_(1)) * 1e6,
+            "products_teraflops_per_second": self.products,
+        }
 
     def _seconds(self, function: Callable[[], Any]) -> float:
         """The median of a call, timed as rows are; on a CPU many a sample, as some take 1 us."""
@@ -36,8 +40,8 @@ class Roofs:
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=self.effort.seconds).median
 
-    def product_rate(self, case: Case) -> float:
-        """Flops a second of the three bare products of a head, a chunk of rows at a time."""
+    def _teraflops(self, case: Case) -> float:
+        """TFLOP/s of the three bare products of a head, a chunk of rows at a time."""
         width, vocab = case.head.width, case.head.vocab
         name = f"{width} x {vocab} {case.dtype_name}"
         if name not in self.products:
@@ -52,30 +56,25 @@ class Roofs:
                 torch.mm(logits, weight)
                 torch.mm(logits.t(), hidden)
 
-            self.products[name] = 6 * rows * width * vocab / self._seconds(products)
+            self.products[name] = 6e-12 * rows * width * vocab / self._seconds(products)
         return self.products[name]
 
-    def compare(self, case: Case, counts: Any, median_ms: float) -> dict[str, Any]:
+    def compare(self, case: Case, counts: Counts, median_ms: float) -> dict[str, Any]:
         """Counts of a row, the rate it reached, the roof that binds it and the share reached."""
-        floors = {"copy": counts.nbytes / self.copy, "launch": self.launch}
-        if counts.flops:
-            floors["products"] = counts.flops / self.product_rate(case)
-        seconds = median_ms / 1e3
+        nbytes, flops = counts
+        floors = {
+            "copy": nbytes / self.found["copy_gigabytes_per_second"] * 1e-6,
+            "launch": self.found["launch_microseconds"] * 1e-3,
+        }
+        if flops:
+            floors["products"] = flops / self._teraflops(case) * 1e-9
         roof = max(floors, key=lambda name: floors[name])
         return {
-            "bytes": counts.nbytes,
-            "flops": counts.flops,
-            "gigabytes_per_second": counts.nbytes / seconds / 1e9,
-            "teraflops_per_second": counts.flops / seconds / 1e12,
+            "bytes": nbytes,
+            "flops": flops,
+            "gigabytes_per_second": nbytes / median_ms * 1e-6,
+            "teraflops_per_second": flops / median_ms * 1e-9,
             "roof": roof,
-            "floor_ms": floors[roof] * 1e3,
-            "percent_of_roof": 100 * floors[roof] / seconds,
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """The roofs for a result file."""
-        return {
-            "copy_gigabytes_per_second": self.copy / 1e9,
-            "launch_microseconds": self.launch * 1e6,
-            "products_teraflops_per_second": {k: x / 1e12 for k, x in self.products.items()},
+            "floor_ms": floors[roof],
+            "percent_of_roof": 100 * floors[roof] / median_ms,
         }

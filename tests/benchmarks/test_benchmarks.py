@@ -12,7 +12,8 @@ import torch
 from benchmarks import cases, harness, plots, report, results, timers
 from benchmarks.cases import HIDDEN, LOGITS, LOGPROBS, MAPO, Case, Effort, Head
 from benchmarks.harness import CaseRun, Run, cache_bytes, relative_error, work_of
-from benchmarks.levels import Inputs, draw, least, truth
+from benchmarks.levels import Counts, Inputs, draw, least, truth
+from benchmarks.memory import allocations, peak_bytes
 from benchmarks.providers import OURS, PLAIN, PROVIDERS, Provider
 from benchmarks.roofs import Roofs
 from benchmarks.timers import Samples, Work
@@ -85,7 +86,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(run):
-    return run[0].result
+    return run[0].file.found
 
 
 def hand_counted(level, dtype=torch.float32):
@@ -109,14 +110,26 @@ def test_counted_bytes_and_flops_by_hand():
 
 def test_the_roof_that_binds_is_the_slowest():
     roofs = Roofs.__new__(Roofs)
-    roofs.copy, roofs.launch, roofs.product_rate = 1e9, 1e-5, lambda case: 1e12
-    small = roofs.compare(None, SimpleNamespace(nbytes=1000, flops=0), 0.02)
+    roofs.found = {"copy_gigabytes_per_second": 1.0, "launch_microseconds": 10.0}
+    roofs.products = {"8 x 50 float32": 1.0}
+    case = Case(LOGITS, 1, head=HEAD)
+    small = roofs.compare(case, Counts(1000), 0.02)
     assert small["roof"] == "launch" and math.isclose(small["percent_of_roof"], 50)
-    wide = roofs.compare(None, SimpleNamespace(nbytes=10**9, flops=10**9), 4000)
+    wide = roofs.compare(case, Counts(10**9, 10**9), 4000)
     assert wide["roof"] == "copy" and math.isclose(wide["percent_of_roof"], 25)
     assert math.isclose(wide["gigabytes_per_second"], 0.25)
-    deep = roofs.compare(None, SimpleNamespace(nbytes=1000, flops=10**12), 2000)
+    deep = roofs.compare(case, Counts(1000, 10**12), 2000)
     assert deep["roof"] == "products" and math.isclose(deep["teraflops_per_second"], 0.5)
+    assert math.isclose(deep["floor_ms"], 1000)
+
+
+def test_peak_memory_by_hand():
+    """A sum of 4 kB lives on, what is added up on the way does not."""
+    x = torch.zeros(1000)
+    assert 8000 <= peak_bytes(lambda: [x + 1, (x * 2).sum()], CPU) < 9000
+    with allocations() as found:
+        kept = x + 1
+    assert found.now == found.peak == kept.nbytes
 
 
 @pytest.mark.parametrize("padding", [0.4, 0.5, 0.6])
