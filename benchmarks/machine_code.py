@@ -48,7 +48,8 @@ class Assembly(NamedTuple):
     def parse(self, text: str) -> tuple[list[str], dict[int, int], list[str]]:
         """Instructions by name, where each branch leads, and the lines of the instructions."""
         labels: dict[str, int] = {}
-        names, lines = [], []
+        names: list[str] = []
+        lines: list[str] = []
         for line in text.splitlines():
             if found := re.match(self.label, line):
                 labels[found[1]] = len(names)
@@ -132,12 +133,26 @@ def _tool(name: str, option: str, kernel: Any) -> str:
     """What one of the tools in Triton's wheel prints of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        command = [NVIDIA_TOOLS / name, option, file.name]
+        command = [str(NVIDIA_TOOLS / name), option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def recorder(found: list[tuple[str, Any]], **settings: Any) -> Callable[..., Any]:
+    """A `JITFunction.run` with these settings that notes names and kernels of what it launches."""
+    original = jit.JITFunction.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = original(self, *args, **kwargs | settings)
+        found.append((self.fn.__name__, kernel))
+        return kernel
+
+    return run
 
 
 def compile_launches(target: str) -> list[tuple[str, Any]]:
     """Make the package's launchers compile for a target, from CPU tensors; returns `COMPILED`."""
+    from mapo_kernels import backend
+
     # Answers what Triton asks before it compiles.
     driver.set_active(
         SimpleNamespace(
@@ -146,16 +161,7 @@ def compile_launches(target: str) -> list[tuple[str, Any]]:
             get_current_stream=lambda device=None: 0,
         )
     )
-    original = jit.JITFunction.run
-
-    def run(self, *args, grid, warmup, **kwargs):
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        COMPILED.append((self.fn.__name__, kernel))
-        return kernel
-
-    jit.JITFunction.run = run
-    from mapo_kernels import backend
-
+    jit.JITFunction.run = recorder(COMPILED, warmup=True)
     backend.set_backend("triton")
     # The tensors are on the CPU; what would run on them is compiled for the target instead.
     backend.is_eager = lambda x: False

@@ -27,7 +27,7 @@ class Roofs:
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
         target, one = torch.empty_like(source), torch.zeros(1, device=device)
         self.products: dict[str, float] = {}
-        self.found = {
+        self.found: dict[str, Any] = {
             "copy_gigabytes_per_second": 2e-9 * size / self._seconds(lambda: target.copy_(source)),
             "launch_microseconds": self._seconds(lambda: one.add_(1)) * 1e6,
             "products_teraflops_per_second": self.products,

@@ -15,18 +15,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime.cache import triton_key
+from triton.runtime.jit import JITFunction
 
 import mapo_kernels as mk
-from mapo_kernels import config
+from mapo_kernels import config, head
 from mapo_kernels.batch import HeadInputs
 from mapo_kernels.files import CommandError, naming, one_line, write_whole
 from mapo_kernels.head import chunk_rows_of
@@ -35,6 +38,7 @@ from . import cases, environment
 from .cases import BF16, LOGITS, LOGPROBS, Case
 from .harness import DRY, TOLERANCE, CaseRun, relative_error, work_of
 from .levels import Inputs, draw
+from .machine_code import COMPILED, compile_launches, in_processes, recorder, report
 from .providers import Provider, our_scores, ours_from_hidden, ours_from_logprobs, ours_in_place
 from .report import table
 from .roofs import Roofs
@@ -172,19 +176,11 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-@cache
-def read(kernel: Any) -> dict[str, Any]:
-    """What the machine code of a compiled kernel holds."""
-    from .machine_code import report
-
-    return report(kernel)
+read = cache(report)  # what the machine code of a compiled kernel holds
 
 
 def compile_products(target: str) -> None:
     """Make this process compile what is launched, products that only a GPU computes included."""
-    from mapo_kernels import head
-
-    from .machine_code import compile_launches
 
     def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
@@ -196,23 +192,20 @@ def compile_products(target: str) -> None:
 
 
 @lru_cache(1)
-def small_inputs(family: str, number: int) -> tuple[Case, Inputs]:
+def small_inputs(family: str, shape: str) -> tuple[Case, Inputs]:
     """A case of a family and the inputs that its points are compiled for, drawn once for all."""
-    case = FAMILIES[family].cases[number]
+    (case,) = (x for x in FAMILIES[family].cases if x.shape == shape)
     return case, FAMILIES[family].inputs(small(case), torch.device("cpu"))
 
 
 def compile_point(row: Row) -> Row:
     """The row of a point with what was found in its kernels, or why they cannot be compiled."""
-    from .machine_code import COMPILED
-
-    family = FAMILIES[row["family"]]
-    number = [case.shape for case in family.cases].index(row["case"])
-    case, inputs = small_inputs(row["family"], number)
+    case, inputs = small_inputs(row["family"], row["case"])
+    provider = Provider(FAMILIES[row["family"]].call)
     COMPILED.clear()
     try:
         with config.override(row["point"]), config.override(as_on_gpu(case)):
-            work_of(Provider(family.call), [inputs], case.direction)()
+            work_of(provider, [inputs], case.direction)()
         registers = {name: read(kernel).get("registers") for name, kernel in COMPILED}
         spills = sum(read(kernel)["spills"] for _, kernel in COMPILED)
         return row | {"spills": spills, "registers": registers}
@@ -226,8 +219,6 @@ def compile_points(target: str, names: list[str], jobs: int) -> dict[str, Row]:
     Raises:
         CommandError: a process ended with an error.
     """
-    from .machine_code import in_processes
-
     work = [row for *_, rows in items(names) for row in rows]
     found = {}
     try:
@@ -241,30 +232,8 @@ def compile_points(target: str, names: list[str], jobs: int) -> dict[str, Row]:
 
 def build() -> str:
     """Names the Triton at hand: kernels in a cache are found by the same one alone."""
-    import triton
-    from triton.runtime.cache import triton_key
-
     key = triton_key()
     return f"triton {triton.__version__}, build {sha256(key.encode()).hexdigest()[:12]}"
-
-
-@contextmanager
-def launched() -> Iterator[list[Any]]:
-    """What Triton launches meanwhile: compiled kernels; none in the interpreter."""
-    from triton.runtime.jit import JITFunction
-
-    found: list[Any] = []
-    original = JITFunction.run
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(original(self, *args, **kwargs))
-        return found[-1]
-
-    JITFunction.run = run  # type: ignore[method-assign]
-    try:
-        yield found
-    finally:
-        JITFunction.run = original  # type: ignore[method-assign]
 
 
 class Tuning:
@@ -334,14 +303,15 @@ class Tuning:
     def _measure(self, family: Family, case: Case, point: Point) -> Row:
         run = self._prepared(family, case)
         with config.override(point):
-            with launched() as kernels:
+            kernels: list[tuple[str, Any]] = []
+            with mock.patch.object(JITFunction, "run", recorder(kernels)):
                 once = Provider(family.call, consumes=True)
                 found = work_of(once, run.inputs[:1], case.direction)()
             error = relative_error(found, run.truth)
             del found
             if not error <= TOLERANCE[case.dtype]:
                 return {"status": "wrong", "reason": f"relative error {error:.1e}"}
-            if any(read(kernel)["spills"] for kernel in kernels):
+            if any(read(kernel)["spills"] for _, kernel in kernels):
                 return {"error": error, "reason": "its kernels spill"}
             if self.dry_run:
                 return {"status": "ok", "error": error}
