@@ -129,7 +129,7 @@ def test_peak_memory_by_hand():
     assert 8000 <= peak_bytes(lambda: [x + 1, (x * 2).sum()], CPU) < 9000
     with allocations() as found:
         kept = x + 1
-    assert found.now == found.peak == kept.nbytes
+    assert found.now == kept.nbytes <= found.peak < kept.nbytes + 100  # and the number itself
 
 
 @pytest.mark.parametrize("padding", [0.4, 0.5, 0.6])
