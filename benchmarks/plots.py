@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,16 @@ STYLES: dict[str, dict[str, Any]] = {
 LARGEST = 128  # Ratios beyond it are drawn at the edge, with their number.
 
 
-TIME, MEMORY, TOKENS = "ms", "peak MB", "tokens, padding included"
-LIVE, COLUMNS = "share of tokens alive", "columns that every token keeps"
-
-
-def _quantities(row: Row) -> Row:
-    """A row with what is drawn of it, by the names on the axes."""
-    kept = row["shape"].rpartition(", ")[2].partition(" kept")
-    memory = row["peak_bytes"]
-    return row | {
-        TIME: row["median_ms"],
-        MEMORY: None if memory is None else memory / 1e6,
-        TOKENS: row["tokens"],
-        LIVE: row["live"],
-        COLUMNS: int(kept[0]) if kept[1] else None,
-    }
+# What is drawn of a row, by what the axis says.
+QUANTITIES: dict[str, Callable[[Row], float]] = {
+    (TIME := "ms"): lambda row: row["median_ms"],
+    (MEMORY := "peak MB"): lambda row: row["peak_bytes"] / 1e6,
+    (TOKENS := "tokens, padding included"): lambda row: row["tokens"],
+    (LIVE := "share of tokens alive"): lambda row: row["live"],
+    (KEPT := "columns that every token keeps"): lambda row: int(
+        row["shape"].rpartition(", ")[2].removesuffix(" kept")
+    ),
+}
 
 
 def _finish(figure: Figure, drawn: dict[str, Any]) -> Figure:
@@ -109,9 +105,8 @@ def _relative_time(rows: list[Row]) -> Figure | None:
 def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
     """A panel a level, a line a provider, of times with bars from the 20th to 80th percentile.
 
-    `x` and `y` are names of `_quantities`. None where there are no rows.
+    `x` and `y` are names of `QUANTITIES`. None where there are no rows.
     """
-    rows = [row for row in map(_quantities, rows) if row[x] is not None and row[y] is not None]
     levels = list(dict.fromkeys(row["level"] for row in rows))
     if not levels:
         return None
@@ -119,20 +114,16 @@ def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
     for axis, level in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, strict=True):
         for name, style in STYLES.items():
             of_it = [row for row in rows if (row["level"], row["provider"]) == (level, name)]
-            of_it.sort(key=lambda row: row[x])
             if not of_it:
                 continue
-            bars = np.array([[row[y] - row["p20_ms"], row["p80_ms"] - row[y]] for row in of_it]).T
-            drawn[name] = axis.errorbar(
-                [row[x] for row in of_it],
-                [row[y] for row in of_it],
-                yerr=bars if y == TIME else None,
-                elinewidth=3,
-                **style,
-            )
+            of_it.sort(key=QUANTITIES[x])
+            xs, ys = ([QUANTITIES[q](row) for row in of_it] for q in (x, y))
+            ends = np.array([[row["p20_ms"], row["p80_ms"]] for row in of_it]).T
+            bars = np.abs(ends - ys) if y == TIME else None
+            drawn[name] = axis.errorbar(xs, ys, yerr=bars, elinewidth=3, **style)
         axis.set(title=level, xlabel=x, ylabel=y, ylim=(0, None))
-        if x == COLUMNS:  # At least one, and each number a multiple of the one before.
-            axis.set(xscale="log", xticks=sorted({row[x] for row in rows}))
+        if x == KEPT:  # At least one, and each number a multiple of the one before.
+            axis.set(xscale="log", xticks=sorted({QUANTITIES[x](row) for row in rows}))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
             axis.minorticks_off()
         else:
@@ -148,12 +139,12 @@ def figures(found: dict[str, Any]) -> dict[str, Figure | None]:
     def of(*sweeps: str) -> list[Row]:
         return [row for row in rows if row["sweep"] in sweeps]
 
-    heads = [row for row in of("tokens") if row["head"]]
+    heads = [row for row in of("tokens") if row["head"] and row["peak_bytes"] is not None]
     return {
         "relative_time": _relative_time(of("tokens", "dtype", "heads", "common")),
         "memory_against_tokens": _lines(heads, TOKENS, MEMORY),
         "time_against_live": _lines(of("live"), LIVE, TIME),
-        "time_against_kept": _lines(of("kept"), COLUMNS, TIME),
+        "time_against_kept": _lines(of("kept"), KEPT, TIME),
     }
 
 
