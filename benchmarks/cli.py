@@ -24,7 +24,6 @@ from .names import LEVELS, SUITES
 
 # Exit statuses of pytest.
 FINISHED, FAILED, INTERRUPTED = 0, 1, 2
-PACKAGES = ("matplotlib", "rich", "jsonschema")
 DEFAULT = "run"
 
 
@@ -139,8 +138,14 @@ def measure(given: argparse.Namespace, path: Path) -> int:
     return int(pytest.main(options, plugins=[run]))
 
 
+def _require(given: argparse.Namespace, *modules: str) -> None:
+    """Raise a CommandError unless there is what results are shown with, and these modules."""
+    drawing = () if given.no_plots else ("matplotlib",)
+    require("bench", "rich", "jsonschema", *drawing, *modules)
+
+
 def _run(given: argparse.Namespace) -> int:
-    require("bench", *PACKAGES, "pytest", "pytest_benchmark")
+    _require(given, "pytest", "pytest_benchmark")
     if given.dry_run:
         # Triton decides at import whether it interprets: nothing may have imported it yet.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -190,7 +195,7 @@ def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
-    require("bench", *PACKAGES)
+    _require(given)
     from . import report, results
 
     # All is read before anything is written.

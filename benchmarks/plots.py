@@ -105,10 +105,10 @@ def _relative_time(rows: list[Row]) -> Figure | None:
 def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
     """A panel a level, a line a provider, of times with bars from the 20th to 80th percentile.
 
-    `x` and `y` are names of `QUANTITIES`. None where there are no rows.
+    `x` and `y` are names of `QUANTITIES`. None where `x` has one value: that is no line.
     """
     levels = list(dict.fromkeys(row["level"] for row in rows))
-    if not levels:
+    if len({QUANTITIES[x](row) for row in rows}) < 2:
         return None
     figure, drawn = Figure(figsize=(max(7, 1 + 4 * len(levels)), 4.4), layout="constrained"), {}
     for axis, level in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, strict=True):

@@ -11,61 +11,66 @@ from typing import Any
 
 from mapo_kernels.files import PARTIAL, CommandError, naming, read_json, write_whole
 
-from .cases import SUITES
+from .names import SUITES
 
 FORMAT = 1
+Schema = dict[str, Any]
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 SOME_TEXT, SOME_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
 SAMPLES = {"type": "array", "items": NUMBER, "minItems": 1}
-# What every row has.
-OF_CASE: dict[str, Any] = {
-    **dict.fromkeys(("level", "shape", "provider", "sweep"), TEXT),
-    "direction": {"enum": ["score", "forward", "backward", "both"]},
-    "status": {"enum": ["ok", "wrong", "failed", "unavailable"]},
-    **dict.fromkeys(("tokens", "group_size"), WHOLE),
-    **dict.fromkeys(("padding", "no_signal"), NUMBER),
-    "live": NUMBER | {"minimum": 0, "maximum": 1},
-}
-# What a row has that was measured.
-OF_TIME: dict[str, Any] = {
-    **dict.fromkeys(("error", "median_ms", "p20_ms", "p80_ms"), NUMBER),
-    **dict.fromkeys(("gigabytes_per_second", "teraflops_per_second", "percent_of_roof"), NUMBER),
-    "roof": {"enum": ["copy", "launch", "products"]},
-    "peak_bytes": SOME_NUMBER,
-}
-# What it may have; `host_ms` is of earlier files.
-OPTIONAL: dict[str, Any] = {
-    **dict.fromkeys(("reason", "dtype", "head", "timer"), SOME_TEXT),
-    **dict.fromkeys(("width", "vocab", "launched_ms", "host_ms"), SOME_NUMBER),
-    **dict.fromkeys(("bytes", "flops", "floor_ms"), SOME_NUMBER),
-}
-COLUMNS = [*OF_CASE, *OPTIONAL, *OF_TIME]
-ROW: dict[str, Any] = {
-    "type": "object",
-    "required": list(OF_CASE),
-    "additionalProperties": False,
-    "properties": {
-        **OF_CASE,
-        **OPTIONAL,
-        **dict.fromkeys(OF_TIME, {"type": ["number", "string", "null"]}),
-        "samples_ms": SAMPLES,
-    },
-    "if": {"properties": {"status": {"const": "ok"}}},
-    "then": {"required": [*OF_TIME, "samples_ms"], "properties": OF_TIME},
-    "else": {"required": ["reason"], "properties": {"reason": TEXT, "error": SOME_NUMBER}},
-}
 
 
-def _object(**required: Any) -> dict[str, Any]:
-    """The schema of an object with these properties, all of them required, among others."""
-    return {"type": "object", "required": list(required), "properties": required}
+def _object(optional: Schema | None = None, /, **required: Any) -> Schema:
+    """The schema of an object with these properties, among others."""
+    properties = required | (optional or {})
+    return {"type": "object", "required": list(required), "properties": properties}
 
 
-ABOUT: dict[str, Any] = {
-    "format": {"const": FORMAT},
-    "dry_run": {"type": "boolean"},
-    "seconds": NUMBER,
-    "environment": _object(
+def _rows(every: Schema, measured: Schema, optional: Schema | None = None) -> Schema:
+    """The schema of rows: what every one has, what more where it is ok, else a reason."""
+    status = {"enum": ["ok", "wrong", "failed", "unavailable"]}
+    row = _object(optional, level=TEXT, provider=TEXT, status=status, **every)
+    row |= {"if": _object(status={"const": "ok"}), "then": _object(**measured)}
+    return {"type": "array", "items": row | {"else": _object(reason=TEXT)}}
+
+
+# What a file has beside, by what is in it: a suite, or what `bench host` and `startup` measure.
+OF_HOST = {"rows": _rows({}, {"launches": WHOLE, "median_us": NUMBER, "samples_us": SAMPLES})}
+OF_STARTUP = {"rows": _rows({}, {"median_ms": NUMBER, "samples_ms": SAMPLES})}
+OF_SUITE = {
+    "roofs": _object(
+        copy_gigabytes_per_second=NUMBER,
+        launch_microseconds=NUMBER,
+        products_teraflops_per_second={"type": "object", "additionalProperties": NUMBER},
+    ),
+    "parity": {"type": ["object", "null"], "required": ["passed", "summary"]},
+    "rows": _rows(
+        {
+            "shape": TEXT,
+            "sweep": TEXT,
+            # A provider may do backward's work in forward, which earlier files time apart.
+            "direction": {"enum": ["score", "forward", "backward", "both"]},
+            **dict.fromkeys(("tokens", "group_size"), WHOLE),
+            **dict.fromkeys(("padding", "no_signal"), NUMBER),
+            "live": NUMBER | {"minimum": 0, "maximum": 1},
+        },
+        {
+            **dict.fromkeys(("error", "median_ms", "p20_ms", "p80_ms", "percent_of_roof"), NUMBER),
+            "samples_ms": SAMPLES,
+            "roof": {"enum": ["copy", "launch", "products"]},
+            "peak_bytes": SOME_NUMBER,
+        },
+        {"error": SOME_NUMBER, "head": SOME_TEXT, "timer": SOME_TEXT, "launched_ms": SOME_NUMBER},
+    ),
+}
+KINDS = {"host": OF_HOST, "startup": OF_STARTUP, **dict.fromkeys(SUITES, OF_SUITE)}
+SCHEMA: Schema = _object(
+    {"notes": SOME_TEXT, "finished": {"type": "boolean"}},  # Earlier files do not say.
+    format={"const": FORMAT},
+    suite={"enum": list(KINDS)},
+    dry_run={"type": "boolean"},
+    seconds=NUMBER,
+    environment=_object(
         device=TEXT,
         threads=WHOLE,
         commit=SOME_TEXT,
@@ -73,42 +78,11 @@ ABOUT: dict[str, Any] = {
         backend=TEXT,
         versions=_object(torch=TEXT, triton=TEXT),
     ),
-}
-SCHEMA = _object(
-    **ABOUT,
-    suite={"enum": list(SUITES)},
-    roofs=_object(
-        copy_gigabytes_per_second=NUMBER,
-        launch_microseconds=NUMBER,
-        products_teraflops_per_second={"type": "object", "additionalProperties": NUMBER},
-    ),
-    parity={"type": ["object", "null"], "required": ["passed", "summary"]},
-    rows={"type": "array", "items": ROW},
 )
-HOST_ROW = _object(level=TEXT, provider=TEXT, status={"enum": ["ok", "failed", "unavailable"]}) | {
-    "if": {"properties": {"status": {"const": "ok"}}},
-    "then": _object(launches=WHOLE, median_us=NUMBER, samples_us=SAMPLES),
-    "else": _object(reason=TEXT),
-}
-OF_SPECIAL = {  # the columns of their tables
-    "host": ["level", "provider", "status", "reason", "launches", "median_us"],
-    "startup": ["level", "provider", "status", "reason", "median_ms"],
-}
-# Of `bench host`.
-HOST = _object(**ABOUT, suite={"const": "host"}, rows={"type": "array", "items": HOST_ROW})
-# Of `bench startup`.
-STARTUP_ROW = _object(level=TEXT, provider=TEXT, status={"enum": ["ok", "failed"]}) | {
-    "if": {"properties": {"status": {"const": "ok"}}},
-    "then": _object(median_ms=NUMBER, samples_ms=SAMPLES),
-    "else": _object(reason=TEXT),
-}
-STARTUP = _object(**ABOUT, suite={"const": "startup"}, rows={"type": "array", "items": STARTUP_ROW})
-for schema in (SCHEMA, HOST, STARTUP):
-    # Whether no row is missing is not in earlier files.
-    schema["properties"] |= {"notes": SOME_TEXT, "finished": {"type": "boolean"}}
-EITHER: dict[str, Any] = SCHEMA
-for special in (HOST, STARTUP):
-    EITHER = {"if": _object(suite=special["properties"]["suite"]), "then": special, "else": EITHER}
+SCHEMA["allOf"] = [
+    {"if": _object(suite={"const": suite}), "then": _object(**kind)}
+    for suite, kind in KINDS.items()
+]
 
 
 def reserve(folder: Path, name: str) -> Path:
@@ -159,10 +133,10 @@ class Growing:
 
 
 def write_table(found: dict[str, Any], path: Path) -> None:
-    """Write the CSV beside a result's JSON; raises CommandError."""
+    """Write the CSV beside a result's JSON, without the samples; raises CommandError."""
+    columns = dict.fromkeys(name for row in found["rows"] for name in row if "samples" not in name)
     table = io.StringIO(newline="")
-    columns = OF_SPECIAL.get(found["suite"], COLUMNS)
-    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    writer = csv.DictWriter(table, list(columns), extrasaction="ignore")
     writer.writeheader()
     writer.writerows(found["rows"])
     write_whole(path.with_suffix(".csv"), table.getvalue().encode())
@@ -170,4 +144,4 @@ def write_table(found: dict[str, Any], path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A result file's contents; CommandError where it is none of ours."""
-    return read_json(path, EITHER, f"a result file of `mapo-kernels bench` in format {FORMAT}")
+    return read_json(path, SCHEMA, f"a result file of `mapo-kernels bench` in format {FORMAT}")

@@ -90,6 +90,15 @@ def test_a_result_of_the_same_name_is_replaced(runs, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.json"]
 
 
+def test_only_plots_need_matplotlib(runs, tmp_path, monkeypatch, capsys):
+    known = files.find_spec
+    monkeypatch.setattr(files, "find_spec", lambda x: None if x == "matplotlib" else known(x))
+    where = ["--out", str(tmp_path), "--name=x"]
+    assert "matplotlib not installed" in refused(capsys, *where) and not runs
+    assert cli.main([*where, "--no-plots"]) == 0 and len(runs) == 1
+    assert cli.main(["report", str(tmp_path / "x.json"), "--no-plots"]) == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", ["x.csv", "x_relative_time.png"])
 def test_a_full_disk_is_one_line_after_the_tables(runs, tmp_path, monkeypatch, capsys, name):

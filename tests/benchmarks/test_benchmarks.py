@@ -361,9 +361,8 @@ def test_result_files_and_what_is_drawn_from_them(found, tmp_path):
     lines = path.with_suffix(".csv").read_text().splitlines()
     assert len(lines) == len(found["rows"]) + 1
     drawn = plots.draw(again, tmp_path, "example")
-    kinds = ("relative_time", "memory_against_tokens", "time_against_live", "time_against_kept")
-    expected = [f"example_{kind}.png" for kind in kinds]
-    assert [x.name for x in drawn] == expected
+    # One number of tokens, one share of tokens alive: no line.
+    assert [x.name for x in drawn] == ["example_relative_time.png"]
     assert all(x.read_bytes().startswith(b"\x89PNG") for x in drawn)
     assert "cut-cross-entropy: not installed" in report.markdown(again)
 
@@ -441,4 +440,4 @@ def test_report_redraws_a_file_and_writes_the_readme(found, tmp_path):
     readme.write_text("x\n<!-- again: begin -->\n<!-- again: end -->\n")
     assert main(["bench", "report", str(path), f"--readme={readme}"]) == 0
     assert report.markdown(results.read(path)) in readme.read_text()
-    assert (tmp_path / "again_time_against_live.png").exists()
+    assert (tmp_path / "again_relative_time.png").exists()

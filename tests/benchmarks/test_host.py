@@ -43,7 +43,7 @@ def test_every_call_is_launched_and_timed(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.read(tmp_path / "x.json")
-    jsonschema.validate(found, results.HOST)
+    jsonschema.validate(found, results.SCHEMA)
     assert found["finished"] and "times mean nothing" in report.markdown(found)
     ours = {row["level"]: row for row in found["rows"] if row["provider"] == OURS}
     assert {row["status"] for row in ours.values()} == {"ok"}
