@@ -9,16 +9,24 @@ from mapo_kernels.choices import (
     CERTAINTIES,
     DIFFICULTIES,
     ESTIMATORS,
+    MULTI_OBJECTIVE,
     SCALES,
     ApdDenominator,
     Certainty,
     Difficulty,
     Estimator,
+    MultiObjective,
     Scale,
 )
 from mapo_kernels.formula import AdvantageNumbers
 from mapo_kernels.keywords import settings_checked
-from mapo_kernels.settings import Packable, require_choice, require_number
+from mapo_kernels.settings import (
+    Packable,
+    describe,
+    require_choice,
+    require_number,
+    require_weights,
+)
 
 # Of estimators without a z-score, whose own scale every one of these is.
 SCALES_OF: dict[str, tuple[Scale, ...]] = {
@@ -81,6 +89,20 @@ class AdvantageSpec(Packable):
             of the whole `batch`'s rewards (LitePPO, arXiv 2508.08221, and TRL's `scale_rewards`),
             of all ranks with a process group; or `none`, 1 (Dr.GRPO, arXiv 2503.20783). `mean` and
             `rloo` have none in any case, and take no `batch`; `apd` has no z-score.
+        reward_weights: [K] numbers, factors of the K rewards of a sequence where rewards are
+            [B, K]; None where they are [B]. A reward of weight 0 plays no part, whatever it holds;
+            one that is NaN or infinite takes its sequence out of the group.
+        multi_objective_aggregation: of these K rewards, in TRL's words. `sum_then_normalize` takes
+            their weighted sum for the reward. `normalize_then_sum` (GDPO, arXiv 2601.05242) takes
+            the weighted sum S of the advantages by each reward alone, and divides it by its
+            deviation over the whole batch: S / (std(S) + eps), of all ranks with a process group.
+            Success ratios and the groups' statistics are those of the weighted sum in any case.
+        pass_at_k: k from 1 up, to train for pass@k (arXiv 2508.10751): a sequence's reward is then
+            the share of the k-subsets of its group, among those it is in, that have a success; mu
+            and sigma are mean and deviation over all k-subsets. None trains for the rewards
+            themselves. Rewards then say only who succeeded. `rloo` has the factor G/(G-k), with
+            which k times the advantages are an unbiased gradient of pass@k (PKPO, arXiv 2505.15201,
+            which takes another baseline).
 
     Raises:
         ValueError: a value outside its range.
@@ -97,8 +119,11 @@ class AdvantageSpec(Packable):
     difficulty: Difficulty | None = None
     difficulty_exponent: float = 0.5
     scale: Scale = "group"
+    reward_weights: tuple[float, ...] | list[float] | None = None
+    multi_objective_aggregation: MultiObjective = "sum_then_normalize"
+    pass_at_k: int | None = None
 
-    _INTEGERS = ("std_correction",)
+    _INTEGERS = ("std_correction", "pass_at_k")
 
     def __post_init__(self) -> None:
         """Validate every field and the combination."""
@@ -118,7 +143,42 @@ class AdvantageSpec(Packable):
             require_choice("difficulty", self.difficulty, DIFFICULTIES)
         require_number("difficulty_exponent", self.difficulty_exponent)
         require_scale("scale", self.scale, self.estimator)
+        if self.reward_weights is not None:
+            require_weights("reward_weights", self.reward_weights)
+        name = "multi_objective_aggregation"
+        require_choice(name, self.multi_objective_aggregation, MULTI_OBJECTIVE)
+        if self.normalizes_first and self.scale != "group":
+            raise ValueError(
+                f"scale: expected 'group' with {name}='normalize_then_sum', which has a scale for "
+                f"each reward and one for their sum, got {self.scale!r}"
+            )
+        if self.pass_at_k is not None:
+            self._check_pass_at_k()
         self._make_canonical()
+
+    def _check_pass_at_k(self) -> None:
+        k = self.pass_at_k
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"pass_at_k: expected an int or None, got {describe(k)}")
+        if k < 1:
+            raise ValueError(f"pass_at_k: expected an int from 1 up, got {k}")
+        if self.scale == "batch" or self.normalizes_first:
+            raise ValueError(
+                f"pass_at_k: expected None with scale='batch' or "
+                f"multi_objective_aggregation='normalize_then_sum', which are about the rewards "
+                f"themselves, got {k}"
+            )
+
+    @property
+    def normalizes_first(self) -> bool:
+        """Whether each of several rewards has advantages of its own, which are then summed."""
+        return self.multi_objective_aggregation == "normalize_then_sum"
+
+    def of_one_reward(self) -> AdvantageSpec:
+        """How one of several rewards becomes advantages that are then summed, and bounded after."""
+        settings = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        settings |= {"max_abs": None, "reward_weights": None}
+        return AdvantageSpec(**{**settings, "multi_objective_aggregation": MULTI_OBJECTIVE[0]})
 
     @property
     def kind(self) -> AdvantageKind:
@@ -141,6 +201,7 @@ class AdvantageSpec(Packable):
             self.certainty_value,
             self.max_abs if self.max_abs is None else float(self.max_abs),
             None if self.difficulty is None else float(self.difficulty_exponent),
+            None if self.pass_at_k is None else float(self.pass_at_k),
         )
 
     @property

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         Certainty,
         Difficulty,
         Estimator,
+        MultiObjective,
         Scale,
     )
 
 _SETTINGS = tuple(field.name for field in fields(AdvantageSpec))
+_WEIGHTS = _SETTINGS.index("reward_weights")
 _known: dict[Any, AdvantageSpec] = {}
 
 
@@ -36,11 +38,11 @@ def _spec(settings: tuple[Any, ...]) -> AdvantageSpec:
 
 def _known_spec(settings: tuple[Any, ...]) -> AdvantageSpec:
     """The spec of these settings, which takes as long to validate as the launch does."""
-    # True is no 1 here, and 1.0 none either.
-    key = (settings, *map(type, settings))
     try:
+        # True is no 1 here, and 1.0 none either.
+        key = (settings, *map(type, settings), *map(type, settings[_WEIGHTS] or ()))
         spec = _known.get(key)
-    except TypeError:  # a list, say: the error is that of the spec
+    except (TypeError, RuntimeError):  # a list or a tensor, say: the error is that of the spec
         return _spec(settings)
     if spec is None:
         if len(_known) >= 1000:
@@ -81,6 +83,9 @@ def group_advantages(
     difficulty: Difficulty | None = None,
     difficulty_exponent: float = 0.5,
     scale: Scale = "group",
+    reward_weights: tuple[float, ...] | list[float] | None = None,
+    multi_objective_aggregation: MultiObjective = "sum_then_normalize",
+    pass_at_k: int | None = None,
     group_weight: torch.Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
@@ -93,7 +98,8 @@ def group_advantages(
     reward (a failed verifier) takes no part in its group's statistics and gets 0.
 
     Args:
-        rewards: [B] of any real dtype. Statistics are float32, or float64 for float64 rewards.
+        rewards: [B] of any real dtype; or [B, K], several of each sequence, which are summed with
+            `reward_weights`. Statistics are float32, or float64 for float64 rewards.
         group_size: G, sequences per group, where each group's rows are contiguous; or give
             `group_ids`.
         group_ids: [B] integers; rows in any order, groups of any size.
@@ -109,6 +115,9 @@ def group_advantages(
         difficulty: `focal` or `power`, a factor by the group's success ratio.
         difficulty_exponent: of that factor.
         scale: what the z-score divides by: deviation of the `group` or of the `batch`, or `none`.
+        reward_weights: K factors of the rewards [B, K]; None where they are [B].
+        multi_objective_aggregation: `sum_then_normalize`, or `normalize_then_sum` (GDPO).
+        pass_at_k: k, to train for a success among k sequences; None for the rewards themselves.
         group_weight: factors of the advantages, before that clamp: [B], or [Q] one per group, in
             order or by ascending id (NaN if there are not as many ids); with `process_group` [B].
             Statistics do not know of them. Such as weights from the history of a prompt (HA-DW,
@@ -134,13 +143,15 @@ def group_advantages(
     settings = (
         estimator, certainty, success_threshold, std_correction, eps, apd, max_abs,
         difficulty, difficulty_exponent, scale,
+        tuple(reward_weights) if isinstance(reward_weights, list) else reward_weights,
+        multi_objective_aggregation, pass_at_k,
     )  # fmt: skip
     spec = _spec(settings) if is_compiling() else _known_spec(settings)
     require_bool("return_stats", return_stats)
     checks.check_process_group(process_group, None)
     is_part = process_group is not None
     groups = checks_groups.check_groups(
-        rewards, group_size, group_ids, success, is_part, group_weight=group_weight
+        rewards, group_size, group_ids, success, is_part, group_weight=group_weight, spec=spec
     )
     own = None
     if process_group is not None:

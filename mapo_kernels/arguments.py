@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Certainty,
         Difficulty,
         Estimator,
+        MultiObjective,
         Scale,
     )
     from mapo_kernels.masks import SamplingMask
@@ -30,8 +31,9 @@ class BatchArguments(TypedDict, total=False):
     """Which tokens count, what they are worth, and what the loss is divided by.
 
     Args:
-        rewards: [B] any real dtype, whole groups; or give `advantages`. Their statistics are
-            float32, unless rewards and log-probs (logits, hidden states) are float64.
+        rewards: [B] any real dtype, whole groups; or [B, K], which `advantage_spec` says how to
+            sum; or give `advantages`. Their statistics are float32, unless rewards and log-probs
+            (logits, hidden states) are float64.
         advantages: [B] or per token, floating-point; [B] where a packed batch allows both readings.
         group_size: sequences per group, groups contiguous; or give `group_ids`. Beside advantages
             only where the aggregation is `prompt-mean`.
@@ -119,6 +121,9 @@ class AdvantageArguments(TypedDict, total=False):
     difficulty: Difficulty | None
     difficulty_exponent: float
     scale: Scale
+    reward_weights: tuple[float, ...] | list[float] | None
+    multi_objective_aggregation: MultiObjective
+    pass_at_k: int | None
     group_weight: torch.Tensor | None
     process_group: torch.distributed.ProcessGroup | None
 

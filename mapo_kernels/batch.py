@@ -19,7 +19,7 @@ class GroupInputs(NamedTuple):
     """Rewards and which of them belong together.
 
     Attributes:
-        rewards: [B], any real dtype.
+        rewards: [B], any real dtype; [B, K] until `groups.decide_rewards` made one of several.
         group_size: members per group where groups are contiguous, else 0.
         group_ids: [B] integers in any order, or None where `group_size` says it.
         success: [B] bool, or None to compare rewards with the threshold.

@@ -220,6 +220,8 @@ def resolve(
         return _among_ranks(call, tokens, process_group, prompts, wide)
     if spec.needs_count:
         return _counted(_with_advantages(call), tokens, prompts, wide, None)
+    if groups is not None and advantage_spec.normalizes_first:
+        return _with_advantages(call)
     if groups is not None:
         decided = decide_rewards(groups, advantage_spec)
         if decided is not groups:

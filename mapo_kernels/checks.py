@@ -272,7 +272,8 @@ def check_tokens(
     if inputs.groups is not None:
         rewards = inputs.groups.rewards
         check_tensor("rewards", rewards, device)
-        check_shape("rewards", rewards, (n_sequences,), f"one reward per sequence of {name}")
+        expected = (n_sequences, *rewards.shape[1:])
+        check_shape("rewards", rewards, expected, f"those of each sequence of {name}")
     if inputs.normalizer is not None and not is_global(inputs.normalizer):
         check_normalizer(inputs.normalizer, tokens.device)
     _check_spec(inputs, spec)

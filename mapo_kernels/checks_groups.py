@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mapo_kernels.batch import GroupInputs, replaced
@@ -14,7 +16,7 @@ from mapo_kernels.checks import (
 )
 from mapo_kernels.dtypes import INTEGER, REAL, comparable, require_dtype, signed
 from mapo_kernels.groups import warn_of_single, weight_of_rows
-from mapo_kernels.spec import describe
+from mapo_kernels.spec import AdvantageSpec, describe
 
 
 def check_groups(
@@ -27,24 +29,23 @@ def check_groups(
     is_double: bool = True,
     group_weight: torch.Tensor | None = None,
     are_rewards: bool = True,
+    spec: AdvantageSpec | None = None,
 ) -> GroupInputs:
-    """Validate rewards [B] (on `device`) and their groups, which on a part may be incomplete.
+    """Validate rewards (on `device`) and their groups, which on a part may be incomplete.
 
-    `is_double` says whether all else of the call is float64: then so may their statistics be.
+    With the `spec` of their advantages they may be [B, K]. `is_double` says whether all else of the
+    call is float64: then so may their statistics be.
     `are_rewards` is False where only the groups matter.
     """
     validates_device_data()  # an error, if the environment is not clear about it
     check_constant("rewards", rewards, device, REAL)
-    if rewards.dim() != 1:
-        raise ValueError(
-            f"rewards: expected shape [B] (one reward per sequence), got {dims(rewards.shape)}"
-        )
+    _check_shape(rewards, None if spec is None else spec.reward_weights)
     if (group_size is None) == (group_ids is None):
         came = "neither" if group_size is None else "both"
         raise ValueError(f"group_size, group_ids: expected exactly one of them, got {came}")
     if group_ids is not None:
         check_tensor("group_ids", group_ids, rewards.device)
-        check_shape("group_ids", group_ids, rewards.shape, "one id per reward")
+        check_shape("group_ids", group_ids, rewards.shape[:1], "one id per sequence")
         require_dtype("group_ids", group_ids, INTEGER)
         group_ids = signed(group_ids)
     else:
@@ -58,9 +59,15 @@ def check_groups(
         check_group_count(rewards.shape[0], group_size or 0)
     if success is not None:
         check_tensor("success", success, rewards.device)
-        check_shape("success", success, rewards.shape, "one flag per reward")
+        check_shape("success", success, rewards.shape[:1], "one flag per sequence")
         if success.dtype != torch.bool:
             raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
+    if spec is not None and spec.pass_at_k is not None and group_size is not None:
+        if spec.pass_at_k > group_size:
+            raise ValueError(
+                f"pass_at_k: expected at most the {group_size} sequences of a group, got "
+                f"{spec.pass_at_k}"
+            )
     wide = is_double and rewards.dtype == torch.float64
     groups = GroupInputs(comparable(rewards), group_size or 0, group_ids, success, wide)
     if group_size == 1 and are_rewards:
@@ -68,6 +75,23 @@ def check_groups(
     if group_weight is not None:
         groups = replaced(groups, weight=_check_weight(group_weight, groups, is_part))
     return groups
+
+
+def _check_shape(rewards: torch.Tensor, reward_weights: Sequence[float] | None) -> None:
+    """Raise unless rewards are [B], or [B, K] with a weight for each of the K."""
+    if rewards.dim() == 1 and reward_weights is None:
+        return
+    if reward_weights is None or rewards.dim() not in (1, 2):
+        raise ValueError(
+            f"rewards: expected shape [B] (one reward per sequence), or [B, K] with K "
+            f"reward_weights, got {dims(rewards.shape)}"
+        )
+    n_weights = len(reward_weights)
+    if rewards.dim() == 1 or rewards.shape[1] != n_weights:
+        raise ValueError(
+            f"reward_weights: expected one number for each of the K rewards [B, K] of a sequence, "
+            f"got {n_weights} with rewards {dims(rewards.shape)}"
+        )
 
 
 def _check_weight(weight: torch.Tensor, groups: GroupInputs, is_part: bool) -> torch.Tensor:

@@ -109,8 +109,9 @@ def _unpack(form: Any, tensors: Any, numbers: Any) -> Any:
         values = [_unpack(form, tensors, numbers) for _ in range(int(next(form)))]
         return tuple(values) if word == "tuple" else _TUPLES[word](*values)
     if word in _SPECS:
-        own = [next(numbers) for _ in _SPECS[word].__dataclass_fields__]
-        return _SPECS[word].unpack(own, next(form))
+        kinds = next(form)
+        own = [next(numbers) for _ in range(_SPECS[word].count(kinds))]
+        return _SPECS[word].unpack(own, kinds)
     if word.startswith("torch."):
         return getattr(torch, word.removeprefix("torch."))
     return {"None": None, "True": True, "False": False}.get(word, word)

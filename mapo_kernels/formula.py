@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.bounds import outside_trust_region
-from mapo_kernels.group_factors import certainty_weight, difficulty_weight
+from mapo_kernels.group_factors import certainty_weight, difficulty_weight, subset_moments
 from mapo_kernels.numerics import clamp, exp, k3, log1p
 from mapo_kernels.sequence_formula import gamma_weight, ratio_part
+from mapo_kernels.sequence_formula import sequence_divisor as sequence_divisor
 
 
 class LossNumbers(NamedTuple):
@@ -49,6 +50,7 @@ class AdvantageNumbers(NamedTuple):
     fixed_certainty: Any
     max_abs: Any
     difficulty_exponent: Any
+    pass_at_k: Any
 
 
 class TokenLoss(NamedTuple):
@@ -318,17 +320,6 @@ def token_metrics(token, log_ratio, entropy, scored):
 
 
 @jit
-def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
-    """What the sum of a sequence's token losses is divided by, which has `n_valid` of them."""
-    divisor = 0.0 * n_valid + 1.0
-    if LOSS.divisor == "tokens":
-        divisor = n_valid
-    elif LOSS.divisor == "length":
-        divisor = length + 0.0 * n_valid
-    return divisor
-
-
-@jit
 def rollout_weight(old_logp, rollout_logp, cap):
     """Weight min(exp(old - rollout), C) against the sampling engine's policy; C may be None."""
     if cap is not None:
@@ -368,7 +359,8 @@ def group_advantage(
     The factor is 0 where there is nothing to learn from: all rewards equal (tested on the rewards,
     not on a small sigma), or fewer than two of them; or where the group's difficulty weighs 0.
     Rewards come in times `unit`, as does `batch_std`, the deviation of the whole batch's rewards
-    where that is the scale; sigma goes out without it. Returns (factor, sigma, p, lambda).
+    where that is the scale; sigma goes out without it. For pass@k rewards are 1 for a success and 0
+    else, and what is normalised are those of k-subsets. Returns (factor, mu, sigma, p, lambda).
     """
     others = tl.where(count > 1, count - 1.0, 1.0)
     divisor = count - numbers.std_correction
@@ -376,7 +368,12 @@ def group_advantage(
     success_ratio = successes / tl.where(count > 0, count, 1.0)
     certainty = certainty_weight(success_ratio, numbers.fixed_certainty, GROUP)
     scale = mean
-    if GROUP.apd == "bounded":
+    if numbers.pass_at_k is not None:
+        # No reward is negative: the bounded denominator is the mean too. `rloo`: see the spec.
+        mean, std, in_subsets = subset_moments(successes, count, numbers)
+        scale = mean
+        others = tl.where(count > numbers.pass_at_k, count - numbers.pass_at_k, 1.0)
+    elif GROUP.apd == "bounded":
         farthest = tl.where(highest - mean > mean - lowest, highest - mean, mean - lowest) / others
         scale = tl.where(tl.abs(mean) > farthest, tl.abs(mean), farthest)
     if GROUP.estimator == "mean":
@@ -393,8 +390,11 @@ def group_advantage(
             factor = (1.0 - certainty) / (batch_std + eps) + percent
         else:
             factor = (1.0 - certainty) / unit + percent
+    if numbers.pass_at_k is not None:
+        factor = tl.where(in_subsets != 0, factor * in_subsets, 0.0)
     if GROUP.difficulty is not None:
         weight = difficulty_weight(successes, count, numbers.difficulty_exponent, GROUP)
         factor = tl.where(weight != 0, factor * weight, 0.0)
     has_signal = (highest > lowest) & (count > 1)
-    return tl.where(has_signal, factor, 0.0 * mean), std / unit, success_ratio, certainty
+    factor = tl.where(has_signal, factor, 0.0 * mean)
+    return factor, mean / unit, std / unit, success_ratio, certainty

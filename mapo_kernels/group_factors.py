@@ -22,6 +22,33 @@ def difficulty_weight(successes, count, exponent, GROUP: tl.constexpr):
 
 
 @jit
+def subset_moments(successes, count, numbers):
+    """Mean and deviation of "has a success" over the k-subsets of a group, for pass@k.
+
+    And what a member's success adds to its share of such subsets among those that it is in, whose
+    k - 1 others are drawn from the count - 1: C(failures - 1, k - 1) / C(count - 1, k - 1). Sums
+    and products of positive terms, of which nothing cancels; 0 where each k-subset has a success.
+    """
+    whole = tl.where(count > 0, count, 1.0)
+    failures = count - successes
+    failed = failures / whole
+    share = successes / whole
+    # Of k = 1; the next ones draw one member more.
+    adds = 0.0 * whole + 1.0
+    subset = 1.0 / whole
+    drawn = 1.0
+    while drawn < numbers.pass_at_k:
+        left = tl.where(count > drawn, count - drawn, 1.0)
+        share = share + failed * adds * (successes / left)
+        adds = adds * (tl.where(failures > drawn, failures - drawn, 0.0 * failures) / left)
+        subset = subset * ((drawn + 1.0) / left)
+        drawn = drawn + 1.0
+    rest = 1.0 - numbers.std_correction * subset
+    variance = share * (failed * adds) / tl.where(rest > 0, rest, 1.0)
+    return share, tl.sqrt(variance), adds
+
+
+@jit
 def certainty_weight(p, fixed, GROUP: tl.constexpr):
     """lambda(p): 0 where the group is uncertain (p = 1/2), 1 where it is certain (p = 0 or 1)."""
     if GROUP.certainty == "quadratic":

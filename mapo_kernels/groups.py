@@ -19,8 +19,9 @@ class GroupStats(NamedTuple):
     Ids of uint64 from 2^63 on come first, as the negative numbers that their bits are in int64.
 
     Attributes:
-        mean: mu, mean of the group's finite rewards.
-        std: sigma, with the correction of the spec.
+        mean: mu, mean of the group's finite rewards, of several the weighted sums; with `pass_at_k`
+            the share of its k-subsets that have a success.
+        std: sigma, the deviation of the same, with the correction of the spec.
         success_ratio: p, share of successes among the finite rewards.
         certainty: lambda(p), the weight of the percent deviation.
         size: number of finite rewards.
@@ -113,7 +114,9 @@ def decide_rewards(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
     float64 (`groups.wide`); a reward is a success if it reaches the threshold in its own dtype.
     The deviation of the whole batch's rewards comes with them where the spec divides by it.
     """
-    groups = _decided(groups, spec)
+    groups = _decided(summed(groups, spec), spec)
+    if spec.pass_at_k is not None:
+        groups = _as_successes(groups, spec)
     if spec.scale != "batch" or groups.batch_std is not None:
         return groups
     dtype = torch.float64 if groups.wide else torch.float32
@@ -125,16 +128,69 @@ def _decided(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
     if groups.wide or rewards.dtype in _NARROW:
         return groups
     if success is None:
-        threshold: float | int = spec.success_threshold
-        if not rewards.dtype.is_floating_point:
-            # Integers are compared as such; no reward is beyond these bounds.
-            threshold = math.ceil(min(max(threshold, -(2.0**62)), 2.0**62))
-        success = rewards >= threshold
+        success = successes_of(rewards, spec)
     if rewards.dtype == torch.float64:
         # What is finite stays so.
         limit = torch.finfo(torch.float32).max
         rewards = rewards.clamp(-limit, limit).where(rewards.isfinite(), rewards)
     return replaced(groups, rewards=rewards.to(torch.float32), success=success)
+
+
+def weighted_columns(
+    rewards: torch.Tensor, spec: AdvantageSpec
+) -> list[tuple[float, torch.Tensor]]:
+    """Weight and wide [B] of each reward that has a part in the sum."""
+    wide = rewards.to(accumulator_dtype(rewards.device))
+    # None for a single one.
+    weights = spec.reward_weights or (1.0,)
+    return [(w, wide[:, k]) for k, w in enumerate(weights) if w != 0]
+
+
+def summed(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
+    """The groups with the weighted sum of the rewards [B, K] of each sequence for its reward [B].
+
+    NaN where one of them is not finite. The sum is rounded to the rewards' dtype to be compared
+    with the threshold, and else no more than statistics are.
+    """
+    rewards = groups.rewards
+    if rewards.dim() == 1:
+        return groups
+    if rewards.shape[1] == 1 and spec.reward_weights in (None, (1.0,)):
+        # As it is, and compared with the threshold where others are.
+        return replaced(groups, rewards=rewards[:, 0])
+    total, finite = None, None
+    for weight, column in weighted_columns(rewards, spec):
+        term, is_known = weight * column, column.isfinite()
+        total = term if total is None else total + term
+        finite = is_known if finite is None else finite & is_known
+    assert total is not None and finite is not None
+    limit = torch.finfo(total.dtype).max
+    total = total.clamp(-limit, limit).where(finite, float("nan"))
+    success = groups.success
+    if success is None:
+        own = total.to(rewards.dtype) if rewards.dtype.is_floating_point else total
+        success = successes_of(own, spec)
+    return replaced(groups, rewards=total, success=success)
+
+
+def successes_of(rewards: torch.Tensor, spec: AdvantageSpec) -> torch.Tensor:
+    """Which rewards reach the threshold, finite or not, compared in their own dtype."""
+    threshold: float | int = spec.success_threshold
+    if not rewards.dtype.is_floating_point:
+        # Integers are compared as such; no reward is beyond these bounds.
+        threshold = math.ceil(min(max(threshold, -(2.0**62)), 2.0**62))
+    return rewards >= threshold
+
+
+def _as_successes(groups: GroupInputs, spec: AdvantageSpec) -> GroupInputs:
+    """Groups whose rewards are 1 for a success and 0 else, or as they were where not finite."""
+    rewards = groups.rewards
+    success = groups.success
+    if success is None:
+        success = successes_of(rewards, spec)
+    dtype = torch.float64 if groups.wide else torch.float32
+    rewards = success.to(dtype).where(rewards.isfinite(), float("nan"))
+    return replaced(groups, rewards=rewards, success=success)
 
 
 def weight_of_rows(

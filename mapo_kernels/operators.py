@@ -25,6 +25,7 @@ from mapo_kernels.launch import kept as launch_kept
 from mapo_kernels.launch import logits as launch_logits
 from mapo_kernels.launch import logprobs as launch_logprobs
 from mapo_kernels.layout import Layout
+from mapo_kernels.objectives import Apart
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 
@@ -81,7 +82,11 @@ def group_advantages(
     groups: GroupInputs, spec: AdvantageSpec, want_stats: bool
 ) -> tuple[torch.Tensor, Any]:
     """Advantages [B] and, if wanted, the statistics table of `eager_advantages`."""
-    return _advantages(decide_rewards(groups, spec), spec, want_stats)
+    if not spec.normalizes_first:
+        return _advantages(decide_rewards(groups, spec), spec, want_stats)
+    apart = Apart(groups, spec)
+    alone = spec.of_one_reward()
+    return apart.joined(*_advantages(decide_rewards(apart.blocks, alone), alone, want_stats))
 
 
 def group_summary(table: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,12 @@ def groups_of(
         return None
     is_part = process_group is not None
     return checks_groups.check_groups(
-        rewards, **grouping, is_part=is_part, device=device, is_double=is_double
+        rewards,
+        **grouping,
+        is_part=is_part,
+        device=device,
+        is_double=is_double,
+        spec=given["advantage_spec"],
     )
 
 
@@ -111,7 +116,8 @@ def batch_of(
     mask, cu_seqlens, advantages = given["mask"], given["cu_seqlens"], given["advantages"]
     per_token = False
     if groups is not None:
-        checks.check_shape("rewards", groups.rewards, (n_sequences,), "one reward per sequence")
+        expected = (n_sequences, *groups.rewards.shape[1:])
+        checks.check_shape("rewards", groups.rewards, expected, "those of each sequence")
     else:
         # Without a mask the number of tokens is on the device: any length of advantages may be it.
         shape = None if mask is None else mask.shape

@@ -1,4 +1,4 @@
-"""Formulas of whole sequences' ratios: a part of `formula`, under the same two rules."""
+"""Formulas of whole sequences, their ratios and divisors: a part of `formula`, under the same two rules."""
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.numerics import clamp
@@ -33,3 +33,14 @@ def gamma_weight(log_ratio, ratio, advantage, numbers):
         advantage >= 0, numbers.vespo_lambda_pos + zero, numbers.vespo_lambda_neg + zero
     )
     return tl.exp(k * log_ratio - rate * (ratio - 1.0))
+
+
+@jit
+def sequence_divisor(n_valid, length, LOSS: tl.constexpr):
+    """What the sum of a sequence's token losses is divided by, which has `n_valid` of them."""
+    divisor = 0.0 * n_valid + 1.0
+    if LOSS.divisor == "tokens":
+        divisor = n_valid
+    elif LOSS.divisor == "length":
+        divisor = length + 0.0 * n_valid
+    return divisor

@@ -51,6 +51,20 @@ def require_pair(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected 0 <= low < high < inf, got {value!r}")
 
 
+def require_weights(name: str, value: object) -> None:
+    """Raise unless `value` is a tuple or list of finite numbers, not all of them 0."""
+    expected = "a tuple or list of numbers, one per reward"
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    for x in value:
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+        if not math.isfinite(x):
+            raise ValueError(f"{name}: expected finite numbers, got {value!r}")
+    if not any(value):
+        raise ValueError(f"{name}: expected a number that is not 0 among them, got {value!r}")
+
+
 def require_bool(name: str, value: object) -> None:
     """Raise unless `value` is a bool."""
     if not isinstance(value, bool):
@@ -101,7 +115,7 @@ class Packable:
     def pack(self) -> tuple[list[float], str]:
         """The fields in order: numbers (0 for other fields), and their kinds or other values.
 
-        A graph may hold the numbers as symbols. A pair has two of them.
+        A graph may hold the numbers as symbols. A tuple has several of them.
         """
         values = [getattr(self, name) for name in self.__dataclass_fields__]
         numbers: list[float] = []
@@ -112,6 +126,12 @@ class Packable:
                 numbers.append(float(value) if _kind(value) in ("int", "float") else 0.0)
         return numbers, ",".join([_kind(value) for value in values])
 
+    @staticmethod
+    def count(kinds: str) -> int:
+        """How many numbers a spec of these kinds was packed into."""
+        sizes = [int(k.removeprefix("tuple")) for k in kinds.split(",") if k.startswith("tuple")]
+        return len(kinds.split(",")) - len(sizes) + sum(sizes)
+
     @classmethod
     def unpack(cls, numbers: list[float], kinds: str) -> Any:
         """The spec that was packed."""
@@ -119,9 +139,10 @@ class Packable:
         values: list[Any] = []
         i = 0
         for kind in kinds.split(","):
-            if kind == "pair":
-                values.append((numbers[i], numbers[i + 1]))
-                i += 1
+            if kind.startswith("tuple"):
+                size = int(kind.removeprefix("tuple"))
+                values.append(tuple(numbers[i : i + size]))
+                i += size - 1
             elif kind == "int":
                 values.append(int(numbers[i]))
             else:
@@ -134,5 +155,5 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, (bool, str)):
         return str(value)
     if isinstance(value, tuple):
-        return "pair"
+        return f"tuple{len(value)}"
     return "int" if isinstance(value, int) else "float"

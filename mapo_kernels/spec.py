@@ -19,6 +19,7 @@ from mapo_kernels.choices import DIFFICULTIES as DIFFICULTIES
 from mapo_kernels.choices import ESTIMATORS as ESTIMATORS
 from mapo_kernels.choices import IMPORTANCE_LEVELS as IMPORTANCE_LEVELS
 from mapo_kernels.choices import KL_ESTIMATORS as KL_ESTIMATORS
+from mapo_kernels.choices import MULTI_OBJECTIVE as MULTI_OBJECTIVE
 from mapo_kernels.choices import OBJECTIVES as OBJECTIVES
 from mapo_kernels.choices import SCALES as SCALES
 from mapo_kernels.choices import SEQUENCE_OBJECTIVES as SEQUENCE_OBJECTIVES

@@ -11,10 +11,14 @@ Notation of the paper, for one group (the G trajectories of one prompt) with rew
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from reference.objectives import normalize_then_sum, weighted_sum
+from reference.objectives import pass_at_k as rewards_of_subsets
 
 
 @dataclass(frozen=True)
@@ -111,22 +115,33 @@ def percent_deviation(r: Tensor, eps: float, apd: str) -> Tensor:
 
 
 def estimate(
-    r: Tensor, lam: float, estimator: str, c: int, eps: float, apd: str, scale: float | None = None
+    r: Tensor,
+    lam: float,
+    estimator: str,
+    c: int,
+    eps: float,
+    apd: str,
+    scale: float | None = None,
+    std: float | None = None,
+    k: int = 1,
 ) -> Tensor:
     """Advantages [G] of one group from its finite rewards r [G] and its certainty weight lam.
 
-    `scale` is what the z-score divides by, eps included; None for the group's own deviation.
+    `scale` is what the z-score divides by, eps included; None for the deviation `std`, by default
+    that of r.
     """
     if not has_signal(r, c):
         return torch.zeros_like(r)
     G, mu = len(r), r.mean()
     if estimator == "mean":  # Dr.GRPO
         return r - mu
-    if estimator == "rloo":  # r_i minus the mean of the others
-        return (r - mu) * G / (G - 1)
+    if estimator == "rloo":  # r_i minus the mean of the others; of subsets of k, see `pass_at_k`
+        return (r - mu) * G / max(G - k, 1)
     if estimator == "apd":
         return percent_deviation(r, eps, apd)
-    z = (r - mu) / (standard_deviation(r, c) + eps if scale is None else scale)
+    if scale is None:
+        scale = eps + (float(standard_deviation(r, c)) if std is None else std)
+    z = (r - mu) / scale
     if estimator == "grpo":
         return z
     if estimator == "mapo":
@@ -163,6 +178,9 @@ def group_advantages(
     scale: str = "group",
     batch_std: float | None = None,
     group_weight: Tensor | None = None,
+    reward_weights: Sequence[float] | None = None,
+    multi_objective_aggregation: str = "sum_then_normalize",
+    pass_at_k: int | None = None,
 ) -> tuple[Tensor, dict[int, GroupStats]]:
     """One advantage per trajectory, from the rewards of its group.
 
@@ -170,7 +188,7 @@ def group_advantages(
     has advantages of exactly 0 if its finite rewards are all equal or if G <= std_correction.
 
     Args:
-        rewards: [B], any floating dtype.
+        rewards: [B], or [B, K] of any floating dtype.
         group_ids: [B] integers, in any order; groups may differ in size.
         estimator: "mapo", "grpo", "apd", "mean" or "rloo".
         certainty: lambda(p), see `certainty_weight`.
@@ -188,10 +206,27 @@ def group_advantages(
             finite rewards with the same correction; "none", 1.
         batch_std: that of all rewards, where only some of them are given.
         group_weight: [B], factor of each row's advantage before that clamp.
+        reward_weights: K factors of the rewards [B, K], by default 1.
+        multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" for advantages by
+            each reward, whose weighted sum is divided by its deviation over the batch.
+        pass_at_k: the rewards are those of k-subsets, see `objectives.pass_at_k`.
 
     Returns:
         Advantages [B] in float64, and the statistics of each group by its id.
     """
+    if multi_objective_aggregation == "normalize_then_sum":
+        settings = {
+            "estimator": estimator, "certainty": certainty, "std_correction": std_correction,
+            "eps": eps, "apd": apd, "difficulty": difficulty,
+            "difficulty_exponent": difficulty_exponent,
+        }  # fmt: skip
+        return _normalized_then_summed(
+            rewards if rewards.dim() == 2 else rewards[:, None], group_ids, reward_weights,
+            success, success_threshold, max_abs, group_weight, settings,
+        )  # fmt: skip
+    if rewards.dim() == 2:
+        success = _succeeded(rewards, reward_weights, success, success_threshold)
+        rewards = weighted_sum(rewards, reward_weights)
     succeeded = rewards >= success_threshold if success is None else success.bool()
     r = rewards.detach().double()
     A = torch.zeros_like(r)
@@ -215,11 +250,64 @@ def group_advantages(
             c=std_correction,
         )
         lam = stats[group_id].certainty
-        A[finite] = estimate(r[finite], lam, estimator, std_correction, eps, apd, divisor)
+        own, std = r[finite], None
+        if pass_at_k is not None:
+            own, std = rewards_of_subsets(succeeded[finite], pass_at_k, std_correction)
+            mean = float(own.mean()) if len(own) else 0.0
+            stats[group_id] = replace(stats[group_id], mean=mean, std=std)
+        k = pass_at_k or 1
+        A[finite] = estimate(own, lam, estimator, std_correction, eps, apd, divisor, std, k)
         p = stats[group_id].success_ratio
         A[finite] *= difficulty_weight(p, difficulty, difficulty_exponent)
     if group_weight is not None:
         for i in range(len(A)):
             if A[i] != 0:
                 A[i] *= group_weight[i].double()
+    return (A if max_abs is None else A.clamp(-max_abs, max_abs)), stats
+
+
+def _succeeded(
+    rewards: Tensor, weights: Sequence[float] | None, success: Tensor | None, threshold: float
+) -> Tensor:
+    """Successes [B] of rewards [B, K]: by their weighted sum, rounded to the rewards' dtype."""
+    if success is not None:
+        return success.bool()
+    total = weighted_sum(rewards, weights)
+    return (total.to(rewards.dtype) if rewards.is_floating_point() else total) >= threshold
+
+
+def _normalized_then_summed(
+    rewards: Tensor,
+    group_ids: Tensor,
+    weights: Sequence[float] | None,
+    success: Tensor | None,
+    threshold: float,
+    max_abs: float | None,
+    group_weight: Tensor | None,
+    settings: dict,
+) -> tuple[Tensor, dict[int, GroupStats]]:
+    """What `group_advantages` returns, of rewards [B, K] that have advantages of their own."""
+    weights = [1.0] * rewards.shape[1] if weights is None else list(weights)
+    success = _succeeded(rewards, weights, success, threshold)
+    total = weighted_sum(rewards, weights)
+    _, stats = group_advantages(total, group_ids, success=success, **settings)
+    present = total.isfinite()
+    used = [k for k, w in enumerate(weights) if w != 0]
+    parts = [
+        group_advantages(
+            torch.where(present, rewards[:, k].double(), math.nan),
+            group_ids,
+            success=success,
+            **settings,
+        )[0]
+        for k in used
+    ]
+    A = normalize_then_sum(
+        parts,
+        [weights[k] for k in used],
+        present,
+        settings["std_correction"],
+        settings["eps"],
+    )
+    A = A if group_weight is None else torch.where(A != 0, A * group_weight.double(), A)
     return (A if max_abs is None else A.clamp(-max_abs, max_abs)), stats

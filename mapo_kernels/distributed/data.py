@@ -23,7 +23,8 @@ from mapo_kernels.tracing import outside_graphs
 
 # A message's first numbers; how the rank was called follows, then a row per reward.
 _COUNTS = ("sequences", "tokens", "rewards", "dtype", "success")
-_ROW = 4  # the bits of the reward as float64, the group's id, success, valid tokens
+# The bits of the reward as float64; with a sequence's first: group's id, success, valid tokens.
+_ROW = 4
 _FIRST_CAPACITY = 64
 # Settings that a rank remembers per group: those of a trainer's losses, and not one more for each
 # step of a coefficient that is annealed.
@@ -96,6 +97,7 @@ class Call(NamedTuple):
         found: dict[str, object] = {"function": self.function, "normalizer": self.normalizer}
         found["source"] = self.source or ("advantages" if groups is None else "rewards")
         found["group_size"] = groups and (groups.group_size or None)
+        found["rewards per sequence"] = groups and _per_sequence(groups)
         for name, kind in (("spec", LossSpec), ("advantage_spec", AdvantageSpec)):
             for field in fields(kind):
                 found[f"{name}.{field.name}"] = getattr(getattr(self, name), field.name, None)
@@ -126,6 +128,10 @@ class _Memory:
 _memories: WeakKeyDictionary[dist.ProcessGroup, _Memory] = WeakKeyDictionary()
 
 
+def _per_sequence(groups: GroupInputs) -> int:
+    return 1 if groups.rewards.dim() == 1 else groups.rewards.shape[1]
+
+
 def _sent_dtype(rewards: torch.Tensor) -> torch.dtype:
     return rewards.dtype if rewards.dtype in _DTYPES else torch.float64
 
@@ -135,7 +141,7 @@ def _write_message(part: Part, facts: torch.Tensor, capacity: int) -> torch.Tens
     groups = part.groups
     n_rewards, dtype, success = 0, 0, 0
     if groups is not None and groups.rewards.shape[0]:
-        n_rewards = groups.rewards.shape[0]
+        n_rewards = groups.rewards.numel()
         dtype = _DTYPES.index(_sent_dtype(groups.rewards))
         success = _SUCCESS.index("none" if groups.success is None else "given")
     n_header = len(_COUNTS) + facts.numel()
@@ -146,13 +152,15 @@ def _write_message(part: Part, facts: torch.Tensor, capacity: int) -> torch.Tens
     message[len(_COUNTS) : n_header] = facts
     if groups is not None and n_rewards <= capacity:
         rows = message[n_header:].view(capacity, _ROW)[:n_rewards]
-        rows[:, 0] = groups.rewards.to(facts.device).double().view(torch.int64)
+        sent = groups.rewards.to(facts.device).double().contiguous()
+        rows[:, 0] = sent.view(torch.int64).view(-1)
+        first = rows[:: _per_sequence(groups)]
         if groups.group_ids is not None:
-            rows[:, 1] = groups.group_ids
+            first[:, 1] = groups.group_ids
         if groups.success is not None:
-            rows[:, 2] = groups.success
+            first[:, 2] = groups.success
         if part.lengths is not None:
-            rows[:, 3] = part.lengths
+            first[:, 3] = part.lengths
     return message
 
 
@@ -210,13 +218,15 @@ def _whole_groups(
     ).view(-1, _ROW)
     dtype = _DTYPES[max(header[3] for header in headers)] or groups.rewards.dtype
     has_success = max(header[4] for header in headers) == _SUCCESS.index("given")
+    first = rows[:: _per_sequence(groups)]
+    rewards = rows[:, 0].contiguous().view(torch.float64).to(dtype)
     whole = groups._replace(
-        rewards=rows[:, 0].contiguous().view(torch.float64).to(dtype),
-        group_ids=None if groups.group_ids is None else rows[:, 1].contiguous(),
-        success=rows[:, 2] != 0 if has_success else None,
+        rewards=rewards.view(-1, *groups.rewards.shape[1:]),
+        group_ids=None if groups.group_ids is None else first[:, 1].contiguous(),
+        success=first[:, 2] != 0 if has_success else None,
     )
     checks_groups.check_group_count(whole.rewards.shape[0], whole.group_size)
-    return whole, rows[:, 3]
+    return whole, first[:, 3]
 
 
 def _denominator(table: torch.Tensor, call: Call) -> torch.Tensor:
@@ -265,8 +275,9 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
         return Shared(None, slice(None), normalizer)
     assert headers is not None
     rank = dist.get_rank(process_group)
-    start = sum(header[2] for header in headers[:rank])
-    own = slice(start, start + headers[rank][2])
+    per_sequence = _per_sequence(part.groups)
+    start = sum(header[2] for header in headers[:rank]) // per_sequence
+    own = slice(start, start + headers[rank][2] // per_sequence)
     whole, lengths = _whole_groups(table, headers, part.groups)
     if whole.weight is not None:
         # Weights play no part in statistics: those of other ranks' rows are not needed here.

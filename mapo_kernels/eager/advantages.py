@@ -103,12 +103,11 @@ def _of_ordinary(
     above = rewards - lowest[:, None]
     offset = row_sum(above) / count
     deviation = above - offset[:, None]
-    mean = lowest + offset
     factor, *statistics = formula.group_advantage(
         count,
         lowest,
         highest,
-        mean,
+        lowest + offset,
         row_sum(deviation * deviation),
         success.to(dtype).sum(1) if torch.compiler.is_compiling() else success.sum(1).to(dtype),
         1.0,
@@ -122,8 +121,8 @@ def _of_ordinary(
     limit = formula.operand(limit, deviation)
     # Of finite numbers: where one is 0 so is the product, but for its sign.
     advantages = deviation.mul_(factor[:, None]).clamp_(-limit, limit).add_(0.0)
-    columns = [mean, *statistics, count, torch.zeros_like(mean), factor]
-    table = torch.stack(columns) if want_stats else mean[None, :][:0]
+    columns = [*statistics, count, torch.zeros_like(count), factor]
+    table = torch.stack(columns) if want_stats else count[None, :][:0]
     return advantages.reshape(-1), table, is_within & (factor.abs().amax() < float("inf"))
 
 
@@ -161,12 +160,11 @@ def _of_any(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, tor
     above = (rewards * spread(unit) - spread(lowest)).where(finite, 0.0)
     offset = reduce(above, "sum") / count.clamp(min=1.0)
     deviation = (above - spread(offset)).where(finite, 0.0)
-    mean = lowest + offset
-    factor, std, success_ratio, certainty = formula.group_advantage(
+    factor, *statistics = formula.group_advantage(
         count,
         lowest,
         highest,
-        mean,
+        lowest + offset,
         reduce(deviation * deviation, "sum"),
         successes,
         unit,
@@ -179,8 +177,8 @@ def _of_any(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, tor
     if groups.weight is not None:
         row_factor = row_factor * groups.weight.to(dtype).reshape(given.shape)
     advantages = formula.row_advantage(deviation, finite, row_factor, limit)
-    table = [mean / unit, std, success_ratio, certainty, count, nonfinite, factor]
-    return advantages.reshape(-1), torch.stack(table)
+    table = torch.stack([*statistics, count, nonfinite, factor])
+    return advantages.reshape(-1), table
 
 
 _of_contiguous = fused(_of_any)

@@ -150,7 +150,7 @@ def advantage_of_sequence(
     batch_std = 0.0
     if rewards.batch_std is not None:
         batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
-    factor, std, success_ratio, certainty = group_advantage(
+    factor, _, _, success_ratio, certainty = group_advantage(
         m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
         batch_std, numbers, GROUP,
     )  # fmt: skip
@@ -219,13 +219,12 @@ def advantages_kernel(
         size = tl.where(present, group_size, 0)
         span = Span(groups * group_size, size, groups, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, TILE, BLOCK_G)
-    mean = m.lowest + m.offset
     batch_std = 0.0
     if rewards.batch_std is not None:
         batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
-    factor, std, success_ratio, certainty = group_advantage(
-        m.count, m.lowest, m.highest, mean, m.squares, m.successes, m.unit, batch_std, numbers,
-        GROUP,
+    factor, mean, std, success_ratio, certainty = group_advantage(
+        m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
+        batch_std, numbers, GROUP,
     )  # fmt: skip
     if rewards.ids is not None:
         reward = tl.load(rewards.reward + groups, mask=present, other=0.0).to(tl.float32)
@@ -244,7 +243,7 @@ def advantages_kernel(
             tl.store(Advantages + rows, advantage, mask=member)
     if Stats is not None:
         nonfinite = m.members - m.count
-        stats = (mean / m.unit, std, success_ratio, certainty, m.count, nonfinite, factor)
+        stats = (mean, std, success_ratio, certainty, m.count, nonfinite, factor)
         for i in tl.static_range(7):
             tl.store(Stats + i * n_groups + groups, stats[i], mask=present)
 

@@ -6,6 +6,7 @@ Each rank makes the whole batch from the same seed, and knows what one process m
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -189,12 +190,49 @@ def check_advantages(backend, device):
                 assert part.dtype == whole.dtype and torch.equal(part, whole[rows])
                 for x, y in zip(part_stats, stats, strict=True):
                     assert torch.equal(x, y)
+    _check_several_rewards(group, device)
     try:
         mk.group_advantages(torch.ones(1), group_size=3, process_group=group)
     except ValueError as error:
         assert "positive divisor" in str(error) or dist.get_world_size() == 3
     else:
         raise AssertionError("rewards that make no whole groups were accepted")
+
+
+def _check_several_rewards(group, device):
+    """Rewards [B, K], and pass@k, of groups across ranks; in losses and plans too."""
+    first = torch.tensor(REWARDS, device=device)
+    rewards = torch.stack([first, torch.linspace(0, 1, 10, device=device), first.flip(0)], 1)
+    ids = torch.tensor(IDS, device=device)
+    specs = [mk.AdvantageSpec(pass_at_k=2)]
+    specs += [
+        mk.AdvantageSpec(reward_weights=(1, 0.5, 0.0), multi_objective_aggregation=how)
+        for how in ("sum_then_normalize", "normalize_then_sum")
+    ]
+    for (i, spec), given in product(enumerate(specs), ({"group_ids": ids}, {"group_size": 5})):
+        source = {"rewards": rewards if i else first, **given, "advantage_spec": spec}
+        settings = {k: getattr(spec, k) for k in spec.__dataclass_fields__}
+        for counts in SPLITS[dist.get_world_size()]:
+            rows = own_rows(counts)
+            told = {"rewards": source["rewards"], **given}
+            whole, stats = mk.group_advantages(return_stats=True, **told, **settings)
+            shared = {"process_group": group}
+            part, part_stats = mk.group_advantages(
+                return_stats=True, **take(told, rows), **settings, **shared
+            )
+            assert torch.equal(part, whole[rows])
+            assert all(torch.equal(x, y) for x, y in zip(part_stats, stats, strict=True))
+            mask = torch.ones(10, 2, device=device)
+            for aggregation in ("token-mean", "prompt-mean"):
+                loss_spec = mk.LossSpec(aggregation=aggregation)
+                called = {"mask": mask[rows], **take(source, rows), "spec": loss_spec, **shared}
+                out = mk.mapo_loss(-mask[rows], normalizer="global", **called)
+                plan = mk.make_plan(normalizer="global", **called)
+                one = mk.mapo_loss(-mask, mask=mask, **source, spec=loss_spec)
+                assert_close(mean_over_ranks(out.loss), one.loss, TOLERANCE)
+                assert_close(out.advantages, whole[rows], TOLERANCE)
+                assert_close(plan.advantages, whole[rows], TOLERANCE)
+                assert out.metrics["nonfinite_rewards"] == stats.nonfinite.sum()
 
 
 def check_other_levels(backend, device):

@@ -80,7 +80,7 @@ def test_ranks_that_disagree_are_told(on_ranks):
 
 
 def test_collectives_of_a_step_are_few_and_small(on_ranks):
-    settings = len(fields(LossSpec)) + len(fields(AdvantageSpec)) + 4
+    settings = len(fields(LossSpec)) + len(fields(AdvantageSpec)) + 5
     header, room = 8 * (5 + settings), 32 * 64
     for found in on_ranks(worker.collectives_of_a_step):
         assert found == {

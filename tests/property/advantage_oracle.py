@@ -5,13 +5,22 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from cases import Groups
+from hypothesis import assume
 from torch import Tensor
 
 import reference
 
 STATS = tuple(f.name for f in fields(reference.GroupStats))
 _LARGE = 1e100
-_SETTINGS = ("estimator", "certainty", "std_correction", "apd", "difficulty", "difficulty_exponent")
+_SETTINGS = (
+    "estimator",
+    "certainty",
+    "std_correction",
+    "apd",
+    "difficulty",
+    "difficulty_exponent",
+    "pass_at_k",
+)
 
 
 @dataclass
@@ -62,6 +71,10 @@ def weights(groups: Groups) -> Tensor:
 
 def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
     """Advantages and statistics of rewards that are first rounded to `dtype`."""
+    if groups.spec.normalizes_first:
+        return _of_each_reward(groups, dtype)
+    if groups.rewards.dim() == 2:
+        groups = _summed(groups, dtype)
     spec, r = groups.spec, groups.rewards.to(dtype).double()
     succeeded = successes(groups)
     in_units = spec.estimator in ("mean", "rloo")
@@ -74,6 +87,8 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
         sizes.append(float(r[finite].abs().max()) if finite.any() else 0.0)
         # Squares of the largest float64 numbers are none: a power of 2 is taken out, of eps too.
         unit = 2.0 ** (math.frexp(sizes[-1])[1] - 1) if sizes[-1] > _LARGE else 1.0
+        if spec.pass_at_k is not None:
+            unit, sizes[-1] = 1.0, 1.0
         settings = {k: getattr(spec, k) for k in _SETTINGS} | {"eps": spec.eps / unit}
         # A divisor of 1 is 1 / unit here.
         divisor = {"scale": spec.scale, "batch_std": batch_std * (size_of_all / unit)}
@@ -88,22 +103,85 @@ def exact_advantages(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
             **divisor,
         )
         A[rows] = own * unit if in_units else own
-        own_scale = _scale(r[finite] / unit, spec, unit, dtype, batch_std, size_of_all)
+        if spec.pass_at_k is not None:
+            # Nothing cancels.
+            own_scale = 4 * spec.pass_at_k * float(own.abs().max())
+        else:
+            own_scale = _scale(r[finite] / unit, spec, unit, dtype, batch_std, size_of_all)
         scale[finite] = own_scale * (unit if in_units else 1.0)
         (found,) = stats.values()
         told = (found.success_ratio, spec.difficulty, spec.difficulty_exponent)
         weight = reference.advantages.difficulty_weight(*told)
         # A power of a ratio carries the rounding of its logarithm.
         scale[finite] *= weight * (1 + 4 * abs(spec.difficulty_exponent))
-        weighs_nothing.append(weight == 0)
+        weighs_nothing.append(weight == 0 or _has_no_signal(r[finite], succeeded[finite], spec))
         found = replace(found, mean=found.mean * unit, std=found.std * unit)
         table.append([getattr(found, name) for name in STATS])
     scale = scale * w.abs()
     A = A if spec.max_abs is None else A.clamp(-spec.max_abs, spec.max_abs)
     stats = dict(zip(STATS, torch.tensor(table, dtype=torch.float64).T, strict=True))
     size, ones = torch.tensor(sizes, dtype=torch.float64), torch.ones(len(sizes)).double()
+    without_signal = sum(weighs_nothing)
     stats_scale = {"mean": size, "std": size, "success_ratio": ones, "certainty": 4 * ones}
-    return ExactAdvantages(A, scale, stats, stats_scale, _metrics(groups, r, stats, weighs_nothing))
+    return ExactAdvantages(A, scale, stats, stats_scale, _metrics(stats, without_signal))
+
+
+def _has_no_signal(r: Tensor, succeeded: Tensor, spec) -> bool:
+    """Whether a group's finite rewards r [G] are all equal, or those of all its k-subsets."""
+    if len(r) < 2:
+        return True
+    if spec.pass_at_k is None:
+        return float(r.max()) == float(r.min())
+    return not succeeded.any() or int((~succeeded).sum()) < spec.pass_at_k
+
+
+def _summed(groups: Groups, dtype: torch.dtype) -> Groups:
+    """The same with one reward a row, the weighted sum: the largest of `dtype` where it is more."""
+    spec = groups.spec
+    total = reference.objectives.weighted_sum(groups.rewards, spec.reward_weights)
+    told = dict(groups.arguments)
+    if "success" not in told:
+        is_real = groups.rewards.is_floating_point()
+        own = total.to(groups.rewards.dtype) if is_real else total
+        told["success"] = successes(replace(groups, rewards=own))
+    limit = torch.finfo(dtype).max
+    spec = replace(spec, reward_weights=None)
+    return replace(groups, rewards=total.clamp(-limit, limit), arguments=told, spec=spec)
+
+
+def _of_each_reward(groups: Groups, dtype: torch.dtype) -> ExactAdvantages:
+    """What the rewards come to where each has advantages of its own, whose sum is divided."""
+    if groups.rewards.dim() == 1:
+        groups = replace(groups, rewards=groups.rewards[:, None])
+    spec, rewards = groups.spec, groups.rewards
+    weighted = spec.reward_weights or (1.0,) * rewards.shape[1]
+    whole = _summed(groups, dtype)
+    alone = replace(whole.spec, multi_objective_aggregation="sum_then_normalize", max_abs=None)
+    told = {k: v for k, v in whole.arguments.items() if k != "group_weight"}
+    whole = replace(whole, spec=alone, arguments=told)
+    total = exact_advantages(whole, dtype)
+    present = whole.rewards.isfinite()
+    S, size = torch.zeros(len(present)).double(), torch.zeros(len(present)).double()
+    for k, weight in enumerate(weighted):
+        if weight != 0:
+            own = torch.where(present, rewards[:, k].double(), math.nan)
+            part = exact_advantages(replace(whole, rewards=own), dtype)
+            S, size = S + weight * part.advantages, size + abs(weight) * part.scale
+    std, c = 0.0, spec.std_correction
+    if int(present.sum()) > c:
+        std = float(reference.advantages.standard_deviation(S[present], c))
+    without_signal = 0
+    for i in groups.ids.unique():
+        own, most = S[groups.ids == i].abs().max(), size[groups.ids == i].max()
+        # Whether advantages cancel exactly is decided by rounding.
+        assume(most == 0 or own > 1e-4 * most)
+        without_signal += int(most == 0)
+    A = S / (std + spec.eps)
+    scale = (size + A.abs() * size.max()) / (std + spec.eps)
+    A, scale = A * weights(groups), scale * weights(groups).abs()
+    A = A if spec.max_abs is None else A.clamp(-spec.max_abs, spec.max_abs)
+    metrics = _metrics(total.stats, without_signal)
+    return ExactAdvantages(A, scale, total.stats, total.stats_scale, metrics)
 
 
 def _batch_std(r: Tensor, correction: int) -> tuple[float, float]:
@@ -141,15 +219,9 @@ def _scale(
     return {"grpo": z, "apd": apd}.get(spec.estimator, 2 * z + 4 * apd)
 
 
-def _metrics(
-    groups: Groups, r: Tensor, stats: dict[str, Tensor], weighs_nothing: list[bool]
-) -> dict[str, Tensor]:
+def _metrics(stats: dict[str, Tensor], without_signal: int) -> dict[str, Tensor]:
     """The metrics about groups of a loss call; means are over groups with a finite reward."""
     active = stats["size"] > 0
-    without_signal = 0
-    for i, is_off in zip(groups.ids.unique(), weighs_nothing, strict=True):
-        own = r[(groups.ids == i) & r.isfinite()]
-        without_signal += is_off or len(own) < 2 or float(own.max()) == float(own.min())
     return {
         "success_ratio_mean": stats["success_ratio"][active].mean(),
         "lambda_mean": stats["certainty"][active].mean(),

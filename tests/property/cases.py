@@ -100,7 +100,7 @@ class Groups:
     """Rewards [B] and which of them belong together.
 
     Attributes:
-        rewards: [B] in the dtype of the call.
+        rewards: [B] or [B, K] in the dtype of the call.
         ids: [B] int64, the group of each row, however the call is told.
         arguments: how it is told: group_size or group_ids, and success where it is given.
         spec: the advantages that are wanted.

@@ -16,6 +16,7 @@ from mapo_kernels.spec import (
     DIFFICULTIES,
     ESTIMATORS,
     KL_ESTIMATORS,
+    MULTI_OBJECTIVE,
     OBJECTIVES,
     SCALES,
     SCALES_OF,
@@ -45,11 +46,22 @@ def input_dtypes(device):
 
 
 @st.composite
-def advantage_specs(draw):
+def advantage_specs(draw, n_rewards, apart, most):
+    """Of `n_rewards` rewards a sequence (0: of one without that dimension), groups of `most`."""
     estimator = draw(one_of(*ESTIMATORS))
+    k = None if apart else draw(one_of(None, None, None, 1, 2, 3))
+    scales = [x for x in SCALES_OF.get(estimator, SCALES) if k is None or x != "batch"]
+    weights = None
+    if n_rewards:
+        weight = one_of(1, 1.0, 0.5, 2.0, 0.0, -0.5)
+        weights = [draw(weight) for _ in range(n_rewards)]
+        weights = weights if any(weights) else [1.0] * n_rewards
     return mk.AdvantageSpec(
         estimator=estimator,
-        scale=draw(one_of("group", *SCALES_OF.get(estimator, SCALES))),
+        scale="group" if apart else draw(one_of("group", *scales)),
+        reward_weights=weights,
+        multi_objective_aggregation=MULTI_OBJECTIVE[apart],
+        pass_at_k=None if k is None else min(k, most),
         certainty=draw(st.sampled_from(CERTAINTIES) | one_of(0, 0.0, 0.3, 1.0)),
         success_threshold=draw(one_of(1.0, 1, 0.9, 0.5, 0.0, -1.0, 1e9 + 1)),
         std_correction=draw(one_of(1, 0)),
@@ -150,19 +162,23 @@ def groupings(draw, n):
 
 @st.composite
 def groups(draw, n, tame=False, wide=True):
-    """Rewards [n] with their groups; `tame` ones make losses that float32 can hold.
+    """Rewards [n] or [n, K] with their groups; `tame` ones make losses that float32 can hold.
 
     With `wide`, statistics may be float64, and rewards larger than float32 has.
     """
     floating = one_of(torch.float32, torch.float64, *NARROW)
     dtype = draw(floating | one_of(torch.int64, torch.int32, torch.uint8, torch.bool))
     ids, told = draw(groupings(n))
-    kinds = _reward_kinds(dtype, tame)
-    by_group = {int(i): draw(st.sampled_from(kinds)) for i in ids.unique()}
-    values = [draw(by_group[int(i)]) for i in ids]
-    if not wide:
-        values = [v if _fits_float32(v) else 1.0 for v in values]
-    spec = draw(advantage_specs())
+    n_rewards = draw(one_of(0, 0, 0, 1, 2, 3))
+    apart = draw(one_of(False, False, False, True) if n_rewards else one_of(*[False] * 7, True))
+    kinds = _reward_kinds(dtype, tame or apart)
+    columns = []
+    for _ in range(max(n_rewards, 1)):
+        by_group = {int(i): draw(st.sampled_from(kinds)) for i in ids.unique()}
+        values = [draw(by_group[int(i)]) for i in ids]
+        columns.append([v if wide or _fits_float32(v) else 1.0 for v in values])
+    values = columns if n_rewards else columns[0]
+    spec = draw(advantage_specs(n_rewards, apart, told.get("group_size", n)))
     success = draw(one_of(None, None, torch.tensor([draw(st.booleans()) for _ in range(n)])))
     told |= {} if success is None else {"success": success}
     if draw(one_of(False, False, True)):
@@ -170,7 +186,8 @@ def groups(draw, n, tame=False, wide=True):
         weights = st.sampled_from([0.0, 1.0, 0.5, 1.7, -2.0])
         count = n if per_row else len(ids.unique())
         told["group_weight"] = torch.tensor([draw(weights) for _ in range(count)])
-    return Groups(torch.tensor(values, dtype=dtype), ids, told, spec)
+    rewards = torch.tensor(values, dtype=dtype)
+    return Groups(rewards.T if n_rewards else rewards, ids, told, spec)
 
 
 @st.composite
