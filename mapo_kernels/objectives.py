@@ -73,7 +73,9 @@ class Apart:
         limit = torch.finfo(dtype).max if spec.max_abs is None else spec.max_abs
         factor = torch.ones_like(found) if self._weight is None else self._weight.to(found)
         weighted = formula.row_advantage(found, self._finite, factor, limit).to(dtype)
-        return weighted, None if table is None else self._statistics(found, table)
+        if table is None or table.shape[0] == 0:
+            return weighted, table
+        return weighted, self._statistics(found, table)
 
     def _statistics(self, found: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The table of the first block; the factor of a group is the largest of its advantages."""

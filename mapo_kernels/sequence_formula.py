@@ -1,4 +1,4 @@
-"""Formulas of whole sequences, their ratios and divisors: a part of `formula`, under the same two rules."""
+"""Formulas of whole sequences, ratios and divisors: a part of `formula`, under its two rules."""
 
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.numerics import clamp
