@@ -53,3 +53,8 @@ def test_the_numbers_of_the_demo_are_those_of_the_result_file():
     log = json.loads((ROOT / "benchmarks/results/demo_number_sorting_3_seeds.json").read_text())
     mapo, grpo = (figures(log, estimator)[-1] for estimator in ("mapo", "grpo"))
     assert f"is {mapo}\nwith MAPO and {grpo} with GRPO (means of 3 seeds" in README
+
+
+def test_what_it_says_of_the_study_is_what_the_study_found():
+    found = re.search(r"^- MAPO against GRPO: (.*)$", TEXTS["docs/study.md"], re.M)
+    assert "has not found MAPO better than GRPO" in README and "higher" not in found[1]
