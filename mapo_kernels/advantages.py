@@ -165,12 +165,16 @@ def group_advantages(
         advantages = advantages[own].to(rewards.device)
     if not return_stats:
         return advantages
-    table = table.to(rewards.device)
-    if group_ids is not None:
+    decides = threshold_decides(spec, success) and not is_compiling()
+    return advantages, _stats(table.to(rewards.device), spec, group_ids is not None, decides)
+
+
+def _stats(table: torch.Tensor, spec: AdvantageSpec, has_ids: bool, decides: bool) -> GroupStats:
+    """Statistics [Q] of each group, from the table of all; warns where no reward was a success."""
+    if has_ids:
         table = table[:, : int((table[4] + table[5] > 0).sum())]
-    if group_ids is not None or rewards.device.type == "cpu":
-        # The device has been waited for, or there is none.
-        if threshold_decides(spec, success) and not is_compiling():
-            if operators.group_summary(table)[-1]:
-                warn_of_threshold(spec)
-    return advantages, GroupStats(*table[:6].unbind(0))
+    # Where the device has been waited for, or there is none.
+    if decides and (has_ids or table.device.type == "cpu"):
+        if operators.group_summary(table)[-1]:
+            warn_of_threshold(spec)
+    return GroupStats(*table[:6].unbind(0))
