@@ -1,5 +1,6 @@
 """The package as a whole: what it exports, documents and imports."""
 
+import ast
 import importlib
 import inspect
 import os
@@ -241,6 +242,14 @@ def test_files_stay_readable():
         assert len(path.read_text().splitlines()) <= 400, path
     for path in ROOT.glob("tests/**/*.py"):
         assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_functions_stay_readable():
+    for path in [*ROOT.glob("mapo_kernels/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 100, f"{path}: {node.name}"
 
 
 def test_triton_version_is_the_one_that_is_to_be_tested():
