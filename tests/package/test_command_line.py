@@ -26,8 +26,7 @@ finally:
 
 
 @pytest.mark.parametrize("words", HELP, ids=" ".join)
-def test_help_needs_no_torch(words, tmp_path):
-    # As installed: mapo_kernels.bench is where benchmarks is.
+def test_help_needs_no_torch(words):
     done = subprocess.run(
         [sys.executable, "-c", WHICH, *words],
         capture_output=True,

@@ -85,12 +85,11 @@ def step_from_hidden(
     """The same from hidden states, by a function and by a module."""
     old, _ = token_logprobs_from_hidden(hidden, head.weight, ids, return_entropy=True)
     ref: torch.Tensor = token_logprobs_from_hidden(hidden, head.weight, ids, softcap=30.0)
-    given = {"old_logprobs": old, "ref_logprobs": ref}
     out = mapo_loss_from_hidden(
         hidden, head.weight, ids, plan=plan, bias=head.bias, old_logprobs=old, ref_logprobs=ref
     )
     either = mapo_loss_from_hidden(hidden, head.weight, ids, plan=plan, return_logprobs=wide)
-    print(isinstance(either, TokenLossOutput), given["old_logprobs"].shape)
+    print(isinstance(either, TokenLossOutput))
     policy = MapoLinearLoss(head, plan.spec, chunk_rows=1024, logit_scale=0.5)
     more = policy(hidden, ids, plan=plan, return_sum_pi_squared=True)
     print(more.sum_pi_squared, policy(hidden, ids, plan=plan).loss)
