@@ -305,11 +305,13 @@ def _made(results: Results) -> list[str]:
 def _line(
     command: str, environment: Found, seconds: float, settings: Found | None = None
 ) -> list[str]:
-    versions = environment["versions"]
-    machine = f"{environment['device']}, {environment['threads']} threads"
-    commit = str(environment["commit"])[:9] + ("+" if environment["dirty"] else "")
+    threads = environment["threads"]
+    machine = f"{environment['device']}, {threads} thread" + ("s" if threads != 1 else "")
+    # An installed package knows no commit.
+    commit = str(environment["commit"] or "unknown")[:9] + ("+" if environment["dirty"] else "")
     said = ", ".join(f"{name} {value}" for name, value in (settings or {}).items())
-    return [command, commit, machine, f"{seconds:.0f}", versions["torch"], said]
+    torch = environment["versions"]["torch"]
+    return [command, commit, machine, f"{seconds:.0f}", torch, said]
 
 
 def _stages(records: list[Found]) -> list[list[str]]:
