@@ -158,7 +158,7 @@ def _threshold(ablation: Ablation, known: Setting, guessed: Setting) -> Figure:
     title = "Does MAPO gain from success= with continuous rewards?"
     figure, axes = _panels(["mixed, partial rewards"], title, high=3.2)
     rows = [
-        (name, ablation.between(name, known, guessed, measure), measure == "area")
+        (name, ablation.between((known, name), (guessed, name), measure), measure == "area")
         for measure in MEASURES
         for name in READ_SUCCESS
     ]

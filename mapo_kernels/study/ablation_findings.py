@@ -86,9 +86,16 @@ def _against_grpo(ablation: Ablation) -> Iterator[Comparison]:
     for stage, question in (("main", "estimator"), ("norm", "step size")):
         for setting in _settings(ablation, stage):
             yield from _pairs(ablation, question, setting, ablation.estimators(setting), BASE)
-    for reward in ("partial", "partial-success"):
-        setting = Setting("main", "mixed", reward)
-        yield from _pairs(ablation, "rewards", setting, ablation.estimators(setting), BASE)
+    setting = Setting("main", "mixed", "partial")
+    yield from _pairs(ablation, "rewards", setting, ablation.estimators(setting), BASE)
+    # GRPO does not read successes: with success= it would be the same.
+    known = setting._replace(reward="partial-success")
+    for name in ablation.estimators(known):
+        for measure in MEASURES:
+            found = ablation.between((known, name), (setting, BASE), measure)
+            if found is not None:
+                labels = STYLES[name].label, STYLES[BASE].label
+                yield Comparison("rewards", known.text, measure, *labels, found)
 
 
 def _against_mapo(ablation: Ablation) -> Iterator[Comparison]:
@@ -103,7 +110,7 @@ def _threshold(ablation: Ablation) -> Iterator[Comparison]:
     guessed = Setting("main", "mixed", "partial")
     for name in READ_SUCCESS:
         for measure in MEASURES:
-            found = ablation.between(name, known, guessed, measure)
+            found = ablation.between((known, name), (guessed, name), measure)
             if found is not None:
                 labels = STYLES[name].label, "itself with the default threshold"
                 yield Comparison("threshold", "mixed, partial rewards", measure, *labels, found)

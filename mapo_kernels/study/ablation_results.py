@@ -13,6 +13,11 @@ Record = dict[str, Any]
 BySeed = dict[int, Record]
 
 BASE = "grpo"
+REWARD_NAMES = {
+    "binary": "binary rewards",
+    "partial": "partial rewards",
+    "partial-success": "partial rewards with success=",
+}
 EQUAL = ", equal gradient norms"
 MOST_SEEDS = 8  # of the main comparison
 MEASURES: dict[str, Callable[[Record], float]] = {"final": final_success, "area": area}
@@ -29,7 +34,7 @@ class Setting(NamedTuple):
     @property
     def text(self) -> str:
         """For a sentence."""
-        where = f"{self.regime}, {self.reward} rewards"
+        where = f"{self.regime}, {REWARD_NAMES[self.reward]}"
         return where + (EQUAL if self.stage == "norm" else "")
 
 
@@ -75,15 +80,13 @@ class Ablation:
 
     def against(self, setting: Setting, estimator: str, base: str, measure: str) -> Estimate | None:
         """How an estimator differs from another on the same seeds."""
-        ours, theirs = (self.values(setting, x, measure) for x in (estimator, base))
-        return difference(ours, theirs)
+        return self.between((setting, estimator), (setting, base), measure)
 
     def between(
-        self, estimator: str, here: Setting, there: Setting, measure: str
+        self, ours: tuple[Setting, str], theirs: tuple[Setting, str], measure: str
     ) -> Estimate | None:
-        """How an estimator in one setting differs from itself in another, on the same seeds."""
-        ours, theirs = (self.values(x, estimator, measure) for x in (here, there))
-        return difference(ours, theirs)
+        """How an estimator in one setting differs from one in another, on the same seeds."""
+        return difference(self.values(*ours, measure), self.values(*theirs, measure))
 
     def missing(self) -> list[str]:
         """What the whole study has and these records have not, one line a setting."""

@@ -137,7 +137,11 @@ def test_what_speaks_against_mapo():
 def test_the_threshold_is_compared_with_success_known_apart():
     partial = noisy(["mapo", "grpo"], 4, reward="partial")
     known = noisy(["mapo"], 4, reward="partial-success", effects={"mapo": 0.2})
-    assert "Higher than itself with the default threshold**: MAPO +0.2" in said(partial + known)
+    text = said(partial + known)
+    assert "Higher than itself with the default threshold**: MAPO +0.2" in text
+    # GRPO reads no successes: its runs without them are what MAPO's with them are compared with.
+    where = "mixed, partial rewards with success=, final success (4 seeds)"
+    assert re.search(rf"{re.escape(where)}: \*\*Higher than GRPO\*\*: MAPO \+0\.\d", text)
 
 
 def test_what_dynamic_sampling_costs_is_said():
