@@ -123,6 +123,20 @@ def test_success_decides_lambda_only_where_it_is_known(monkeypatch):
         assert run.record["steps"][0]["lambda_mean"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_who_reads_successes(estimator, monkeypatch):
+    learned = []
+    for reward in ("partial", "partial-success"):
+        run = new_run(replace(CELL, estimator=estimator, reward=reward))
+        # By the threshold no answer succeeds, in truth three of four do.
+        batch = scored(run, [[0.75, 0.5, 0.25, 0]] * 4)
+        monkeypatch.setattr(run, "_roll_out", lambda batch=batch: batch)
+        run._groups = run._silent = 0
+        run.step()
+        learned.append(torch.cat([x.detach().flatten() for x in run.model.parameters()]))
+    assert torch.equal(*learned) == (estimator not in settings.READ_SUCCESS)
+
+
 def test_dynamic_sampling_keeps_groups_with_signal_and_fills_up_with_others(monkeypatch):
     run = new_run(replace(CELL, estimator="dapo"))
     silent, signal = [0.0] * 4, [1.0, 0, 0, 0]
