@@ -9,7 +9,12 @@ import pytest
 from benchmarks import report, results
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "benchmarks/GPU.md",
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Pages that have no code of their own.
 CUT = ("README.md", "docs/own_loop.md", "docs/trl.md")
@@ -101,3 +106,27 @@ def test_what_dropping_saves_is_what_the_result_file_says():
         assert f"| {name} | {' | '.join(cells)} |" in page
     saved = 1 - dropping["model_seconds"] / whole["model_seconds"]
     assert f"{saved:.0%} of forward and backward saved" in page
+
+
+def test_times_with_kept_columns_are_those_of_the_result_file():
+    rows = results.read(ROOT / "benchmarks/results/cpu_kept.json")["rows"]
+    page, shape = TEXTS["docs/sampling_masks.md"], "16 x 128, laptop, float32"
+    for name, kept in (
+        ("as rollouts keep them: 47% one, mean 8, 1% above 82", ""),
+        ("the same, and one column in every row", ", one column in every row"),
+        ("512 in every row", ", 512 kept"),
+    ):
+        own, *others = [row["median_ms"] for row in rows if row["shape"] == shape + kept]
+        times = [f"{x / own:.{0 if x > 10 * own else 1}f} times" for x in others]
+        assert f"| {name} | {own:.3g} ms | {' | '.join(times)} |" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("docs/performance.md", "## Predicted for"), ("docs/sampling_masks.md", "**Predicted** for")],
+)
+def test_what_pages_predict_is_what_the_list_of_predictions_says(name, start):
+    predictions = TEXTS["benchmarks/GPU.md"].partition("## Predictions")[2]
+    text = TEXTS[name].partition(start)[2].partition("\n## ")[0]
+    numbers = re.findall(r"\d[\d.]* (?:to \d[\d.]* )?(?:ps|ms)\b", text)
+    assert numbers and all(number in predictions for number in numbers)
