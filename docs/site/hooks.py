@@ -23,7 +23,6 @@ PAGES = {
     "security.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",
 }
-LATER = ("study.md",)  # shown as soon as they are there
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)#\s]+)(?=[)#])")
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.S
@@ -48,23 +47,6 @@ def _linked(text: str, uri: str) -> list[str]:
     folder = posixpath.dirname(_source(uri))
     paths = [posixpath.normpath(posixpath.join(folder, link)) for link in LINK.findall(text)]
     return [path for path in paths if (ROOT / path).is_file()]
-
-
-def on_config(config: MkDocsConfig) -> None:
-    """Leave out what is not there yet."""
-
-    def kept(entries: list[Any]) -> list[Any]:
-        found = []
-        for entry in entries:
-            if isinstance(entry, dict):
-                ((title, there),) = entry.items()
-                if there in LATER and not (ROOT / _source(there)).exists():
-                    continue
-                entry = {title: kept(there) if isinstance(there, list) else there}
-            found.append(entry)
-        return found
-
-    config.nav = kept(config.nav)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
