@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden, mapo_loss_from_logits
     from mapo_kernels.masks import SamplingMask
     from mapo_kernels.metrics import Metrics
-    from mapo_kernels.modules import MapoLinearLoss, MapoLoss
+    from mapo_kernels.modules import MapoLinearLoss, MapoLogitsLoss, MapoLoss
     from mapo_kernels.plan import Plan, make_plan
     from mapo_kernels.scoring import token_logprobs, token_logprobs_from_hidden
     from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -37,6 +37,7 @@ __all__ = [
     "LossSpec",
     "MapoLinearLoss",
     "MapoLinearLossFunction",
+    "MapoLogitsLoss",
     "MapoLogitsLossFunction",
     "MapoLoss",
     "MapoLossFunction",
@@ -63,6 +64,7 @@ _HOMES = {
     "LossOutput": "calls",
     "LossSpec": "spec",
     "MapoLinearLoss": "modules",
+    "MapoLogitsLoss": "modules",
     "MapoLinearLossFunction": "autograd",
     "MapoLogitsLossFunction": "autograd",
     "MapoLoss": "modules",

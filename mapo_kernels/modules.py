@@ -1,4 +1,4 @@
-"""The losses as modules of torch: `mapo_loss`, and `mapo_loss_from_hidden` with the lm_head."""
+"""The losses as modules of torch; that of hidden states owns the lm_head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mapo_kernels import checks_head
 from mapo_kernels.arguments import DEFAULTS
 from mapo_kernels.calls import LossOutput, TokenLossOutput
 from mapo_kernels.keywords import require_names, settings_checked
-from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden
+from mapo_kernels.losses import mapo_loss, mapo_loss_from_hidden, mapo_loss_from_logits
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
 if TYPE_CHECKING:
@@ -53,6 +53,49 @@ class MapoLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The specs."""
         return f"{self.spec}, {self.advantage_spec}"
+
+
+@settings_checked
+class MapoLogitsLoss(torch.nn.Module):
+    """`mapo_loss_from_logits` with its specs and temperature fixed, as a module.
+
+    Args:
+        spec: which loss, and how it is aggregated.
+        advantage_spec: how rewards become advantages.
+        temperature: what logits are divided by, a number or a tensor: see `mapo_loss_from_logits`.
+        inplace: let the gradient overwrite the logits.
+
+    Shapes, dtypes and errors are those of `mapo_loss_from_logits`: logits [B, T, V] or [total, V]
+    and token ids in, `LossOutput` out.
+    """
+
+    def __init__(
+        self,
+        spec: LossSpec = DEFAULTS["spec"],
+        advantage_spec: AdvantageSpec = DEFAULTS["advantage_spec"],
+        *,
+        temperature: torch.Tensor | float = 1.0,
+        inplace: bool = False,
+    ) -> None:
+        """Keep the specs and the options."""
+        super().__init__()
+        self.spec = spec
+        self.advantage_spec = advantage_spec
+        self.options: dict[str, Any] = {"temperature": temperature, "inplace": inplace}
+
+    def forward(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
+    ) -> LossOutput | TokenLossOutput:
+        """The loss of logits [B, T, V] or [total, V]; see `mapo_loss_from_logits`."""
+        specs = {"spec": self.spec, "advantage_spec": self.advantage_spec}
+        return mapo_loss_from_logits(logits, token_ids, **{**specs, **self.options, **arguments})
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        """The specs and the options."""
+        return f"{self.spec}, {self.advantage_spec}, {self.options}"
 
 
 class MapoLinearLoss(torch.nn.Module):

@@ -55,6 +55,8 @@ class FusedOutput(ModelOutput):
             loss, a placeholder.
         entropy: as `log_probs`, in nats.
         aux_loss: [], of a mixture of experts.
+        scored_log_probs: [B, T] of the loss, where that was asked for them; without gradient, and 0
+            where a token is not scored.
     """
 
     loss: torch.Tensor | None = None
@@ -62,6 +64,7 @@ class FusedOutput(ModelOutput):
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    scored_log_probs: torch.Tensor | None = None
 
 
 def logit_scale_of(config: Any) -> float:
@@ -208,7 +211,7 @@ class _Head:
             out = mapo_loss_from_hidden(
                 hidden, weight, call.token_ids, bias=bias, **arguments, **self.options
             )
-        return _output(out, aux_loss)
+        return _output(out, aux_loss, slice(None))
 
     def loss_from_logits(
         self, forward: Callable[..., Any], call: LossCall, args: Any, kwargs: dict[str, Any]
@@ -235,7 +238,7 @@ class _Head:
         out = mapo_loss_from_logits(
             logits, ids, temperature=self.temperature, inplace=inplace, **arguments
         )
-        return _output(out, getattr(outputs, "aux_loss", None))
+        return _output(out, getattr(outputs, "aux_loss", None), slice(before, -1))
 
     def _run(
         self, forward: Callable[..., Any], n_tokens: int, args: Any, kwargs: dict[str, Any]
@@ -326,6 +329,13 @@ def _pad_mask(mask: SamplingMask, n_rows: int, before: int) -> SamplingMask:
     return SamplingMask.from_counts(mask.token_ids, counts.flatten())
 
 
-def _output(out: Any, aux_loss: torch.Tensor | None) -> FusedOutput:
-    placeholder = out.loss.detach().reshape(1, 1)
-    return FusedOutput(loss=out.loss, metrics=out.metrics, log_probs=placeholder, aux_loss=aux_loss)
+def _output(out: Any, aux_loss: torch.Tensor | None, tokens: slice) -> FusedOutput:
+    """What the forward returns; `tokens` are those of the call among those that the loss saw."""
+    found = getattr(out, "logprobs", None)
+    return FusedOutput(
+        loss=out.loss,
+        metrics=out.metrics,
+        log_probs=out.loss.detach().reshape(1, 1),
+        aux_loss=aux_loss,
+        scored_log_probs=None if found is None else found[:, tokens],
+    )

@@ -7,91 +7,32 @@ lm_head is fused. The rest stays TRL's, but that `ReplayTrainer` notes what toke
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import functools
+import warnings
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import trl
+
+from mapo_kernels.integrations.trl_config import MAPOConfig  # first: it says how to install TRL
+
+# isort: split
 from accelerate.utils import is_peft_model
-from packaging.version import Version
-from trl import GRPOConfig
+from trl import GRPOTrainer
 
 from mapo_kernels.advantages import group_advantages
 from mapo_kernels.groups import warn_of_threshold
 from mapo_kernels.integrations import trl_options as options
 from mapo_kernels.integrations.fused_forward import FusedOutput, LossCall, patch_forward
-from mapo_kernels.integrations.trl_replay import ReplayTrainer, padded
+from mapo_kernels.integrations.trl_logging import LoggingTrainer
+from mapo_kernels.integrations.trl_micro_batch import entropy_bonus
+from mapo_kernels.integrations.trl_replay import padded
 from mapo_kernels.losses import mapo_loss
-from mapo_kernels.metrics import sum_behind
 
 __all__ = ["MAPOConfig", "MAPOTrainer"]
 
-OLDEST = "1.16.0"
-if Version(trl.__version__) < Version(OLDEST):
-    raise ImportError(f"trl: expected {OLDEST} or newer, got {trl.__version__}")
 
-
-@dataclass
-class MAPOConfig(GRPOConfig):
-    """`GRPOConfig` with MAPO's options (arXiv 2509.18849); the defaults train by MAPO.
-
-    Args:
-        estimator: of advantages: `mapo`, `grpo`, `apd`, `mean` or `rloo`; see `AdvantageSpec`.
-        certainty: lambda(p) of `mapo`: `quadratic`, `linear`, `entropy`, `step`, or a number in
-            [0, 1].
-        success_threshold: the total reward from which on a completion is a success.
-        success_reward: name of the reward function whose value (unweighted) is compared with the
-            threshold in place of the total.
-        max_abs: symmetric clamp of the advantages.
-        advantage_eps: added to the denominators of the advantages; TRL's own is 1e-4.
-        dual_clip: another name of TRL's `delta`.
-        fused: what the loss is computed from: `hidden` states and lm_head (no logits in memory),
-            the model's `logits`, or TRL's own `logprobs`.
-        drop_zero_signal: leave sequences without signal out of the model's forward and backward in
-            training; loss and gradients are unchanged.
-        score_all: compute metrics over all tokens, as TRL does, not only over those that change
-            the loss.
-        replay_sampling_mask: where sampling is truncated (top_p, top_k, min_p), compute all
-            log-probs over the columns that each token was sampled from.
-
-    Raises:
-        ValueError: an option, or a combination, that cannot work; it names the option.
-        TypeError: an option of the wrong type.
-    """
-
-    estimator: str = field(default="mapo", metadata={"help": "Estimator of advantages."})
-    certainty: str = field(default="quadratic", metadata={"help": "lambda(p) of mapo."})
-    success_threshold: float = field(default=1.0, metadata={"help": "Reward of a success."})
-    success_reward: str | None = field(
-        default=None, metadata={"help": "Reward function that defines success."}
-    )
-    max_abs: float | None = field(default=None, metadata={"help": "Clamp of the advantages."})
-    advantage_eps: float = field(default=1e-6, metadata={"help": "Added to denominators."})
-    dual_clip: float | None = field(default=None, metadata={"help": "TRL's delta."})
-    fused: str = field(default="hidden", metadata={"help": "hidden, logits or logprobs."})
-    drop_zero_signal: bool = field(
-        default=False, metadata={"help": "Leave sequences without signal out of the forward."}
-    )
-    score_all: bool = field(default=False, metadata={"help": "Metrics over all tokens."})
-    replay_sampling_mask: bool = field(
-        default=True, metadata={"help": "Log-probs over the columns that sampling kept."}
-    )
-
-    def __post_init__(self) -> None:
-        """Settle TRL's options, then refuse what cannot work."""
-        super().__post_init__()
-        if self.dual_clip is not None:
-            delta: float | None = getattr(self, "delta", None)
-            if delta not in (None, self.dual_clip):
-                raise ValueError(
-                    f"dual_clip: expected None or TRL's delta {delta!r}, which is the same thing, "
-                    f"got {self.dual_clip!r}"
-                )
-            self.delta = self.dual_clip
-        options.check_config(self)
-
-
-class MAPOTrainer(ReplayTrainer):
+class MAPOTrainer(LoggingTrainer):
     """`GRPOTrainer` that trains by MAPO, with the loss fused into the model's forward.
 
     Takes what `GRPOTrainer` takes; `args` is a `MAPOConfig`.
@@ -179,18 +120,24 @@ class MAPOTrainer(ReplayTrainer):
         """TRL's batch with this package's advantages [B]; groups are whole over all ranks."""
         batch = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
         rewards, success = options.rewards_and_success(
             self._gathered_rewards,
             self.reward_weights,
             self._success_column,
             self.args.success_threshold,
         )
+        settings = asdict(self._advantage_spec)
+        if self._advantage_spec.normalizes_first:
+            rewards = options.rewards_of_functions(self._gathered_rewards, group_size)
+            settings["reward_weights"] = self.reward_weights.tolist()
         advantages, stats = group_advantages(
             rewards,
-            group_size=self.num_generations if mode == "train" else self.num_generations_eval,
+            group_size=group_size,
             success=success,
+            group_weight=self._weights_of_prompts(inputs),
             return_stats=True,
-            **asdict(self._advantage_spec),
+            **settings,
         )
         first = self.accelerator.process_index * len(inputs)
         batch["advantages"] = advantages[first : first + len(inputs)]
@@ -207,6 +154,19 @@ class MAPOTrainer(ReplayTrainer):
         metrics["mapo/lambda"].append(stats.certainty.mean().item())
         metrics["mapo/zero_signal"].append((advantages == 0).float().mean().item())
         return batch
+
+    def _weights_of_prompts(self, inputs: list[dict[str, Any]]) -> torch.Tensor | None:
+        """What the advantages of all ranks are multiplied by, [B], from a column of the dataset."""
+        column = self.args.group_weight_column
+        if column is None:
+            return None
+        if column not in inputs[0]:
+            raise ValueError(
+                f"group_weight_column: expected a column of the dataset, one of "
+                f"{sorted(inputs[0])}, got {column!r}"
+            )
+        own = torch.tensor([float(x[column]) for x in inputs], device=self.accelerator.device)
+        return self.accelerator.gather(own)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a micro-batch, by this package's formula over TRL's denominators."""
@@ -236,7 +196,12 @@ class MAPOTrainer(ReplayTrainer):
             aux_loss: Any = out.aux_loss
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
             metrics["aux_loss"] = aux_loss.detach()
-        self._log_loss("train" if training else "eval", metrics, kept, n_sequences)
+        mode = "train" if training else "eval"
+        self._log_loss(mode, metrics, kept, n_sequences)
+        if self._loss_spec.objective == "clip":
+            self._log_extremes(mode, out.scored_log_probs, inputs, mask, kept < n_sequences)
+        if self.entropy_coef:
+            self._log_bonus(mode, out, steps)
         return loss
 
     def _fused_loss(
@@ -256,12 +221,23 @@ class MAPOTrainer(ReplayTrainer):
             # In evaluation metrics are the point: they speak of every token.
             "spec": self._loss_spec if self.model.training else self._evaluation_spec,
         }
+        by_sequence = None
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.entropy_coef and self.args.fused != "logprobs":
+            arguments["spec"], arguments["normalizer"], by_sequence = entropy_bonus(
+                arguments["spec"], self.entropy_coef, mask, normalizer, steps
+            )
         if "sampling_mask" in inputs:
             kept = padded(inputs["sampling_mask"], mask.shape[1])
             arguments["sampling_mask"] = kept.to(mask.device)
 
-        def weigh(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor | None:
-            return self._token_weights(inputs, mask, log_probs, entropy)
+        def weigh(
+            log_probs: torch.Tensor | None = None, entropy: torch.Tensor | None = None
+        ) -> torch.Tensor | None:
+            found = self._token_weights(inputs, mask, log_probs, entropy)
+            if by_sequence is None:
+                return found
+            return by_sequence.expand(mask.shape) * (1.0 if found is None else found)
 
         if self.args.fused == "logprobs":
             log_probs, entropy, aux_loss = self._run_model(model, inputs)
@@ -271,10 +247,18 @@ class MAPOTrainer(ReplayTrainer):
             live = mask != 0
             mean = entropy.detach().where(live, 0.0).sum() / live.sum().clamp(min=1)
             metrics = {**out.metrics, "entropy": mean}
-            return FusedOutput(loss=out.loss, metrics=metrics, aux_loss=aux_loss)
+            loss = out.loss
+            if self.entropy_coef:
+                bonus = entropy.where(live, 0.0).sum() / live.sum().clamp(min=1)
+                loss = loss - self.entropy_coef * bonus / steps
+            kept = log_probs.detach()
+            return FusedOutput(loss=loss, metrics=metrics, aux_loss=aux_loss, scored_log_probs=kept)
         scored = self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1.0
         if not scored:
-            arguments["token_weights"] = self._token_weights(inputs, mask)
+            arguments["token_weights"] = weigh()
+        # Where a ratio may be clipped, to say of which sequences most tokens were.
+        if self._loss_spec.objective == "clip" and arguments["old_logprobs"] is not None:
+            arguments["return_logprobs"] = True
         call = LossCall(inputs["completion_ids"], arguments, weigh if scored else None)
         through = _Through(model, call)
         self._run_model(through, inputs)
@@ -329,42 +313,21 @@ class MAPOTrainer(ReplayTrainer):
             weights = weights * factor
         return weights
 
-    def _log_loss(
-        self, mode: str, metrics: dict[str, torch.Tensor], kept: int, n_sequences: int
-    ) -> None:
-        """Means over the tokens of all ranks, under TRL's names where TRL has one."""
-        names = {"entropy": "entropy", "ref_kl": "kl", "approx_kl": "mapo/approx_kl"}
-        clipped = {
-            "clip_fraction_low": "clip_ratio/low_mean",
-            "clip_fraction_high": "clip_ratio/high_mean",
-        }
-        if self._loss_spec.objective == "clip":
-            names |= clipped
-        elif self._loss_spec.objective == "cispo":
-            names["clip_fraction_high"] = "cispo_clip_ratio"
-        names = {ours: trls for ours, trls in names.items() if ours in metrics}
-        scored, active = metrics["scored_tokens"], metrics["active_tokens"]
-        counts = torch.tensor([kept, n_sequences], device=scored.device)
-        # TRL's own head has computed the entropy of every token.
-        every = {"entropy"} if self.args.fused == "logprobs" else set()
-        sums = [sum_behind(metrics[name], active if name in every else scored) for name in names]
-        table = torch.cat([torch.stack([*sums, scored, active]), counts.to(scored)])
-        totals = self.accelerator.reduce(table, reduction="sum").tolist()
-        *values, n_scored, n_active, n_kept, n_all = totals
-        logged = self._metrics[mode]
-        for (ours, trls), value in zip(names.items(), values, strict=True):
-            count = n_active if ours in every else n_scored
-            # The mean over no token is no zero: then nothing is logged.
-            if count > 0:
-                logged[trls].append(value / count)
-        if self._loss_spec.objective == "clip" and n_scored > 0:
-            region = sum(logged[name][-1] for name in clipped.values())
-            logged["clip_ratio/region_mean"].append(region)
-        logged["mapo/scored_tokens"].append(n_scored / max(n_active, 1.0))
-        logged["mapo/forward_sequences"].append(n_kept / n_all)
-        if "aux_loss" in metrics:
-            aux_loss = self.accelerator.gather_for_metrics(metrics["aux_loss"])
-            logged["aux_loss"].append(aux_loss.mean().item())
+
+@functools.wraps(GRPOTrainer.__init__)
+def _init(self: Any, *positional: Any, **named: Any) -> None:
+    _trls_init(self, *positional, **named)
+    if isinstance(self.args, MAPOConfig) and not isinstance(self, MAPOTrainer):
+        warnings.warn(
+            f"args: {type(self).__name__} got a MAPOConfig, of which it knows only TRL's options: "
+            "it trains by GRPO. Use MAPOTrainer of mapo_kernels.integrations.trl.",
+            stacklevel=2,
+        )
+
+
+# The config does not know who takes it, and TRL asks it nothing that only its trainer would.
+_trls_init = GRPOTrainer.__init__
+GRPOTrainer.__init__ = _init
 
 
 # What TRL hands to a model beside ids and attention mask.

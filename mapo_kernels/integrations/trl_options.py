@@ -55,15 +55,16 @@ def check_config(args: Any) -> None:
             f"loss_type: expected one of {sorted(AGGREGATIONS)}, got {args.loss_type!r} (use TRL's "
             f"GRPOTrainer for it)"
         )
-    _expect(
-        args,
-        "multi_objective_aggregation",
-        "sum_then_normalize",
-        "the estimators take one reward per completion",
-    )
-    why = "TRL's bonus has a denominator of its own, the tokens of a micro-batch"
-    _expect(args, "entropy_coef", 0.0, why)
+    why = "the controller needs the entropy of every token of a step before its loss"
     _expect(args, "use_adaptive_entropy", False, why)
+    require_number("entropy_coef", args.entropy_coef, 0.0)
+    if args.entropy_coef:
+        why = "entropy_coef != 0 takes the entropy of every token"
+        _expect(args, "top_entropy_quantile", 1.0, why)
+        _expect(args, "drop_zero_signal", False, why)
+        if args.loss_type in ("grpo", "sapo") and args.fused != "logprobs":
+            why = f"loss_type {args.loss_type!r} weighs tokens by sequence, TRL's bonus does not"
+            _expect(args, "beta", 0.0, f"{why}: with entropy_coef != 0 one of both, or 'logprobs'")
     if args.drop_zero_signal:
         why = "with drop_zero_signal=True a sequence without signal never enters the model"
         _expect(args, "beta", 0.0, f"{why}, but the KL term acts on it")
@@ -193,15 +194,40 @@ def advantage_spec_of(args: Any) -> AdvantageSpec:
         except ValueError:
             pass
     require_choice("estimator", args.estimator, ESTIMATORS)
-    require_scale("scale_rewards", args.scale_rewards, args.estimator)
+    apart = args.multi_objective_aggregation == "normalize_then_sum"
+    if not apart:
+        require_scale("scale_rewards", args.scale_rewards, args.estimator)
     return AdvantageSpec(
         estimator=args.estimator,
-        scale=args.scale_rewards,
+        # TRL does not look at it where it normalizes first.
+        scale="group" if apart else args.scale_rewards,
         certainty=certainty,
         success_threshold=args.success_threshold,
         eps=args.advantage_eps,
         max_abs=args.max_abs,
+        difficulty=args.difficulty,
+        difficulty_exponent=args.difficulty_exponent,
+        multi_objective_aggregation=args.multi_objective_aggregation,
+        pass_at_k=args.pass_at_k,
     )
+
+
+def rewards_of_functions(per_function: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Rewards [B, F] for functions that are normalised one by one.
+
+    A function that returned None for all of a group says nothing about it: the same for everybody.
+    One that did so for some of a group's completions takes these out of the group; so does no
+    function at all that applies, as in TRL, which in the former case leaves them in.
+
+    Args:
+        per_function: [B, F], NaN where a function does not apply.
+        group_size: completions of a prompt.
+    """
+    absent = per_function.isnan()
+    nobody = absent.all(dim=1, keepdim=True)
+    grouped = absent.view(-1, group_size, absent.shape[1])
+    elsewhere = grouped.all(dim=1, keepdim=True).expand_as(grouped).reshape(absent.shape)
+    return per_function.masked_fill(elsewhere & ~nobody, 0.0)
 
 
 def success_column(name: str | None, reward_names: Sequence[str]) -> int | None:

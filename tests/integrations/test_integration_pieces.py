@@ -7,6 +7,7 @@ import torch
 
 import mapo_kernels as mk
 from mapo_kernels.integrations import trl_options as options
+from mapo_kernels.integrations.trl_micro_batch import clip_extremes
 
 # The defaults of TRL 1.16, and those of MAPOConfig.
 DEFAULTS = {
@@ -39,6 +40,9 @@ DEFAULTS = {
     "certainty": "quadratic",
     "success_threshold": 1.0,
     "max_abs": None,
+    "difficulty": None,
+    "difficulty_exponent": 0.5,
+    "pass_at_k": None,
     "advantage_eps": 1e-6,
     "fused": "hidden",
     "drop_zero_signal": False,
@@ -84,8 +88,9 @@ def test_the_loss_of_each_of_trls_types():
         ({"importance_sampling_level": "word"}, "importance_sampling_level"),
         ({"scale_rewards": "all"}, "scale_rewards: expected one of"),
         ({"scale_rewards": "batch", "estimator": "mean"}, "scale_rewards: expected one of.*'mean'"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
-        ({"entropy_coef": 0.01}, "entropy_coef"),
+        ({"multi_objective_aggregation": "mean"}, "multi_objective_aggregation: expected one of"),
+        ({"entropy_coef": -0.01}, "entropy_coef: expected a number in"),
+        ({"entropy_coef": 0.01, "loss_type": "sapo", "beta": 0.1}, "beta: expected 0.0 .*'sapo'"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
         ({"fused": "head"}, "fused: expected one of"),
         ({"fused": "logprobs", "top_p": 0.9}, "fused: expected 'hidden' or 'logits' where replay"),
@@ -119,6 +124,30 @@ def test_which_settings_truncate():
         assert options.truncates(config(generation_kwargs={name: value})), name
     assert not options.truncates(config(top_p=0.9, generation_kwargs={"top_p": 1.0}))
     options.check_config(config(fused="logprobs", top_p=0.9, replay_sampling_mask=False))
+
+
+def test_a_function_that_does_not_apply_to_a_group_says_nothing_about_it():
+    nan = float("nan")
+    given = torch.tensor([[1.0, nan], [0.0, nan], [nan, 2.0], [1.0, 3.0], [nan, nan], [1.0, 2.0]])
+    found = options.rewards_of_functions(given, 2)
+    expected = given.clone()
+    expected[:2, 1] = 0.0
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_shares_of_clipped_tokens_of_sequences():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    old = torch.zeros(3, 3)
+    new = torch.log(torch.tensor([[0.5, 1.0, 9.0], [2.0, 0.1, 1.9], [9.0, 9.0, 9.0]]))
+    A = torch.tensor([-1.0, 1.0, 1.0])
+    low, high = clip_extremes(new, old, A, mask, mk.LossSpec())
+    assert (float(low), float(high)) == (0.0, pytest.approx(2 / 3))
+    low, _ = clip_extremes(new, old, -A.abs(), mask, mk.LossSpec())
+    assert float(low) == pytest.approx(1 / 3)
+    low, high = clip_extremes(None, None, A, mask, mk.LossSpec())
+    assert (float(low), float(high)) == (0.0, 0.0)
+    low, high = clip_extremes(new, old, A, mask * 0, mk.LossSpec())
+    assert low.isnan() and high.isnan()
 
 
 def test_a_certainty_may_come_from_a_command_line():

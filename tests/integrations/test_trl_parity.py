@@ -227,8 +227,9 @@ def failing(function):
 
 
 @pytest.mark.parametrize("functions", ("sound", "flaky"))
-@pytest.mark.parametrize("scale", ("group", "batch", "none"))
+@pytest.mark.parametrize("scale", ("group", "batch", "none", "normalize_then_sum"))
 def test_advantages_are_those_of_trl(functions, scale, trl_advantages, tmp_path):
+    first = scale == "normalize_then_sum"
     rewards = [share_of_a, starts_with_a]
     trainer = new_trainer(
         tmp_path,
@@ -237,7 +238,8 @@ def test_advantages_are_those_of_trl(functions, scale, trl_advantages, tmp_path)
         per_device_train_batch_size=16,
         estimator="grpo",
         advantage_eps=1e-4,
-        scale_rewards=scale,
+        scale_rewards="group" if first else scale,
+        multi_objective_aggregation=scale if first else "sum_then_normalize",
     )
     ours = []
     original = trainer._generate_and_score_completions
@@ -264,10 +266,54 @@ def test_metrics_over_all_tokens_are_those_of_trl(loss_type, level, saved_model,
     trainer.current_gradient_accumulation_steps = 1
     compare(trainer, new_batch(trainer, old=True))
     names = {"dapo": ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]}
+    names["dapo"] += ["clip_ratio/high_max"]
     names |= {"cispo": ["cispo_clip_ratio"]}
+    if loss_type == "dapo":
+        theirs, ours = trainer._metrics["train"]["clip_ratio/low_min"]
+        assert abs(ours - theirs) < 1e-6
     for name in ["entropy", *names.get(loss_type, [])]:
         theirs, ours = trainer._metrics["train"][name]
         assert theirs > 0 and abs(ours - theirs) < 1e-5, name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("importance", ("token", "sequence"))
+def test_the_most_and_least_clipped_sequences_are_trls(importance, level, saved_model, tmp_path):
+    options = {"importance_sampling_level": importance, "fused": level, "loss_type": "grpo"}
+    trainer = new_trainer(tmp_path, model=saved_model, **CLIP, **options)
+    trainer.current_gradient_accumulation_steps = 1
+    for seed in range(3):
+        batch = new_batch(trainer, old=True, seed=seed)
+        batch["advantages"] = -batch["advantages"].abs() - 0.1
+        if seed == 2:
+            batch["advantages"] = -batch["advantages"]
+            batch["completion_mask"][3] = 0
+        compare(trainer, batch)
+    del batch["old_per_token_logps"]
+    compare(trainer, batch)
+    logged = trainer._metrics["train"]
+    for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
+        theirs, ours = logged[name][::2], logged[name][1::2]
+        assert len(ours) == 4 and max(theirs) > 0
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_entropy_bonus_is_trls(loss_type, level, saved_model, tmp_path):
+    options = {"fused": level, "loss_type": loss_type, "entropy_coef": 0.3}
+    beta = 0.0 if loss_type in ("grpo", "sapo") and level != "logprobs" else 0.04
+    trainer = new_trainer(tmp_path, model=saved_model, beta=beta, **CLIP, **options)
+    trainer.current_gradient_accumulation_steps = 2
+    batch = new_batch(trainer, old=True, ref=beta > 0)
+    grads = compare(trainer, batch)
+    theirs, ours = trainer._metrics["train"]["policy_loss"]
+    assert abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs))
+    assert trainer._metrics["train"]["entropy_coef"] == [0.3, 0.3]
+    trainer.entropy_coef, trainer._entropy_bonus_enabled = 0.0, False
+    _, plain = loss_and_gradients(trainer, trainer._compute_loss, batch)
+    assert relative_gap(grads, plain) > 0.01
+    trainer.model.eval()
 
 
 def test_old_log_probs_make_the_ratio_exactly_one(saved_model, tmp_path):

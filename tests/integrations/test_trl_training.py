@@ -10,13 +10,18 @@ pytest.importorskip("trl", reason="trl is not installed")
 from trl_support import (
     loss_and_gradients,
     new_batch,
+    new_config,
     new_model,
+    new_tokenizer,
     new_trainer,
     prompts,
     relative_gap,
     share_of_a,
     starts_with_a,
 )
+
+from mapo_kernels import group_advantages
+from mapo_kernels.integrations.trl import MAPOTrainer
 
 LEVELS = ("hidden", "logits", "logprobs")
 
@@ -170,3 +175,48 @@ def test_a_dropping_run_ends_with_the_weights_of_a_whole_one(tmp_path):
     assert relative_gap(finals[1], finals[0]) < 1e-6
     start = dict(new_model().named_parameters())
     assert relative_gap(finals[0], start) > 1e-3
+
+
+def weighted_prompts():
+    data = prompts()
+    return data.add_column("weight", [float(i % 3) for i in range(len(data))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"group_weight_column": "weight", "max_abs": 1.5},
+        {"difficulty": "focal", "difficulty_exponent": 2.0},
+        {"pass_at_k": 2},
+        {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5]},
+    ),
+    ids=str,
+)
+def test_advantages_of_a_run_are_those_of_its_options(options, tmp_path):
+    """What the function makes of the rewards that TRL gathered."""
+
+    class Recorded(MAPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            weight = torch.tensor([x["weight"] for x in inputs])
+            self.seen.append((self._gathered_rewards, weight, batch["advantages"]))
+            return batch
+
+    trainer = Recorded(
+        model=new_model(),
+        reward_funcs=[starts_with_a, share_of_a],
+        args=new_config(tmp_path, success_reward="starts_with_a", **options),
+        train_dataset=weighted_prompts(),
+        processing_class=new_tokenizer(),
+    )
+    trainer.seen = []
+    trainer.train()
+    settings = {k: v for k, v in options.items() if k != "group_weight_column"}
+    for rewards, weight, found in trainer.seen:
+        told = {"success": rewards[:, 0] == 1, "group_size": 4, **settings}
+        if "group_weight_column" in options:
+            told["group_weight"] = weight
+        if "reward_weights" not in options:
+            rewards = rewards.sum(1)
+        torch.testing.assert_close(found, group_advantages(rewards, **told))
+    assert any(found.any() for *_, found in trainer.seen)
