@@ -285,6 +285,8 @@ def test_the_most_and_least_clipped_sequences_are_trls(importance, level, saved_
     for seed in range(3):
         batch = new_batch(trainer, old=True, seed=seed)
         batch["advantages"] = -batch["advantages"].abs() - 0.1
+        if seed == 1:
+            batch["old_per_token_logps"] += 1.0
         if seed == 2:
             batch["advantages"] = -batch["advantages"]
             batch["completion_mask"][3] = 0
