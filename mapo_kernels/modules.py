@@ -16,7 +16,12 @@ from mapo_kernels.spec import AdvantageSpec, LossSpec
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from mapo_kernels.arguments import HeadArguments, HiddenLossArguments, LossArguments
+    from mapo_kernels.arguments import (
+        HeadArguments,
+        HiddenLossArguments,
+        LogitsLossArguments,
+        LossArguments,
+    )
 
 
 @settings_checked
@@ -83,6 +88,46 @@ class MapoLogitsLoss(torch.nn.Module):
         self.advantage_spec = advantage_spec
         self.options: dict[str, Any] = {"temperature": temperature, "inplace": inplace}
 
+    @overload
+    def forward(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        return_logprobs: Literal[False] = False,
+        return_sum_pi_squared: Literal[False] = False,
+        **arguments: Unpack[LogitsLossArguments],
+    ) -> LossOutput: ...
+    @overload
+    def forward(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        return_logprobs: Literal[True],
+        return_sum_pi_squared: bool = False,
+        **arguments: Unpack[LogitsLossArguments],
+    ) -> TokenLossOutput: ...
+    @overload
+    def forward(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        return_logprobs: bool = False,
+        return_sum_pi_squared: Literal[True],
+        **arguments: Unpack[LogitsLossArguments],
+    ) -> TokenLossOutput: ...
+    @overload
+    def forward(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        return_logprobs: bool,
+        return_sum_pi_squared: bool = False,
+        **arguments: Unpack[LogitsLossArguments],
+    ) -> LossOutput | TokenLossOutput: ...
     def forward(
         self, logits: torch.Tensor, token_ids: torch.Tensor, **arguments: Any
     ) -> LossOutput | TokenLossOutput:

@@ -10,10 +10,11 @@ try:
     import trl
     from packaging.version import Version
     from trl import GRPOConfig
-except ImportError as error:
-    raise ImportError(
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
         f"trl: expected TRL to be installed, got {error}; install the extra 'trl': "
-        'pip install "mapo-kernels[trl]", or pip install ".[trl]" in a checkout'
+        'pip install "mapo-kernels[trl]", or pip install ".[trl]" in a checkout',
+        name=error.name,
     ) from error
 
 OLDEST = "1.16.0"

@@ -116,3 +116,24 @@ def test_sums_of_squares_of_certain_and_shifted_rows(peak, device):
     given = {"advantages": torch.ones(1, device=device), "return_sum_pi_squared": True}
     out = mk.mapo_loss_from_logits(x.to(device), ids.to(device), **given)
     assert_close(out.sum_pi_squared, x.double().softmax(-1).square().sum(-1), 3e-6)
+
+
+def test_the_module_of_logits_is_the_function(device):
+    logits = torch.randn(4, 3, 7, device=device, requires_grad=True)
+    ids = torch.randint(0, 7, (4, 3), device=device)
+    spec = mk.LossSpec(eps_high=0.28)
+    told = {"mask": torch.ones(4, 3, device=device)}
+    told |= {"rewards": torch.tensor([1.0, 0, 0, 1], device=device), "group_size": 2}
+    expected = mk.mapo_loss_from_logits(logits, ids, temperature=0.7, spec=spec, **told)
+    (gradient,) = torch.autograd.grad(expected.loss, [logits])
+    module = mk.MapoLogitsLoss(spec, temperature=0.7)
+    found = module(logits, ids, **told)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(torch.autograd.grad(found.loss, [logits])[0], gradient)
+    assert module(logits, ids, return_logprobs=True, **told).logprobs.shape == (4, 3)
+    # A call may say otherwise.
+    other = module(logits, ids, temperature=1.0, **told)
+    assert other.loss != found.loss or other.metrics["entropy"] != found.metrics["entropy"]
+    assert "eps_high=0.28" in repr(module)
+    with pytest.raises(TypeError, match="did you mean 'temperature'"):
+        mk.MapoLogitsLoss(spec, temprature=0.7)

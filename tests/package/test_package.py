@@ -207,6 +207,16 @@ def test_integrations_import_their_trainers_as_their_docstring_says():
     assert "`trl` imports TRL when it is" in text
 
 
+def test_a_missing_trl_is_answered_by_its_extra():
+    out = run_python(
+        "import sys\n"
+        "sys.modules['trl'] = None\n"
+        "try: import mapo_kernels.integrations.trl\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    assert 'pip install "mapo-kernels[trl]"' in out and 'pip install ".[trl]"' in out
+
+
 def test_what_is_exported_is_imported_when_asked_for():
     out = run_python(
         "import sys, mapo_kernels as mk\n"

@@ -12,6 +12,7 @@ from mapo_kernels import (
     LossSpec,
     MapoLinearLoss,
     MapoLinearLossFunction,
+    MapoLogitsLoss,
     MapoLogitsLossFunction,
     MapoLoss,
     MapoLossFunction,
@@ -74,7 +75,8 @@ def step(
     print(gradient, more.logprobs, more.entropy, entropy)
     plain = mapo_loss(ref, plan=plan, old_logprobs=old, ref_logprobs=ref)
     same = MapoLoss(plan.spec)(ref, plan=plan, old_logprobs=old, ref_logprobs=ref)
-    print(plain.loss - same.loss, plain.advantages)
+    third: LossOutput = MapoLogitsLoss(plan.spec, temperature=0.7)(logits, ids, plan=plan)
+    print(plain.loss - same.loss, plain.advantages, third.loss)
     both: Metrics = out.metrics | plain.metrics
     return log(both, None)
 
