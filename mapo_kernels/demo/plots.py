@@ -39,23 +39,15 @@ def draw_all(log: Record, out: Path) -> list[Path]:
     if not grouped:
         return []
     groups, top_p = configuration["prompts"], configuration["top_p"]
-    success = _Panel(
-        _success,
-        f"Held-out success: {configuration['task']}",
-        f"exactly right answers (temperature 1, top-p {top_p:g})",
-        (0, 1),
-    )
-    silent = _Panel(
-        _smoothed("groups_without_signal"),
-        "Groups without signal: all rewards equal, advantage 0",
-        f"groups, of {groups} in a step",
-        (0, groups),
-    )
-    ratio = _Panel(
-        _smoothed("on_policy_ratio"),
-        "Mean importance ratio before any update",
-        "new over old probability of a sampled token",
-    )
+    title = f"Held-out success: {configuration['task']}"
+    label = f"exactly right answers (temperature 1, top-p {top_p:g})"
+    success = _Panel(_success, title, label, (0, 1))
+    title = "Groups without signal: all rewards equal, advantage 0"
+    label = f"groups, of {groups} in a step"
+    silent = _Panel(_smoothed("groups_without_signal"), title, label, (0, groups))
+    title = "Mean importance ratio before any update"
+    label = "new over old probability of a sampled token"
+    ratio = _Panel(_smoothed("on_policy_ratio"), title, label)
     kept = _Panel(_smoothed("kept_columns"), "Columns kept by top-p", "mean over sampled tokens")
     panels = {"success": [success], "groups_without_signal": [silent]}
     if top_p < 1:
