@@ -20,6 +20,7 @@ from typing import Any
 
 from mapo_kernels import files
 from mapo_kernels.files import CommandError
+from mapo_kernels.study.results import append_line, drop_cut_off_line, read_lines
 from mapo_kernels.study.settings import (
     ESTIMATORS,
     NORM_RATE,
@@ -131,7 +132,7 @@ def run_study(
             done = {Cell.of(record) for record in records}
             missing = [cell for cell in cells if cell not in done]
             for count, record in enumerate(run(missing), start=1):
-                _append(path, record)
+                append_line(path, record)
                 records.append(record)
                 print(f"{count}/{len(missing)} {progress(record)}", flush=True)
     print(f"{len(records)} runs in {path}")
@@ -223,30 +224,9 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _append(path: Path, record: Record) -> None:
-    """Add a line, flushed to disk."""
-    with files.naming(path), path.open("ab") as file:
-        file.write((json.dumps(record, separators=(",", ":")) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_records(path: Path) -> list[Record]:
-    """The records of a study; a last line that was cut off is left out.
-
-    Raises:
-        CommandError: the file cannot be read, or a line of it is no record.
-    """
-    records = []
-    lines = files.read_whole(path).split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-            files.check(records[-1], RECORD_SCHEMA)
-        except (ValueError, RecursionError) as error:
-            reason = files.one_line(error)
-            raise CommandError(f"{path}: line {number} is no record: {reason}") from error
-    return records
+    """The records of a study; see `results.read_lines`."""
+    return read_lines(path, RECORD_SCHEMA)
 
 
 def _kept_records(path: Path, base: StudySettings) -> list[Record]:
@@ -263,9 +243,7 @@ def _kept_records(path: Path, base: StudySettings) -> list[Record]:
                     f"{path}: has a run whose {name} was {before!r}, now it is {now!r}: "
                     "choose another --out"
                 )
-    whole, _, cut_off = files.read_whole(path).rpartition(b"\n")
-    if cut_off:
-        files.write_whole(path, whole + b"\n" if whole else b"")
+    drop_cut_off_line(path)
     return records
 
 

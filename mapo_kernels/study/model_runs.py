@@ -6,7 +6,6 @@ else decides a run stands in a yaml file: `examples/paper_setting.yaml` has the 
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from mapo_kernels import files
 from mapo_kernels.files import CommandError
 from mapo_kernels.study.analytic import VARIANTS
+from mapo_kernels.study.results import append_line, drop_cut_off_line, read_lines
 
 FORMAT = "mapo-kernels study models 1"
 RECORDS_NAME = "models.jsonl"
@@ -117,12 +117,13 @@ def run(
         if record["model"] == name and record["config"] != settings:
             reason = f"has runs of {name} with other settings: choose another --out"
             raise CommandError(f"{path}: {reason}")
+    if path.exists():
+        drop_cut_off_line(path)
     for seed in range(seeds):
         for estimator in estimators:
             if (name, estimator, seed) not in done:
                 found = {"model": name, **_train(model, settings, estimator, seed, device)}
-                with files.naming(path), path.open("ab") as file:
-                    file.write((json.dumps(found) + "\n").encode())
+                append_line(path, found)
                 print(
                     f"{name} {estimator} seed {seed}: success {found['before']:.3f} -> "
                     f"{found['after']:.3f} in {found['seconds']:.0f} s",
@@ -157,20 +158,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of earlier runs; a last line that was cut off is left out.
-
-    Raises:
-        CommandError: the file cannot be read, or a line of it is no record.
-    """
-    records = []
-    for number, line in enumerate(files.read_whole(path).split(b"\n")[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-            files.check(records[-1], RECORD_SCHEMA)
-        except ValueError as error:
-            reason = files.one_line(error)
-            raise CommandError(f"{path}: line {number} is no record: {reason}") from error
-    return records
+    """The records of earlier runs; see `results.read_lines`."""
+    return read_lines(path, RECORD_SCHEMA)
 
 
 class Reward:

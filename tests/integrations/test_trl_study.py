@@ -100,6 +100,8 @@ def test_a_model_from_a_folder_is_trained_and_the_rest_is_resumed(model, config,
     assert run(model, config, out) == 0
     assert "tiny mapo-0.5 seed 0: success" in capsys.readouterr().out
     before = (out / "models.jsonl").read_bytes()
+    with (out / "models.jsonl").open("a") as file:
+        file.write('{"format": "mapo-')  # a run that was cut off
     assert run(model, config, out, ("mapo-0.5", "grpo")) == 0
     assert (out / "models.jsonl").read_bytes().startswith(before)
     records = model_runs.read_records(out / "models.jsonl")
