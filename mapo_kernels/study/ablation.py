@@ -192,7 +192,7 @@ def _main(
 
 
 @contextmanager
-def _runner(base: StudySettings, out: Path, jobs: int, device: str) -> Iterator[Runner]:
+def _runner(base: StudySettings, out: Path, jobs: int, device: str = "cpu") -> Iterator[Runner]:
     """What runs cells and yields their records as they end; with one job, in this process."""
     from mapo_kernels.study.runs import run_cell
 
