@@ -319,7 +319,7 @@ def test_processes_give_the_records_of_one_process(tmp_path):
     for jobs in (1, 2):
         out = tmp_path / str(jobs)
         out.mkdir()
-        with ablation._runner(TINY, out, jobs) as run:
+        with ablation._runner(TINY, out, jobs, "cpu") as run:
             records = sorted(run(cells), key=lambda x: x["estimator"])
         found.append([without_clock(x) for x in records])
     assert json.dumps(found[0]) == json.dumps(found[1])
