@@ -16,6 +16,9 @@ WITH_trl := test,demo,trl
 WITH_verl := test,verl
 ALSO_trl := peft
 ALSO_verl := cachetools fastapi uvicorn
+# Versions of TRL that pass the tests of its options, losses and training, each on its own.
+TRLS ?= 1.15.0 1.16.0
+TRL_TESTS := $(patsubst %,tests/integrations/test_trl_%.py,construction parity training)
 # One process a core; the tests of a file stay together, and so share what is expensive to make.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Tritons that the kernels are interpreted and compiled with, beside the one in constraints.txt.
@@ -23,7 +26,7 @@ TRITONS ?= 3.6.0 3.8.0 3.9.0
 # The interpreter of Triton 3.6 converts arrays of one element to numbers, which NumPy 2.4 refuses.
 WITH_TRITON_3.6.0 := "numpy<2.4"
 
-.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-triton lint docs bench \
+.PHONY: demo demo-trl test test-full test-integrations $(TRAINERS:%=test-with-%) test-trl-matrix test-triton lint docs bench \
 	dist test-dist hub clean
 
 demo: $(VENV)/.installed
@@ -49,6 +52,11 @@ test-integrations: $(TRAINERS:%=test-with-%)
 $(TRAINERS:%=test-with-%): test-with-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest --must-run tests/integrations/test_$**.py \
 		tests/examples/test_$**.py $(TEST_ARGS)
+
+test-trl-matrix: $(TRLS:%=test-with-trl-%)
+
+$(TRLS:%=test-with-trl-%): test-with-trl-%: .venv-trl-%/.installed
+	.venv-trl-$*/bin/python -m pytest --must-run $(TRL_TESTS) $(TEST_ARGS)
 
 # A Triton lies in a folder of its own, which comes before the environment's on the path.
 test-triton: $(TRITONS:%=test-triton-%)
@@ -103,6 +111,13 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install $(PIP_ARGS) -c constraints-$*.txt -e ".[$(WITH_$*)]" $(ALSO_$*)
+	touch $@
+
+# As constraints-trl.txt has it, but for TRL.
+$(TRLS:%=.venv-trl-%/.installed): .venv-trl-%/.installed: pyproject.toml constraints-trl.txt
+	$(PYTHON) -m venv .venv-trl-$*
+	sed 's/^trl==.*/trl==$*/' constraints-trl.txt > .venv-trl-$*/constraints.txt
+	.venv-trl-$*/bin/python -m pip install $(PIP_ARGS) -c .venv-trl-$*/constraints.txt -e ".[$(WITH_trl)]" $(ALSO_trl)
 	touch $@
 
 .triton/%/.installed: $(VENV)/.installed

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-OLDEST = "1.16.0"
+OLDEST = "1.15.0"
 if Version(trl.__version__) < Version(OLDEST):
     raise ImportError(f"trl: expected {OLDEST} or newer, got {trl.__version__}")
 
