@@ -177,8 +177,10 @@ def successes_of(rewards: torch.Tensor, spec: AdvantageSpec) -> torch.Tensor:
     """Which rewards reach the threshold, finite or not, compared in their own dtype."""
     threshold: float | int = spec.success_threshold
     if not rewards.dtype.is_floating_point:
-        # Integers are compared as such; no reward is beyond these bounds.
+        # Integers are compared as such; no reward is beyond these bounds. In 64 bits: a narrower
+        # dtype would take a threshold that it cannot hold for another (-1 for 255 in uint8).
         threshold = math.ceil(min(max(threshold, -(2.0**62)), 2.0**62))
+        rewards = rewards.long()
     return rewards >= threshold
 
 

@@ -210,3 +210,14 @@ def test_compiled_calls(k):
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
         mk.group_advantages(torch.ones(8), group_size=4, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
+@pytest.mark.parametrize("threshold, ratio", [(-1.0, 1.0), (300.0, 0.0), (1.0, 0.5)])
+def test_a_threshold_beyond_the_dtype_of_rewards_is_no_other_number(
+    device, dtype, threshold, ratio
+):
+    rewards = torch.tensor([0, 1, 0, 1], dtype=dtype, device=device)
+    settings = {"success_threshold": threshold, "return_stats": True, "group_size": 4}
+    for more in ({}, {"pass_at_k": 2, "estimator": "grpo"}):
+        assert mk.group_advantages(rewards, **settings, **more)[1].success_ratio.item() == ratio
