@@ -1,7 +1,6 @@
 """DDP, with the loss inside the forward that DDP wraps.
 
-`torchrun --nproc-per-node 2 examples/ddp.py` (on CPUs too): each rank answers prompts of its own,
-and all train one tiny Llama on the loss of the whole batch.
+`torchrun --nproc-per-node 2 examples/ddp.py`: ranks with prompts of their own train one tiny Llama.
 """
 
 import torch
@@ -56,7 +55,6 @@ def rollouts(model, n_prompts):
 
 
 def main():
-    dist.init_process_group()
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank())
         torch.set_default_device("cuda")
@@ -72,8 +70,10 @@ def main():
         metrics = [training_step(policy, optimizer, batch) for _ in range(2)]
         if dist.get_rank() == 0:
             print(f"step {step}: success {metrics[0]['success_ratio_mean']:.2f}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     main()
+    # After main: a DDP module that outlives its group may wait for gloo's thread for ever.
+    dist.destroy_process_group()
