@@ -56,18 +56,13 @@ def check_groups(
                 f"group_size: expected a positive divisor of all rewards, got {group_size}"
             )
     if not is_part:
-        check_group_count(rewards.shape[0], group_size or 0)
+        k = None if spec is None else spec.pass_at_k
+        check_group_count(rewards.shape[0], group_size or 0, k)
     if success is not None:
         check_tensor("success", success, rewards.device)
         check_shape("success", success, rewards.shape[:1], "one flag per sequence")
         if success.dtype != torch.bool:
             raise TypeError(f"success: expected dtype torch.bool, got {success.dtype}")
-    if spec is not None and spec.pass_at_k is not None and group_size is not None:
-        if spec.pass_at_k > group_size:
-            raise ValueError(
-                f"pass_at_k: expected at most the {group_size} sequences of a group, got "
-                f"{spec.pass_at_k}"
-            )
     wide = is_double and rewards.dtype == torch.float64
     groups = GroupInputs(comparable(rewards), group_size or 0, group_ids, success, wide)
     if group_size == 1 and are_rewards:
@@ -103,9 +98,9 @@ def _check_weight(weight: torch.Tensor, groups: GroupInputs, is_part: bool) -> t
     if not is_part and weight.dim() == 1:
         fits = fits or (shape[0] * group_size == n_rows if group_size else 0 < shape[0] < n_rows)
     if not fits:
-        per_group = "" if is_part else f", or one per group ([{n_rows // group_size}])"
-        if not is_part and not group_size:
-            per_group = ", or one per group, by ascending id"
+        per_group = "" if is_part else ", or one per group, by ascending id"
+        if not is_part and group_size:
+            per_group = f", or one per group ([{n_rows // group_size}])"
         raise ValueError(
             f"group_weight: expected one number per reward ([{n_rows}]){per_group}, got shape "
             f"{dims(weight.shape)}"
@@ -119,11 +114,19 @@ def _check_weight(weight: torch.Tensor, groups: GroupInputs, is_part: bool) -> t
     return found
 
 
-def check_group_count(n_rows: int, group_size: int) -> None:
-    """Raise unless the rewards of a whole batch are some, and make whole groups of `group_size`."""
+def check_group_count(n_rows: int, group_size: int, pass_at_k: int | None = None) -> None:
+    """Raise unless the rewards of a whole batch are some, and make whole groups of `group_size`.
+
+    Or where a group cannot have `pass_at_k` sequences: a kernel draws as many, one after another.
+    """
     if n_rows == 0:
         raise ValueError("rewards: expected at least one sequence (B >= 1), got an empty batch")
     if group_size and n_rows % group_size:
         raise ValueError(
             f"group_size: expected a positive divisor of the {n_rows} rewards, got {group_size}"
+        )
+    if pass_at_k is not None and pass_at_k > (group_size or n_rows):
+        raise ValueError(
+            f"pass_at_k: expected at most the {group_size or n_rows} sequences of a "
+            f"{'group' if group_size else 'batch'}, got {pass_at_k}"
         )

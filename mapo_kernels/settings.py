@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -32,7 +33,8 @@ def require_number(
     inside = (value > low if open_low else value >= low) and (
         value < high if open_high else value <= high
     )
-    if not inside:
+    # An int may be beyond what a float holds.
+    if not inside or abs(value) > sys.float_info.max:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
@@ -59,7 +61,7 @@ def require_weights(name: str, value: object) -> None:
     for x in value:
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-        if not math.isfinite(x):
+        if not abs(x) <= sys.float_info.max:
             raise ValueError(f"{name}: expected finite numbers, got {value!r}")
     if not any(value):
         raise ValueError(f"{name}: expected a number that is not 0 among them, got {value!r}")

@@ -208,7 +208,7 @@ def _exchange(
 
 
 def _whole_groups(
-    table: torch.Tensor, headers: list[list[int]], groups: GroupInputs
+    table: torch.Tensor, headers: list[list[int]], groups: GroupInputs, pass_at_k: int | None
 ) -> tuple[GroupInputs, torch.Tensor]:
     """The rewards of all ranks, in the order of the ranks, and the lengths of their sequences."""
     n_header = len(headers[0])
@@ -225,7 +225,7 @@ def _whole_groups(
         group_ids=None if groups.group_ids is None else first[:, 1].contiguous(),
         success=first[:, 2] != 0 if has_success else None,
     )
-    checks_groups.check_group_count(whole.rewards.shape[0], whole.group_size)
+    checks_groups.check_group_count(whole.rewards.shape[0], whole.group_size, pass_at_k)
     return whole, first[:, 3]
 
 
@@ -278,7 +278,7 @@ def share(part: Part, call: Call, process_group: dist.ProcessGroup, device: torc
     per_sequence = _per_sequence(part.groups)
     start = sum(header[2] for header in headers[:rank]) // per_sequence
     own = slice(start, start + headers[rank][2] // per_sequence)
-    whole, lengths = _whole_groups(table, headers, part.groups)
+    whole, lengths = _whole_groups(table, headers, part.groups, call.advantage_spec.pass_at_k)
     if whole.weight is not None:
         # Weights play no part in statistics: those of other ranks' rows are not needed here.
         weight = whole.weight.new_ones(whole.rewards.shape[0]).to(whole.rewards.device)

@@ -305,7 +305,7 @@ SETTINGS = [
     (mk.LossSpec, "trust_high", (0, -0.1, float("nan"), float("inf"))),
     (mk.AdvantageSpec, "eps", (0, -1e-6, float("nan"), float("inf"))),
     (mk.AdvantageSpec, "max_abs", (0, -1.0, float("nan"), float("inf"))),
-    (mk.AdvantageSpec, "difficulty_exponent", (float("nan"), float("inf"))),
+    (mk.AdvantageSpec, "difficulty_exponent", (float("nan"), float("inf"), 10**400)),
     (mk.AdvantageSpec, "difficulty", ("hard",)),
     (mk.AdvantageSpec, "certainty", (-0.1, 1.1, "cubic", float("nan"))),
 ]

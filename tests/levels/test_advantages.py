@@ -309,6 +309,9 @@ def test_a_wrong_number_of_weights_is_told(device):
     rewards, ids = torch.tensor([1.0, 0, 0, 1]), torch.tensor([3, 3, 5, 5])
     with pytest.raises(ValueError, match=r"group_weight: expected one number per reward \(\[4\]\)"):
         advantages(rewards, device, group_size=2, group_weight=torch.ones(3))
+    for shape in ((), (0,), (len(ids), 1)):
+        with pytest.raises(ValueError, match="group_weight: .*one per group, by ascending id, got"):
+            advantages(rewards, device, group_ids=ids, group_weight=torch.ones(shape))
     # How many ids there are is not known on the host.
     found = advantages(rewards, device, group_ids=ids, group_weight=torch.ones(3))
     assert found.isnan().all()

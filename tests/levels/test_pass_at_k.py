@@ -199,6 +199,7 @@ def test_compiled_calls(k):
         ({"pass_at_k": True}, TypeError, "pass_at_k: expected an int or None, got bool"),
         ({"pass_at_k": 2.0}, TypeError, "pass_at_k: expected an int or None, got float"),
         ({"pass_at_k": 5}, ValueError, "pass_at_k: expected at most the 4 sequences of a group"),
+        ({"pass_at_k": 10**30}, ValueError, "pass_at_k: expected at most the 4 sequences of a gr"),
         ({"pass_at_k": 2, "scale": "batch"}, ValueError, "pass_at_k: expected None with scale"),
         (
             {"pass_at_k": 2, "multi_objective_aggregation": "normalize_then_sum"},
@@ -210,6 +211,15 @@ def test_compiled_calls(k):
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
         mk.group_advantages(torch.ones(8), group_size=4, **settings)
+
+
+def test_more_than_the_batch_has_is_refused():
+    """A kernel that drew as many would not come back."""
+    ids = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    for k in (9, 10**30):
+        with pytest.raises(ValueError, match="pass_at_k: expected at most the 8 sequences of a b"):
+            mk.group_advantages(torch.ones(8), group_ids=ids, pass_at_k=k)
+    assert not mk.group_advantages(torch.arange(8.0), group_ids=ids, pass_at_k=8).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])

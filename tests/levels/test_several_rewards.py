@@ -1,5 +1,6 @@
 """Rewards [B, K]: summed, or normalised one by one and then summed (GDPO)."""
 
+import numpy as np
 import pytest
 import torch
 from support import NAN, assert_close
@@ -241,6 +242,8 @@ def test_compiled_calls(apart):
         (torch.ones(4, 2), (1, NAN), ValueError, "reward_weights: expected finite numbers"),
         (torch.ones(4, 2), (1, True), TypeError, "reward_weights: expected a tuple or list"),
         (torch.ones(4, 2), torch.ones(2), TypeError, "reward_weights: expected a tuple or list"),
+        (torch.ones(4, 2), np.ones(2), TypeError, "reward_weights: expected a tuple or list"),
+        (torch.ones(4, 2), (1, 10**400), ValueError, "reward_weights: expected finite numbers"),
         (torch.ones(4, 2), "12", TypeError, "reward_weights: expected a tuple or list"),
     ],
 )
