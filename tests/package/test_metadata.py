@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from trove_classifiers import classifiers
 
 import mapo_kernels as mk
 
+yaml = pytest.importorskip("yaml")
+classifiers = pytest.importorskip("trove_classifiers").classifiers
 if sys.version_info >= (3, 11):
     import tomllib
 else:
