@@ -211,7 +211,9 @@ def denominators(
     if shared is not None and shared.normalizer is not None:
         normalizer = shared.normalizer
     if not spec.needs_count:
-        found = Batch(normalizer=normalizer).denominator(spec, signals.wide.advantages.shape[0])
+        # Of packed tokens advantages may be the tokens' own: only the boundaries count sequences.
+        n_sequences = batch.n_sequences(signals.wide.advantages)
+        found = Batch(normalizer=normalizer).denominator(spec, n_sequences)
         if found is None:
             here = None if batch.parts is not None else n_valid
             found = _n_tokens(batch) if here is None else here.sum()

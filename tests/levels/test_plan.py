@@ -50,6 +50,24 @@ def test_micro_batches_of_a_plan_add_up_to_the_batch(aggregation, device):
     assert_close(again.grad, logp.grad, 1e-6)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_packed_plan_counts_sequences_where_advantages_are_the_tokens(
+    masked, aggregation, device
+):
+    bounds = torch.tensor([0, 0, 3, 3, 4, 9, 9], device=device)
+    logp, old, advantages = torch.randn(3, 9).to(device).unbind(0)
+    spec = mk.LossSpec(aggregation=aggregation, max_tokens=5)
+    given = {"advantages": advantages, "cu_seqlens": bounds, "spec": spec}
+    if masked:
+        given["mask"] = torch.arange(9, device=device) != 5
+    if aggregation == "prompt-mean":
+        given["group_size"] = 2
+    plan = mk.make_plan(**given)
+    expected = mk.mapo_loss(logp, **given, old_logprobs=old).loss
+    assert_close(mk.mapo_loss(logp, plan=plan, old_logprobs=old).loss, expected, 1e-6)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @with_two_threads_too
 def test_packed_plans(masked, device):
