@@ -117,8 +117,7 @@ def group_advantages(
         scale: what the z-score divides by: deviation of the `group` or of the `batch`, or `none`.
         reward_weights: K factors of the rewards [B, K]; None where they are [B].
         multi_objective_aggregation: `sum_then_normalize`, or `normalize_then_sum` (GDPO).
-        pass_at_k: k, to train for a success among k sequences; None for the rewards themselves. At
-            most `group_size`, or the sequences of the batch where `group_ids` are given.
+        pass_at_k: k, to train for a success among k sequences, at most `group_size` (or B) of them.
         group_weight: factors of the advantages, before that clamp: [B], or [Q] one per group, in
             order or by ascending id (NaN if there are not as many ids); with `process_group` [B].
             Statistics do not know of them. Such as weights from the history of a prompt (HA-DW,
