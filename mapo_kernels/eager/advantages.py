@@ -10,7 +10,7 @@ from mapo_kernels.dtypes import result_dtype
 from mapo_kernels.eager import formula
 from mapo_kernels.eager.compiled import fused
 from mapo_kernels.eager.sums import accumulator_dtype, row_sum
-from mapo_kernels.groups import order_by_group
+from mapo_kernels.groups import order_by_group, successes_of
 from mapo_kernels.spec import AdvantageSpec
 
 
@@ -136,8 +136,7 @@ def _successes(groups: GroupInputs, given: torch.Tensor, spec: AdvantageSpec) ->
     """Which rewards, in the shape of `given`, are successes, finite or not."""
     if groups.success is not None:
         return groups.success.reshape(given.shape)
-    # In the rewards' own dtype: a float32 reward of 0.9 passes a threshold of 0.9.
-    return given >= spec.success_threshold
+    return successes_of(given, spec)
 
 
 def _of_any(groups: GroupInputs, spec: AdvantageSpec) -> tuple[torch.Tensor, torch.Tensor]:
