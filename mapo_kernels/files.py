@@ -164,3 +164,39 @@ def read_json(path: Path, schema: dict[str, Any], what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CommandError(f"{path}: expected {what}, got {one_line(error)}") from error
     return found
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a record as a line of JSON, flushed to disk.
+
+    Raises:
+        CommandError: the file cannot be written to.
+    """
+    with naming(path), path.open("ab") as file:
+        file.write((json.dumps(record, separators=(",", ":")) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path, schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a file with one a line; a last line that was cut off is left out.
+
+    Raises:
+        CommandError: the file cannot be read, or a line of it is no record.
+    """
+    records = []
+    for number, line in enumerate(read_whole(path).split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+            check(records[-1], schema)
+        except (ValueError, RecursionError) as error:
+            reason = one_line(error)
+            raise CommandError(f"{path}: line {number} is no record: {reason}") from error
+    return records
+
+
+def drop_cut_off_line(path: Path) -> None:
+    """End a file of such lines with a whole one, so that another can be added."""
+    whole, _, cut_off = read_whole(path).rpartition(b"\n")
+    if cut_off:
+        write_whole(path, whole + b"\n" if whole else b"")

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mapo_kernels import files
-from mapo_kernels.files import CommandError
-from mapo_kernels.study.results import append_line, drop_cut_off_line, read_lines
+from mapo_kernels.files import CommandError, append_line, drop_cut_off_line, read_lines
 from mapo_kernels.study.settings import (
     ESTIMATORS,
     NORM_RATE,
@@ -225,7 +224,7 @@ def _ignore_interrupts() -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a study; see `results.read_lines`."""
+    """The records of a study; see `files.read_lines`."""
     return read_lines(path, RECORD_SCHEMA)
 
 

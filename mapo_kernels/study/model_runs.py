@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mapo_kernels import files
-from mapo_kernels.files import CommandError
+from mapo_kernels.files import CommandError, append_line, drop_cut_off_line, read_lines
 from mapo_kernels.study.analytic import VARIANTS
-from mapo_kernels.study.results import append_line, drop_cut_off_line, read_lines
 
 FORMAT = "mapo-kernels study models 1"
 RECORDS_NAME = "models.jsonl"
@@ -158,7 +157,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of earlier runs; see `results.read_lines`."""
+    """The records of earlier runs; see `files.read_lines`."""
     return read_lines(path, RECORD_SCHEMA)
 
 
