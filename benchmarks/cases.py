@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,12 +10,8 @@ import torch
 import mapo_kernels as mk
 
 from .names import GRPO, HIDDEN, KEPT, LOGITS, LOGPROBS, MAPO, SCORING
-from .names import LEVELS as LEVELS
-from .names import SUITES as SUITES
 
 BF16 = torch.bfloat16
-# Spread of answer lengths: a heavy tail up to the limit, as reasoning models have.
-LENGTH_SIGMA = 0.6
 
 
 class Head(NamedTuple):
@@ -46,7 +40,8 @@ class Case:
     `padding` and `no_signal` are shares: of padding, and of silent groups, whose rewards are all
     equal and whose tokens change nothing. `sweep` is the plot that shows the case. `kept` columns
     of every row could be sampled, or as many as rollouts have where it is 0; with `common` the
-    first column is among them in every row, as a line break nearly is.
+    first column is among them in every row, as a line break nearly is. With `from_rewards`
+    advantages are not given, but a part of the work.
     """
 
     level: str
@@ -60,6 +55,7 @@ class Case:
     sweep: str = "tokens"
     kept: int = 0
     common: bool = False
+    from_rewards: bool = False
 
     @property
     def direction(self) -> str:
@@ -93,28 +89,23 @@ class Case:
             "vocab": self.head.vocab or None,
         }
 
+    def shrunk(self, n_sequences: int, length: int, vocab: int) -> Case:
+        """The same level with other sizes, and with a hidden size of 16."""
+        head = self.head if self.head is NO_HEAD else self.head._replace(width=16, vocab=vocab)
+        kept = min(self.kept, vocab)
+        return replace(self, n_sequences=n_sequences, length=length, head=head, kept=kept)
+
     def tiny(self) -> Case:
         """The same case with a few tokens and words, for Triton's interpreter."""
-        head = self.head if self.head is NO_HEAD else self.head._replace(width=16, vocab=50)
-        length = min(self.length, 3)
-        n, kept = 2 * self.group_size, min(self.kept, head.vocab)
-        return replace(self, n_sequences=n, length=length, head=head, kept=kept)
+        return self.shrunk(2 * self.group_size, min(self.length, 3), 50)
 
 
 def answer_lengths(case: Case, generator: torch.Generator) -> torch.Tensor:
-    """Lengths [B] in 1..T: log-normal, cut at T, whose mean leaves the case's padding."""
-    if case.padding == 0:
-        return torch.full((case.n_sequences,), case.length)
+    """Lengths [B] in 1..T, in any order: quantiles of a power law whose mean leaves the padding."""
     quantiles = (torch.arange(case.n_sequences) + 0.5) / case.n_sequences
-    spread = torch.exp(LENGTH_SIGMA * torch.special.ndtri(quantiles.double()))
-
-    def scaled(log_scale: int) -> torch.Tensor:
-        return (spread * math.exp(log_scale / 1000)).clamp(1, case.length)
-
-    wanted = (1 - case.padding) * case.length
-    found = bisect_left(range(30_000), wanted, key=lambda x: float(scaled(x).mean()))
+    lengths = case.length * quantiles ** (case.padding / (1 - case.padding))
     order = torch.randperm(case.n_sequences, generator=generator)
-    return scaled(found).round().long()[order]
+    return lengths.round().clamp(min=1).long()[order]
 
 
 def draw_rewards(case: Case, generator: torch.Generator) -> torch.Tensor:
@@ -167,9 +158,10 @@ def policy(level: str, n: int, lengths: tuple[int, ...], head: Head, **more: Any
     return [Case(level, n, length, 8, 0.5, 0.3, head, **more) for length in lengths]
 
 
-def live(case: Case, *shares: float) -> list[Case]:
-    """The case with every position in the mask and shares of its sequences without signal."""
-    return [replace(case, padding=0.0, no_signal=share, sweep="live") for share in shares]
+def with_live(cases: list[Case], *shares: float) -> list[Case]:
+    """The cases, and the last but one with no padding and shares of sequences without signal."""
+    one = replace(cases[-2], padding=0.0, sweep="live")
+    return [*cases, *[replace(one, no_signal=share) for share in shares]]
 
 
 def kept(head: Head, length: int = 128, **more: Any) -> list[Case]:
@@ -180,67 +172,45 @@ def kept(head: Head, length: int = 128, **more: Any) -> list[Case]:
     return [drawn, common, *[replace(drawn, sweep="kept", kept=n) for n in numbers]]
 
 
-def quick_cases() -> list[Case]:
-    """Under a minute on two CPU cores."""
-    hidden = policy(HIDDEN, 8, (16, 32), LAPTOP)
-    return [
-        *advantages(10, 14, 18),
-        *logprobs((16, 512), (64, 2048)),
-        *policy(LOGITS, 8, (8, 16, 32), LAPTOP),
-        Case(SCORING, 8, 16, head=LAPTOP),
-        *hidden,
-        *live(hidden[0], 0.0, 0.5),
-        kept(LAPTOP, 16)[0],
-    ]
-
-
-def cpu_cases() -> list[Case]:
-    """Minutes on a CPU: larger batches, bfloat16, every share of silent groups, softcap."""
-    logits = policy(LOGITS, 16, (4, 8, 16, 32), LAPTOP)
-    hidden = policy(HIDDEN, 16, (16, 32, 64, 128), LAPTOP)
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    return [
-        *advantages(10, 14, 18, 22),
-        *logprobs((16, 512), (64, 2048), (1024, 4096)),
-        *logits,
-        replace(logits[-1], dtype=BF16, sweep="dtype"),
-        *live(logits[-2], *shares),
-        *[Case(SCORING, 16, length, head=LAPTOP) for length in (8, 32)],
-        *hidden,
-        *live(hidden[-2], *shares),
-        *policy(HIDDEN, 16, (64,), CAPPED_LAPTOP, sweep="heads"),
-        *kept(LAPTOP),
-    ]
-
-
-def gpu_cases() -> list[Case]:
-    """Minutes on one H200: the heads of production models, 131k and 4M log-probs."""
-    logits = policy(LOGITS, 16, (128, 256, 512), QWEN2, dtype=BF16)
-    hidden = policy(HIDDEN, 16, (256, 512, 1024), QWEN3, dtype=BF16)
-    shares = (0.0, 0.3, 0.6, 1.0)
-    heads: dict[str, Any] = {"dtype": BF16, "sweep": "heads"}
-    return [
-        *advantages(10, 14, 18, 22),
-        *logprobs((64, 2048), (1024, 4096)),
-        *logits,
-        *live(logits[-1], *shares),
-        *policy(LOGITS, 16, (512,), LLAMA, **heads),
-        *policy(LOGITS, 16, (256,), QWEN2, sweep="dtype"),
-        Case(SCORING, 16, 512, head=QWEN2, dtype=BF16),
-        *hidden,
-        *live(hidden[-2], *shares),
-        *policy(HIDDEN, 16, (512,), QWEN2, **heads),
-        *policy(HIDDEN, 16, (512,), LLAMA, **heads),
-        *policy(HIDDEN, 16, (512,), GEMMA, **heads),
-        *kept(QWEN3_8B, 512, dtype=BF16),
-    ]
+# Under a minute on two CPU cores.
+QUICK = [
+    *advantages(10, 14, 18),
+    *logprobs((16, 512), (64, 2048)),
+    *policy(LOGITS, 8, (8, 16, 32), LAPTOP),
+    Case(SCORING, 8, 16, head=LAPTOP),
+    *with_live(policy(HIDDEN, 8, (16, 32), LAPTOP), 0.0, 0.5),
+    kept(LAPTOP, 16)[0],
+]
+# Minutes on a CPU: larger batches, bfloat16, every share of silent groups, softcap.
+FULL = [
+    *advantages(10, 14, 18, 22),
+    *logprobs((16, 512), (64, 2048), (1024, 4096)),
+    *with_live(policy(LOGITS, 16, (4, 8, 16, 32), LAPTOP), 0.0, 0.25, 0.5, 0.75, 1.0),
+    *policy(LOGITS, 16, (32,), LAPTOP, dtype=BF16, sweep="dtype"),
+    *[Case(SCORING, 16, length, head=LAPTOP) for length in (8, 32)],
+    *with_live(policy(HIDDEN, 16, (16, 32, 64, 128), LAPTOP), 0.0, 0.25, 0.5, 0.75, 1.0),
+    *policy(HIDDEN, 16, (64,), CAPPED_LAPTOP, sweep="heads"),
+    *kept(LAPTOP),
+]
+# Minutes on one H200: the heads of production models, 131k and 4M log-probs.
+ON_GPU = [
+    *advantages(10, 14, 18, 22),
+    *logprobs((64, 2048), (1024, 4096)),
+    *with_live(policy(LOGITS, 16, (128, 256, 512), QWEN2, dtype=BF16), 0.0, 0.3, 0.6, 1.0),
+    *policy(LOGITS, 16, (512,), LLAMA, dtype=BF16, sweep="heads"),
+    *policy(LOGITS, 16, (256,), QWEN2, sweep="dtype"),
+    Case(SCORING, 16, 512, head=QWEN2, dtype=BF16),
+    *with_live(policy(HIDDEN, 16, (256, 512, 1024), QWEN3, dtype=BF16), 0.0, 0.3, 0.6, 1.0),
+    *policy(HIDDEN, 16, (512,), QWEN2, dtype=BF16, sweep="heads"),
+    *policy(HIDDEN, 16, (512,), LLAMA, dtype=BF16, sweep="heads"),
+    *policy(HIDDEN, 16, (512,), GEMMA, dtype=BF16, sweep="heads"),
+    *kept(QWEN3_8B, 512, dtype=BF16),
+]
 
 
 def cases_of(suite: str, on_gpu: bool) -> list[Case]:
     """The cases of a suite on a GPU or a CPU."""
-    if suite == "quick":
-        return quick_cases()
-    return gpu_cases() if on_gpu or suite == "gpu" else cpu_cases()
+    return QUICK if suite == "quick" else ON_GPU if on_gpu or suite == "gpu" else FULL
 
 
 class Effort(NamedTuple):

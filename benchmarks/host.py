@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import importlib.util
 import os
-import statistics
 import subprocess
 import tempfile
 import time
@@ -27,10 +26,11 @@ from torch.utils.benchmark import Timer
 import mapo_kernels as mk
 from mapo_kernels.files import CommandError, one_line
 
-from . import environment, results
 from .cases import BF16, HIDDEN, LOGITS, LOGPROBS, SCORING, Case, Head
 from .levels import SPEC, draw
 from .providers import OURS, PROVIDERS
+from .report import Row
+from .results import About, Growing, attempt, timed
 
 CPU = torch.device("cpu")
 SIZE = (16, 64, 8)  # sequences, tokens, group
@@ -46,7 +46,6 @@ SHARED = {LOGPROBS: "mapo_loss", SCORING: "token_logprobs", LOGITS: "mapo_loss_f
 # Where packages ask whether a tensor is on a GPU before they launch a kernel of Triton's.
 GATES = {"trl.trainer.utils": "_supports_trl_loss_kernel"}
 Call = Callable[[], Any]
-Row = dict[str, Any]
 
 
 def install_driver(folder: Path) -> ctypes.CDLL:
@@ -134,25 +133,17 @@ def peer_calls() -> dict[tuple[str, str], tuple[str | None, Call]]:
     return found
 
 
-def _timed(launches: int, samples: list[float]) -> Row:
-    times = {"median_us": statistics.median(samples), "samples_us": samples}
-    return {"status": "ok", "launches": launches, **times}
-
-
 def time_of(call: Call, driver: ctypes.CDLL, once: bool) -> Row:
     """Launches and microseconds of a call, whatever else runs on the machine."""
-    try:
-        for _ in range(3):  # Compiles and warms up.
-            call()
-        before = driver.count_launches()
+    for _ in range(3):  # Compiles and warms up.
         call()
-        launches = driver.count_launches() - before
-        timer = Timer("call()", globals={"call": call}, timer=time.process_time)
-        calls, repeats = (1, 1) if once else (CALLS, REPEATS)
-        samples = [timer.timeit(calls).mean * 1e6 for _ in range(repeats)]
-    except Exception as error:
-        return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
-    return _timed(launches, samples)
+    before = driver.count_launches()
+    call()
+    launches = driver.count_launches() - before
+    timer = Timer("call()", globals={"call": call}, timer=time.process_time)
+    calls, repeats = (1, 1) if once else (CALLS, REPEATS)
+    samples = [timer.timeit(calls).mean * 1e6 for _ in range(repeats)]
+    return timed("us", samples) | {"launches": launches}
 
 
 def each_more(row: Row, one: Row) -> Row:
@@ -162,10 +153,11 @@ def each_more(row: Row, one: Row) -> Row:
     pairs = zip(row["samples_us"], one["samples_us"], strict=True)
     samples = [(many - first) / (CHUNKS - 1) for many, first in pairs]
     # A large chunk may take a launch more than a small one.
-    return _timed(round((row["launches"] - one["launches"]) / (CHUNKS - 1)), samples)
+    launches = round((row["launches"] - one["launches"]) / (CHUNKS - 1))
+    return timed("us", samples) | {"launches": launches}
 
 
-def measure(path: Path, once: bool, commit: str | None = None, notes: str | None = None) -> None:
+def measure(path: Path, about: About) -> None:
     """Time every call; the result at `path` is written after each.
 
     Raises:
@@ -173,17 +165,15 @@ def measure(path: Path, once: bool, commit: str | None = None, notes: str | None
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # What is read of results that nobody computed makes no sense.
-    about = {"suite": "host", "dry_run": once, "notes": notes}
-    about["environment"] = environment.describe(commit)
     # All is drawn before nothing is computed any more.
     calls = {(name, OURS): (None, call) for name, call in our_calls().items()} | peer_calls()
-    file = results.Growing(path, about, len(calls))
+    file = Growing(path, about, len(calls))
     with tempfile.TemporaryDirectory() as folder:
         driver = install_driver(Path(folder))
         for (name, provider), (reason, call) in calls.items():
             row: Row = {"status": "unavailable", "reason": reason}
             if reason is None:
-                row = time_of(call, driver, once)
+                row = attempt(partial(time_of, call, driver, about.dry_run))
             if name == ANOTHER_CHUNK:
                 row = each_more(row, file.found["rows"][-1])
             file.add({"level": name, "provider": provider, **row})

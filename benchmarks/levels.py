@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,18 +12,8 @@ from torch import Tensor
 
 import mapo_kernels as mk
 
-from .cases import (
-    GRPO,
-    KEPT,
-    LOGITS,
-    LOGPROBS,
-    MAPO,
-    SCORING,
-    Case,
-    answer_lengths,
-    draw_kept,
-    draw_rewards,
-)
+from .cases import Case, answer_lengths, draw_kept, draw_rewards
+from .names import GRPO, KEPT, LOGITS, LOGPROBS, MAPO, SCORING
 from .providers import PLAIN, PROVIDERS, advantages_of, our_scores, plain_advantages
 
 SPEC = mk.LossSpec(eps_low=0.2, eps_high=0.28)
@@ -49,6 +39,7 @@ def draw(case: Case, device: torch.device) -> Inputs:
         group_size=case.group_size,
         estimator="grpo" if case.level == GRPO else "mapo",
         rewards=draw_rewards(case, generator).to(device),
+        advantages=None,
         spec=SPEC,
         softcap=case.head.softcap,
         kept=None,
@@ -64,12 +55,11 @@ def draw(case: Case, device: torch.device) -> Inputs:
     rest.mask, rest.ids = mask.to(device), ids.to(device)
     if case.level == KEPT:
         rest.kept = draw_kept(case, rest.ids, generator)
-    if case.level != LOGPROBS:
-        # Sequences of different groups, as in the micro-batches of trainers that shuffle: their
-        # advantages are given. Those of log-probs are a part of the work.
+    if case.level != LOGPROBS and not case.from_rewards:
+        # Sequences of different groups, as in the micro-batches of trainers that shuffle.
         whole = replace(case, n_sequences=case.n_sequences * case.group_size)
         every = plain_advantages(draw_rewards(whole, generator), rest)
-        rest.advantages, rest.rewards = every[:: case.group_size].contiguous().to(device), None
+        rest.advantages = every[:: case.group_size].contiguous().to(device)
     leaves, logp = _leaves(case, rest, device)
     rest.old = logp + noise
     # All positions of logits, the last of them masked: no view whose gradient would be copied.
@@ -78,9 +68,7 @@ def draw(case: Case, device: torch.device) -> Inputs:
     return Inputs(leaves, rest, float(live.float().mean()))
 
 
-def _leaves(
-    case: Case, rest: SimpleNamespace, device: torch.device
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def _leaves(case: Case, rest: SimpleNamespace, device: torch.device) -> tuple[Any, Tensor]:
     """What a loss is differentiated by, and its log-probs [B, T]."""
     n, length, (_, width, vocab, softcap) = case.n_sequences, case.length, case.head
     if case.level == LOGPROBS:
@@ -92,10 +80,8 @@ def _leaves(
         return (logits,), our_scores(logits, rest)
     hidden = torch.randn(n, length, width, device=device).to(case.dtype)
     weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
-    logp = mk.token_logprobs_from_hidden(
-        hidden, weight, rest.ids, softcap=softcap, sampling_mask=rest.kept
-    )
-    return (hidden, weight), logp
+    given = {"softcap": softcap, "sampling_mask": rest.kept}
+    return (hidden, weight), mk.token_logprobs_from_hidden(hidden, weight, rest.ids, **given)
 
 
 def truth(case: Case, inputs: Inputs) -> list[Tensor]:
@@ -113,7 +99,7 @@ def truth(case: Case, inputs: Inputs) -> list[Tensor]:
     for i, count in enumerate(counts):
         row = slice(i, i + 1)
         one = {name: getattr(rest, name)[row] for name in ("mask", "ids", "old")}
-        one |= {"rewards": None, "advantages": advantages[row]}
+        one["advantages"] = advantages[row]
         if case.level == KEPT:
             one["kept"] = rest.kept.select(slice(i * case.length, (i + 1) * case.length))
         leaves = [x.double().requires_grad_() for x in (first[row], *shared)]

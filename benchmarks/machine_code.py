@@ -14,7 +14,8 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
+
+from mapo_kernels.files import CommandError, one_line
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -105,6 +108,7 @@ GCN = Assembly(
 )
 
 
+@cache
 def report(kernel: Any) -> dict[str, Any]:
     """What the machine code of a compiled kernel holds, for either maker's GPUs.
 
@@ -137,22 +141,18 @@ def _tool(name: str, option: str, kernel: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def recorder(found: list[tuple[str, Any]], **settings: Any) -> Callable[..., Any]:
-    """A `JITFunction.run` with these settings that notes names and kernels of what it launches."""
-    original = jit.JITFunction.run
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = original(self, *args, **kwargs | settings)
-        found.append((self.fn.__name__, kernel))
-        return kernel
-
-    return run
-
-
 def compile_launches(target: str) -> list[tuple[str, Any]]:
     """Make the package's launchers compile for a target, from CPU tensors; returns `COMPILED`."""
     from mapo_kernels import backend
 
+    original = jit.JITFunction.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = original(self, *args, **kwargs | {"warmup": True})
+        COMPILED.append((self.fn.__name__, kernel))
+        return kernel
+
+    jit.JITFunction.run = run
     # Answers what Triton asks before it compiles.
     driver.set_active(
         SimpleNamespace(
@@ -161,7 +161,6 @@ def compile_launches(target: str) -> list[tuple[str, Any]]:
             get_current_stream=lambda device=None: 0,
         )
     )
-    jit.JITFunction.run = recorder(COMPILED, warmup=True)
     backend.set_backend("triton")
     # The tensors are on the CPU; what would run on them is compiled for the target instead.
     backend.is_eager = lambda x: False
@@ -171,9 +170,16 @@ def compile_launches(target: str) -> list[tuple[str, Any]]:
 def in_processes(
     call: Callable[[Any], Any], work: Iterable[Any], target: str, prepare: Any, jobs: int = 1
 ) -> Iterator[Any]:
-    """`call(x)` of each piece of work, in processes that `prepare(target)` makes compile for it."""
+    """`call(x)` of each piece of work, in processes that `prepare(target)` makes compile for it.
+
+    Raises:
+        CommandError: a process ended with an error.
+    """
     with mock.patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, spawn, prepare, (target,)) as processes:
-            yield from processes.map(call, work)
+            try:
+                yield from processes.map(call, work)
+            except BrokenExecutor as error:
+                raise CommandError(f"compiling for {target}: {one_line(error)}") from error

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
-
-from mapo_kernels.files import write_figure
+from matplotlib.lines import Line2D
 
 from .providers import COMPILED, OURS, PLAIN
 from .report import WHOLE_STEPS, Row, by_case, times
@@ -49,11 +46,12 @@ QUANTITIES: dict[str, Callable[[Row], float]] = {
 }
 
 
-def _finish(figure: Figure, drawn: dict[str, Any]) -> Figure:
-    """The figure with a legend of what was drawn, in the order of the styles."""
-    names = [name for name in STYLES if name in drawn]
-    handles = [drawn[name] for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9)
+def _figure(width: float, height: float, drawn: set[str]) -> Figure:
+    """A figure with a legend of what is drawn, in the order of the styles."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    handles = [Line2D([], [], label=x, **STYLES[x]) for x in STYLES if x in drawn]
+    columns = min(4, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 
 
@@ -69,8 +67,8 @@ def _relative_time(rows: list[Row]) -> Figure | None:
     # As far to the left of 1 as to the right.
     widest = min(2 ** np.ceil(np.abs(np.log2(ratios)).max()), LARGEST)
     n_cases = [len(cases) for cases in levels.values()]
-    size = (9.5, 1.6 + 0.42 * sum(n_cases) + 0.35 * len(levels))
-    figure, drawn = Figure(figsize=size, layout="constrained"), {}
+    drawn = {name for cases in levels.values() for found in cases for name in found}
+    figure = _figure(9.5, 1.6 + 0.42 * sum(n_cases) + 0.35 * len(levels), drawn)
     axes = figure.subplots(len(levels), sharex=True, squeeze=False, height_ratios=n_cases)[:, 0]
     for axis, (level, cases) in zip(axes, levels.items(), strict=True):
         names = [name for name in STYLES if any(name in found for found in cases)]
@@ -78,28 +76,25 @@ def _relative_time(rows: list[Row]) -> Figure | None:
             axis.axhspan(y - 0.5, y + 0.5, color="#F2F2F2" if y % 2 else "white", zorder=-1)
             for name, row in found.items():
                 ratio = times(row, found[OURS])
-                low, high = ratio * np.quantile(row["samples_ms"], (0.05, 0.95)) / row["median_ms"]
-                x = min(max(ratio, 1 / widest), widest)
+                ends = ratio * np.quantile(row["samples_ms"], (0.05, 0.95)) / row["median_ms"]
                 height = y + 0.6 * ((names.index(name) + 0.5) / len(names) - 0.5)
-                axis.hlines(height, low, high, color=STYLES[name]["color"], linewidth=1.5)
-                (drawn[name],) = axis.plot(x, height, linestyle="", **STYLES[name])
+                axis.hlines(height, *ends, color=STYLES[name]["color"], linewidth=1.5)
+                x = min(max(ratio, 1 / widest), widest)
+                axis.plot(x, height, linestyle="", **STYLES[name])
                 if x != ratio:
-                    beside = {"xytext": (-8, 0), "ha": "right", "va": "center", "fontsize": 8}
-                    axis.annotate(f"{ratio:.0f}", (x, height), textcoords="offset points", **beside)
+                    axis.text(x / 1.1, height, f"{ratio:.0f}", ha="right", va="center", fontsize=8)
         axis.axvline(1, color="black", linewidth=1, zorder=0)
         axis.set_title(level, loc="left", fontsize=10)
         axis.set_yticks(range(len(cases)), [found[OURS]["shape"] for found in cases], fontsize=9)
         axis.set(xscale="log", xlim=(0.9 / widest, widest / 0.9), ylim=(len(cases) - 0.5, -0.5))
-        axis.xaxis.set_major_locator(LogLocator(2, numticks=20))
-        axis.xaxis.set_major_formatter(
-            FuncFormatter(lambda x, _: f"{x:.0f}" if x >= 1 else f"1/{1 / x:.0f}")
-        )
+        ticks = 2.0 ** np.arange(-np.log2(widest), np.log2(widest) + 1)
+        axis.set_xticks(ticks, [f"{x:.0f}" if x >= 1 else f"1/{1 / x:.0f}" for x in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3, axis="x")
-    axes[-1].set_xlabel(
+    axis.set_xlabel(
         f"time over that of {OURS} (right of 1 it is faster); lines: 90% of the samples"
     )
-    return _finish(figure, drawn)
+    return figure
 
 
 def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
@@ -107,55 +102,46 @@ def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
 
     `x` and `y` are names of `QUANTITIES`. None where `x` has one value: that is no line.
     """
-    levels = list(dict.fromkeys(row["level"] for row in rows))
-    if len({QUANTITIES[x](row) for row in rows}) < 2:
+    values = sorted({QUANTITIES[x](row) for row in rows})
+    if len(values) < 2:
         return None
-    figure, drawn = Figure(figsize=(max(7, 1 + 4 * len(levels)), 4.4), layout="constrained"), {}
+    levels = list(dict.fromkeys(row["level"] for row in rows))
+    figure = _figure(max(7, 1 + 4 * len(levels)), 4.4, {row["provider"] for row in rows})
     for axis, level in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, strict=True):
         for name, style in STYLES.items():
-            of_it = [row for row in rows if (row["level"], row["provider"]) == (level, name)]
-            if not of_it:
-                continue
-            of_it.sort(key=QUANTITIES[x])
-            xs, ys = ([QUANTITIES[q](row) for row in of_it] for q in (x, y))
-            ends = np.array([[row["p20_ms"], row["p80_ms"]] for row in of_it]).T
-            bars = np.abs(ends - ys) if y == TIME else None
-            drawn[name] = axis.errorbar(xs, ys, yerr=bars, elinewidth=3, **style)
+            line = [row for row in rows if (row["level"], row["provider"]) == (level, name)]
+            line.sort(key=QUANTITIES[x])
+            xs, ys = ([QUANTITIES[quantity](row) for row in line] for quantity in (x, y))
+            ends = [[row["p20_ms"] for row in line], [row["p80_ms"] for row in line]]
+            axis.errorbar(xs, ys, np.abs(np.subtract(ends, ys)) if y == TIME else None, **style)
         axis.set(title=level, xlabel=x, ylabel=y, ylim=(0, None))
         if x == KEPT:  # At least one, and each number a multiple of the one before.
-            axis.set(xscale="log", xticks=sorted({QUANTITIES[x](row) for row in rows}))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+            axis.set_xscale("log")
+            axis.set_xticks(values, [f"{value:.0f}" for value in values])
             axis.minorticks_off()
         else:
             axis.set_xlim(left=min(0, axis.get_xlim()[0]))
         axis.grid(alpha=0.3)
-    return _finish(figure, drawn)
+    return figure
 
 
-def figures(found: dict[str, Any]) -> dict[str, Figure | None]:
-    """The plots of a result file by name; None where it has nothing to draw."""
+def draw(found: dict[str, Any]) -> dict[str, Figure]:
+    """The plots of a result file by name, those that have something to show."""
     rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in WHOLE_STEPS]
 
     def of(*sweeps: str) -> list[Row]:
         return [row for row in rows if row["sweep"] in sweeps]
 
     heads = [row for row in of("tokens") if row["head"] and row["peak_bytes"] is not None]
-    return {
+    drawn = {
         "relative_time": _relative_time(of("tokens", "dtype", "heads", "common")),
         "memory_against_tokens": _lines(heads, TOKENS, MEMORY),
         "time_against_live": _lines(of("live"), LIVE, TIME),
         "time_against_kept": _lines(of("kept"), KEPT, TIME),
     }
-
-
-def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Write the plots of a result file as PNG; returns their paths."""
     where = found["environment"]
     caption = f"{where['device']}, commit {(where['commit'] or 'unknown')[:9]}"
-    paths = []
-    for kind, figure in figures(found).items():
-        if figure is not None:
-            figure.suptitle(f"{kind.replace('_', ' ')} ({caption})", fontsize=10)
-            paths.append(folder / f"{name}_{kind}.png")
-            write_figure(figure, paths[-1], dpi=100)
-    return paths
+    figures = {kind: figure for kind, figure in drawn.items() if figure is not None}
+    for kind, figure in figures.items():
+        figure.suptitle(f"{kind.replace('_', ' ')} ({caption})", fontsize=10)
+    return figures

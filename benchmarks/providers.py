@@ -20,7 +20,8 @@ from torch import Tensor
 import mapo_kernels as mk
 from mapo_kernels import config
 
-from .cases import GRPO, HIDDEN, KEPT, LEVELS, LOGITS, LOGPROBS, MAPO, SCORING, Case
+from .cases import Case
+from .names import GRPO, HIDDEN, KEPT, LEVELS, LOGITS, LOGPROBS, MAPO, SCORING
 
 OURS = "mapo_kernels"
 PLAIN = "plain PyTorch"
@@ -35,21 +36,20 @@ class Provider:
     package: str | None = None
     needs_gpu: bool = False
     compiles: bool = False
-    consumes: bool = False  # The leaves' contents are destroyed: every call needs fresh ones.
     loops: bool = False  # Over groups, in Python.
     softcap: bool = True  # Whether it knows one.
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Why it cannot be measured here, or None."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return "not installed"
-        if self.needs_gpu and device.type != "cuda":
-            return "needs a GPU"
-        if self.loops and case.n_sequences > 1 << 14:
-            return "a Python loop over groups: minutes at this size"
-        if case.head.softcap is not None and not self.softcap:
-            return "has no cap on logits"
-        return None
+        reasons = {
+            "not installed": self.package and importlib.util.find_spec(self.package) is None,
+            "needs a GPU": self.needs_gpu and device.type != "cuda",
+            "a Python loop over groups: minutes at this size": (
+                self.loops and case.n_sequences > 1 << 14
+            ),
+            "has no cap on logits": case.head.softcap is not None and not self.softcap,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 # Of each level, in the order of the tables.
@@ -74,20 +74,27 @@ def our_advantages(rewards: Tensor, rest: Any) -> Tensor:
     return mk.group_advantages(rewards, group_size=rest.group_size, estimator=rest.estimator)
 
 
+def our_batch(rest: Any, mask: Tensor) -> dict[str, Any]:
+    """What our losses take: advantages, or rewards where theirs are a part of the work."""
+    batch = {"mask": mask, "spec": rest.spec}
+    if rest.advantages is not None:
+        return batch | {"advantages": rest.advantages}
+    return batch | {"rewards": rest.rewards, "group_size": rest.group_size}
+
+
 @provides(OURS, LOGPROBS, compiled=True)
 def ours_from_logprobs(logp: Tensor, rest: Any) -> Tensor:
-    given = {"rewards": rest.rewards, "group_size": rest.group_size, "mask": rest.mask}
-    return mk.mapo_loss(logp, old_logprobs=rest.old, spec=rest.spec, **given).loss
+    return mk.mapo_loss(logp, old_logprobs=rest.old, **our_batch(rest, rest.mask)).loss
 
 
 @provides(OURS, LOGITS)
 def ours_from_logits(logits: Tensor, rest: Any, inplace: bool = False) -> Tensor:
     ids, old, mask = rest.padded
-    given = {"old_logprobs": old, "mask": mask, "advantages": rest.advantages}
-    return mk.mapo_loss_from_logits(logits, ids, spec=rest.spec, inplace=inplace, **given).loss
+    given = {"old_logprobs": old, "inplace": inplace}
+    return mk.mapo_loss_from_logits(logits, ids, **given, **our_batch(rest, mask)).loss
 
 
-@provides("mapo_kernels in place", LOGITS, consumes=True)
+@provides("mapo_kernels in place", LOGITS)
 def ours_in_place(logits: Tensor, rest: Any) -> Tensor:
     return ours_from_logits(logits, rest, inplace=True)
 
@@ -98,8 +105,7 @@ def our_scores(logits: Tensor, rest: Any) -> Tensor:
 
 
 def our_plan(rest: Any) -> mk.Plan:
-    given = {"advantages": rest.advantages, "mask": rest.mask, "spec": rest.spec}
-    return mk.make_plan(**given, sampling_mask=rest.kept)
+    return mk.make_plan(**our_batch(rest, rest.mask), sampling_mask=rest.kept)
 
 
 @provides(OURS, HIDDEN, KEPT)
@@ -152,7 +158,7 @@ def plain_advantages(rewards: Tensor, rest: Any) -> Tensor:
 
 def advantages_of(rest: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """Advantages [B]: given, or computed from the rewards as a part of the measured work."""
-    if rest.rewards is None:
+    if rest.advantages is not None:
         return rest.advantages
     return plain_advantages(rest.rewards.to(dtype), rest)
 
@@ -214,13 +220,11 @@ def trl_from_logprobs(logp: Tensor, rest: Any, entropy: Tensor | None = None) ->
         model=SimpleNamespace(training=True),
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
         accelerator=SimpleNamespace(
-            gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x
+            **dict.fromkeys(("gather", "reduce", "gather_for_metrics"), lambda x, *_, **__: x)
         ),
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
+        **dict.fromkeys(("use_vllm", "aux_loss_enabled", "_entropy_bonus_enabled"), False),
     )
     inputs = {
         "prompt_ids": rest.mask[:, :0],
@@ -235,11 +239,9 @@ def trl_from_logprobs(logp: Tensor, rest: Any, entropy: Tensor | None = None) ->
 
 def _trl_scores(logits: Tensor, rest: Any, mask: Tensor) -> Any:
     """Log-probs and entropies [B, T] as TRL's trainer gets them: its kernel where there is one."""
-    from trl.trainer.utils import selective_log_softmax_and_entropy
+    from trl.trainer.utils import selective_log_softmax_and_entropy as scores
 
-    return selective_log_softmax_and_entropy(
-        logits[:, :-1], rest.ids, entropy_requires_grad=False, row_mask=mask
-    )
+    return scores(logits[:, :-1], rest.ids, entropy_requires_grad=False, row_mask=mask)
 
 
 @provides("TRL", SCORING, package="trl")
@@ -263,19 +265,12 @@ def trl_from_hidden(hidden: Tensor, weight: Tensor, rest: Any) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    mask, compact = rest.mask, _use_triton(hidden.device)
-    rows = hidden[mask] if compact else hidden.flatten(0, 1)
-    targets = rest.ids[mask] if compact else rest.ids.flatten()
+    mask = rest.mask if _use_triton(hidden.device) else torch.ones_like(rest.mask)
     found = ChunkedLogProbFunction.apply(
-        rows, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, rest.softcap, 1.0,
-        ("log_probs", "entropy"),
+        hidden[mask], weight, None, rest.ids[mask], 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
+        rest.softcap, 1.0, ("log_probs", "entropy"),
     )  # fmt: skip
-    logp, entropy = (
-        x.new_zeros(mask.shape).masked_scatter(mask, x)
-        if compact
-        else x.view(mask.shape).masked_fill(~mask, 0)
-        for x in found[:2]
-    )
+    logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found[:2])
     return trl_from_logprobs(logp, rest, entropy.detach())
 
 

@@ -75,41 +75,39 @@ def level_table(level: str, rows: list[Row]) -> str:
 
 def host_table(rows: list[Row]) -> str:
     """What each call costs its caller: a row a call, a column a provider, in microseconds."""
-    names = list(dict.fromkeys(row["provider"] for row in rows if row["status"] == "ok"))
-    calls: dict[str, Row] = {}
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    calls: dict[str, list[str]] = {row["level"]: ["-"] * len(names) for row in rows}
     for row in rows:
-        if row["status"] == "ok":
-            cell = f"{row['median_us']:.3g} ({row['launches']})"
-            calls.setdefault(row["level"], {})[row["provider"]] = cell
-    lines = [[call, *[cells.get(name, "-") for name in names]] for call, cells in calls.items()]
-    return table(["call, us (launches)", *names], lines)
+        cell = f"{row['median_us']:.3g} ({row['launches']})"
+        calls[row["level"]][names.index(row["provider"])] = cell
+    return table(["call, us (launches)", *names], [[x, *cells] for x, cells in calls.items()])
 
 
 def startup_table(rows: list[Row]) -> str:
     """What a process waits for: a row a command, its median and the fastest and slowest sample."""
     lines = []
     for row in rows:
-        if row["status"] == "ok":
-            times = (row["median_ms"], min(row["samples_ms"]), max(row["samples_ms"]))
-            lines.append([row["level"], row["provider"], *[f"{x:.0f}" for x in times]])
+        times = (row["median_ms"], min(row["samples_ms"]), max(row["samples_ms"]))
+        lines.append([row["level"], row["provider"], *[f"{x:.0f}" for x in times]])
     return table(["command", "of", "ms", "fastest", "slowest"], lines)
+
+
+# What is measured without cases: its table of rows that are ok, and what their times are.
+SPECIAL = {
+    "host": (host_table, "Medians of what a call takes its caller."),
+    "startup": (startup_table, "Medians of processes by the wall clock."),
+}
 
 
 def about(found: Row) -> str:
     """Where a result was measured, and what bounds it."""
     where = found["environment"]
-    parts = [
-        where["device"],
-        f"{where['threads']} threads",
-        f"torch {where['versions']['torch']}",
-        f"triton {where['versions']['triton']}",
-        f"commit {(where['commit'] or 'unknown')[:9]}{' with changes' if where['dirty'] else ''}",
-    ]
-    text = ", ".join(parts)
-    if found["suite"] == "host":
-        text += ". Medians of what a call takes its caller."
-    elif found["suite"] == "startup":
-        text += ". Medians of processes by the wall clock."
+    versions, commit = where["versions"], (where["commit"] or "unknown")[:9]
+    text = f"{where['device']}, {where['threads']} threads, torch {versions['torch']}, "
+    text += f"triton {versions['triton']}, commit {commit}"
+    text += " with changes" if where["dirty"] else ""
+    if found["suite"] in SPECIAL:
+        text += f". {SPECIAL[found['suite']][1]}"
     else:
         roofs = found["roofs"]
         text += f"; copy {roofs['copy_gigabytes_per_second']:.3g} GB/s"
@@ -119,9 +117,7 @@ def about(found: Row) -> str:
         text += ". Medians; peers as multiples of our time, their peak memory in brackets."
     if not found.get("finished", True):
         text += " The run was cut short: rows are missing."
-    if found["dry_run"]:
-        text += " Dry run: the times mean nothing."
-    return text
+    return text + (" Dry run: the times mean nothing." if found["dry_run"] else "")
 
 
 def notes(found: Row) -> list[str]:
@@ -141,14 +137,12 @@ def notes(found: Row) -> list[str]:
 
 def markdown(found: Row) -> str:
     """A result file as Markdown: where and what bounds it, a table a level, what was left out."""
-    levels: dict[str, list[Row]] = {}
-    for row in found["rows"]:
-        levels.setdefault(row["level"], []).append(row)
-    special = {"host": host_table, "startup": startup_table}
-    if found["suite"] in special:
-        tables = [special[found["suite"]](found["rows"])]
+    rows = found["rows"]
+    if found["suite"] in SPECIAL:
+        tables = [SPECIAL[found["suite"]][0]([row for row in rows if row["status"] == "ok"])]
     else:
-        tables = [level_table(level, rows) for level, rows in levels.items()]
+        levels = dict.fromkeys(row["level"] for row in rows)
+        tables = [level_table(x, [row for row in rows if row["level"] == x]) for x in levels]
     return "\n\n".join([about(found), *tables, *notes(found)])
 
 

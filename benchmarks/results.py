@@ -5,84 +5,48 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mapo_kernels.files import PARTIAL, CommandError, naming, read_json, write_whole
+from mapo_kernels.files import PARTIAL, CommandError, naming, one_line, read_json, write_whole
 
+from . import environment, report
 from .names import SUITES
+from .report import SPECIAL, Row
 
 FORMAT = 1
-Schema = dict[str, Any]
-TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
-SOME_TEXT, SOME_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
-SAMPLES = {"type": "array", "items": NUMBER, "minItems": 1}
-
-
-def _object(optional: Schema | None = None, /, **required: Any) -> Schema:
-    """The schema of an object with these properties, among others."""
-    properties = required | (optional or {})
-    return {"type": "object", "required": list(required), "properties": properties}
-
-
-def _rows(every: Schema, measured: Schema, optional: Schema | None = None) -> Schema:
-    """The schema of rows: what every one has, what more where it is ok, else a reason."""
-    status = {"enum": ["ok", "wrong", "failed", "unavailable"]}
-    row = _object(optional, level=TEXT, provider=TEXT, status=status, **every)
-    row |= {"if": _object(status={"const": "ok"}), "then": _object(**measured)}
-    return {"type": "array", "items": row | {"else": _object(reason=TEXT)}}
-
-
-# What a file has beside, by what is in it: a suite, or what `bench host` and `startup` measure.
-OF_HOST = {"rows": _rows({}, {"launches": WHOLE, "median_us": NUMBER, "samples_us": SAMPLES})}
-OF_STARTUP = {"rows": _rows({}, {"median_ms": NUMBER, "samples_ms": SAMPLES})}
-OF_SUITE = {
-    "roofs": _object(
-        copy_gigabytes_per_second=NUMBER,
-        launch_microseconds=NUMBER,
-        products_teraflops_per_second={"type": "object", "additionalProperties": NUMBER},
-    ),
-    "parity": {"type": ["object", "null"], "required": ["passed", "summary"]},
-    "rows": _rows(
-        {
-            "shape": TEXT,
-            "sweep": TEXT,
-            # A provider may do backward's work in forward, which earlier files time apart.
-            "direction": {"enum": ["score", "forward", "backward", "both"]},
-            **dict.fromkeys(("tokens", "group_size"), WHOLE),
-            **dict.fromkeys(("padding", "no_signal"), NUMBER),
-            "live": NUMBER | {"minimum": 0, "maximum": 1},
-        },
-        {
-            **dict.fromkeys(("error", "median_ms", "p20_ms", "p80_ms", "percent_of_roof"), NUMBER),
-            "samples_ms": SAMPLES,
-            "roof": {"enum": ["copy", "launch", "products"]},
-            "peak_bytes": SOME_NUMBER,
-        },
-        {"error": SOME_NUMBER, "head": SOME_TEXT, "timer": SOME_TEXT, "launched_ms": SOME_NUMBER},
-    ),
+WHAT = f"a result file of `mapo-kernels bench` in format {FORMAT}"
+STATUSES = ["ok", "wrong", "failed", "unavailable"]
+# What tells such a file from others. Whether it has the rest shows where its tables are made.
+ROW = {"required": ["level", "provider"], "properties": {"status": {"enum": STATUSES}}}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["format", "suite", "dry_run", "environment", "rows"],
+    "properties": {
+        "format": {"const": FORMAT},
+        "suite": {"enum": [*SUITES, *SPECIAL]},
+        "environment": {"type": "object"},
+        "rows": {"type": "array", "items": {"type": "object"} | ROW},
+    },
 }
-KINDS = {"host": OF_HOST, "startup": OF_STARTUP, **dict.fromkeys(SUITES, OF_SUITE)}
-SCHEMA: Schema = _object(
-    {"notes": SOME_TEXT, "finished": {"type": "boolean"}},  # Earlier files do not say.
-    format={"const": FORMAT},
-    suite={"enum": list(KINDS)},
-    dry_run={"type": "boolean"},
-    seconds=NUMBER,
-    environment=_object(
-        device=TEXT,
-        threads=WHOLE,
-        commit=SOME_TEXT,
-        dirty={"type": ["boolean", "null"]},
-        backend=TEXT,
-        versions=_object(torch=TEXT, triton=TEXT),
-    ),
-)
-SCHEMA["allOf"] = [
-    {"if": _object(suite={"const": suite}), "then": _object(**kind)}
-    for suite, kind in KINDS.items()
-]
+
+
+def attempt(measure: Callable[[], Row]) -> Row:
+    """What is measured or, where that fails, why: a finding about what was called."""
+    try:
+        return measure()
+    except Exception as error:
+        return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def timed(unit: str, samples: list[float]) -> Row:
+    """What a row says of its samples."""
+    median = statistics.median(samples)
+    return {"status": "ok", f"median_{unit}": median, f"samples_{unit}": samples}
 
 
 def reserve(folder: Path, name: str) -> Path:
@@ -115,16 +79,26 @@ def write(found: dict[str, Any], path: Path) -> None:
     write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
+class About(NamedTuple):
+    """What is measured; the commit of code that git does not know; what else is to be kept."""
+
+    suite: str
+    dry_run: bool = False
+    commit: str | None = None
+    notes: str | None = None
+
+
 class Growing:
     """A result file that is written anew with each of its rows; `found` is what it holds."""
 
-    def __init__(self, path: Path, about: dict[str, Any], n_rows: int) -> None:
-        """Write it without rows; of `n_rows` it is finished."""
+    def __init__(self, path: Path, about: About, n_rows: int, **more: Any) -> None:
+        """Write it without rows, with `more` about it; of `n_rows` it is finished."""
         self.path, self.n_rows, self.began = path, n_rows, time.perf_counter()
-        self.found = {"format": FORMAT, **about, "rows": []}
+        self.found = {"format": FORMAT, **about._asdict(), **more, "rows": []}
+        self.found["environment"] = environment.describe(self.found.pop("commit"))
         self.add()
 
-    def add(self, *rows: dict[str, Any]) -> None:
+    def add(self, *rows: Row) -> None:
         """Write it with more rows; raises CommandError."""
         self.found["rows"] += rows
         self.found["finished"] = len(self.found["rows"]) == self.n_rows
@@ -142,6 +116,19 @@ def write_table(found: dict[str, Any], path: Path) -> None:
     write_whole(path.with_suffix(".csv"), table.getvalue().encode())
 
 
+@contextmanager
+def of_whole_file(path: Path) -> Iterator[None]:
+    """Turns what cannot be shown of a result file, as a part is missing, into a CommandError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise CommandError(f"{path}: expected {WHAT}, got one that is damaged: {reason}") from error
+
+
 def read(path: Path) -> dict[str, Any]:
-    """A result file's contents; CommandError where it is none of ours."""
-    return read_json(path, SCHEMA, f"a result file of `mapo-kernels bench` in format {FORMAT}")
+    """A result file's contents; CommandError where it is none of ours, or damaged."""
+    found = read_json(path, SCHEMA, WHAT)
+    with of_whole_file(path):
+        report.markdown(found)
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +32,11 @@ class Roofs:
             "products_teraflops_per_second": self.products,
         }
 
-    def _seconds(self, function: Callable[[], Any]) -> float:
+    def _seconds(self, work: Work) -> float:
         """The median of a call, timed as rows are; on a CPU many a sample, as some take 1 us."""
         if self.device.type == "cuda":
-            return statistics.median(on_gpu(Work(lambda _: function()), self.effort).ms) / 1e3
-        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+            return statistics.median(on_gpu(work, self.effort).ms) / 1e3
+        timer = Timer("f()", globals={"f": work}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=self.effort.seconds).median
 
     def _teraflops(self, case: Case) -> float:

@@ -7,38 +7,30 @@ runs on the machine meets all of them alike; measure where nothing else does.
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from mapo_kernels.__main__ import COMMANDS
 from mapo_kernels.files import one_line
 
-from . import environment, results
 from .environment import ROOT
 from .providers import OURS
+from .report import Row
+from .results import About, Growing, timed
 
 REPEATS = 15
 USE = "import torch, mapo_kernels; mapo_kernels.group_advantages(torch.rand(4), group_size=2)"
-PYTHON = "python"
+HELP = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
 # Rows: whose, what it is, and the arguments of Python.
-STATEMENTS = [
-    (PYTHON, "nothing", ["-c", "pass"]),
+CALLS = [
+    ("python", "nothing", ["-c", "pass"]),
     ("torch", "import torch", ["-c", "import torch"]),
     (OURS, "import mapo_kernels", ["-c", "import mapo_kernels"]),
     (OURS, "import torch, group_advantages", ["-c", USE]),
+    *[(OURS, f"mapo-kernels {' '.join(x)}", ["-m", "mapo_kernels", *x]) for x in HELP],
 ]
-HELP = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
-Row = dict[str, Any]
-
-
-def calls() -> list[tuple[str, str, list[str]]]:
-    """Whose, what it is, and the arguments of Python, of every row."""
-    commands = [(OURS, f"mapo-kernels {' '.join(x)}", ["-m", "mapo_kernels", *x]) for x in HELP]
-    return STATEMENTS + commands
 
 
 def seconds_of(arguments: list[str]) -> float:
@@ -59,31 +51,25 @@ def seconds_of(arguments: list[str]) -> float:
     return took
 
 
-def measure(path: Path, once: bool, commit: str | None = None, notes: str | None = None) -> None:
-    """Time every row; the result at `path` is written at the end.
+def measure(path: Path, about: About) -> None:
+    """Time every row; the result at `path` has them at the end.
 
     Raises:
         CommandError: the result cannot be written.
     """
-    began = time.perf_counter()
-    rows: list[Row] = [{"provider": p, "level": what, "samples_ms": []} for p, what, _ in calls()]
+    file = Growing(path, about, len(CALLS))
+    samples: list[list[float]] = [[] for _ in CALLS]
+    failed: dict[int, Row] = {}
     # The first round compiles Python's own files, and is not kept.
-    for n in range(1 if once else REPEATS + 1):
-        for row, (_, _, arguments) in zip(rows, calls(), strict=True):
-            if "reason" in row:
-                continue
+    for _ in range(1 if about.dry_run else REPEATS + 1):
+        for i, (_, _, arguments) in enumerate(CALLS):
             try:
-                sample = seconds_of(arguments) * 1e3
+                if i not in failed:
+                    samples[i].append(seconds_of(arguments) * 1e3)
             except RuntimeError as error:
-                row["reason"] = str(error)
-                continue
-            if n or once:
-                row["samples_ms"].append(sample)
-    for row in rows:
-        row["status"] = "failed" if "reason" in row else "ok"
-        samples = row["samples_ms"] if row["status"] == "ok" else row.pop("samples_ms")
-        row["median_ms"] = statistics.median(samples) if row["status"] == "ok" else None
-    result = {"format": results.FORMAT, "suite": "startup", "dry_run": once, "notes": notes}
-    result |= {"environment": environment.describe(commit), "rows": rows, "finished": True}
-    result["seconds"] = time.perf_counter() - began
-    results.write(result, path)
+                failed[i] = {"status": "failed", "reason": str(error)}
+    rows = []
+    for i, (provider, what, _) in enumerate(CALLS):
+        row = failed.get(i) or timed("ms", samples[i][not about.dry_run :])
+        rows.append({"provider": provider, "level": what} | row)
+    file.add(*rows)

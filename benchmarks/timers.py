@@ -6,39 +6,16 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from .cases import Effort
 
+Work = Callable[[], Any]  # what is timed, as often as it takes
 # Below this a call may take its caller longer than the device: it is timed by graph replay.
 SHORT_MS = 1.0
 GRAPH_MS = 20.0  # of work in one graph
-
-
-@dataclass
-class Work:
-    """What is timed, `region(given)`, and what makes its argument outside the time.
-
-    `repeatable`: preparing is free and touches no device, so that it may happen within the time.
-    """
-
-    region: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-    repeatable: bool = True
-    _given: tuple[Any, ...] = ()
-
-    def _prepare_next(self, _: None) -> None:
-        self._given = (self.prepare(),)
-
-    # do_bench resets the gradients of what it is given before each run, outside the time.
-    grad = property(fset=_prepare_next)
-
-    def __call__(self) -> Any:
-        given, self._given = self._given or (self.prepare(),), ()
-        return self.region(*given)
 
 
 class Samples(NamedTuple):
@@ -61,7 +38,7 @@ def on_cpu(work: Work, effort: Effort, benchmark: Any) -> Samples:
         work()  # warms up, too
         seconds = time.perf_counter() - began
         rounds = min(max(int(effort.seconds / seconds), effort.least), effort.most)
-    benchmark.pedantic(work.region, setup=lambda: ((work.prepare(),), {}), rounds=rounds)
+    benchmark.pedantic(work, rounds=rounds)
     return Samples([x * 1e3 for x in benchmark.stats.stats.data], "wall")
 
 
@@ -72,18 +49,15 @@ def on_gpu(work: Work, effort: Effort, graph_below: float = SHORT_MS) -> Samples
     """
     from triton import testing
 
-    def measure(milliseconds: float) -> list[float]:
-        return testing.do_bench(
-            work, warmup=10, rep=milliseconds, grad_to_none=[work], return_mode="all"
-        )
-
-    launched = statistics.median(measure(10))
-    if launched < graph_below and work.repeatable and _never_waits(work):
+    launched = statistics.median(testing.do_bench(work, warmup=10, rep=10, return_mode="all"))
+    if launched < graph_below and _never_waits(work):
         # What cannot be captured for another reason is timed as the rest is.
         with suppress(RuntimeError):
             replayed = testing.do_bench_cudagraph(work, rep=GRAPH_MS, return_mode="all")
             return Samples(replayed, "graph", launched)
-    return Samples(measure(max(effort.seconds * 1e3, effort.least * launched)), "events")
+    milliseconds = max(effort.seconds * 1e3, effort.least * launched)
+    samples = testing.do_bench(work, warmup=10, rep=milliseconds, return_mode="all")
+    return Samples(samples, "events")
 
 
 def _never_waits(work: Work) -> bool:

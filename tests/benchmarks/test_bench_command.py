@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, results
-from benchmarks.cases import LOGITS
+from benchmarks import names, results
+from benchmarks.names import LOGITS
 from benchmarks.providers import OURS
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -30,7 +30,7 @@ def bench(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("level", [cases.SCORING, pytest.param(LOGITS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", [names.SCORING, pytest.param(LOGITS, marks=pytest.mark.slow)])
 def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
     pytest.importorskip("triton")
     done = bench(
@@ -53,10 +53,10 @@ def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
 def test_committed_results_are_whole(path):
     found = results.read(path.with_suffix(".json"))
     assert found["environment"]["dirty"] is False
-    if found["suite"] not in cases.SUITES:
+    if found["suite"] not in names.SUITES:
         return
     assert not [
         r for r in found["rows"] if r["provider"].startswith(OURS) and r["status"] == "wrong"
     ]
-    assert {row["level"] for row in found["rows"]} <= set(cases.LEVELS)
+    assert {row["level"] for row in found["rows"]} <= set(names.LEVELS)
     assert list(path.parent.glob(f"{path.stem}_*.png"))

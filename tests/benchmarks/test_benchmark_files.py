@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli, harness, report, results
+from benchmarks import cli, harness, plots, report, results
 from benchmarks.harness import DRY, Roofs
 from mapo_kernels import files
+from mapo_kernels.__main__ import main
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
@@ -36,8 +37,12 @@ def runs(monkeypatch):
     return calls
 
 
+def bench(*words):
+    return main(["bench", *map(str, words)])
+
+
 def refused(capsys, *arguments):
-    assert cli.main([str(x) for x in arguments]) == 2
+    assert bench(*arguments) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("mapo-kernels bench: "), out + err
     return err
@@ -65,7 +70,7 @@ def test_so_it_is_where_there_are_no_cases(action, tmp_path, monkeypatch, capsys
 
 def test_results_go_to_the_current_folder(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["run", "--name=x", "--no-plots"]) == 0
+    assert bench("run", "--name=x", "--no-plots") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.json"]
 
 
@@ -85,7 +90,7 @@ def test_a_file_of_something_else_is_not_overwritten(runs, tmp_path, capsys):
 
 def test_a_result_of_the_same_name_is_replaced(runs, tmp_path, capsys):
     for _ in range(2):
-        assert cli.main(["--out", str(tmp_path), "--name=x", "--no-plots"]) == 0
+        assert bench("--out", tmp_path, "--name=x", "--no-plots") == 0
     assert len(runs) == 2 and results.read(tmp_path / "x.json") == FOUND | {"seconds": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.json"]
 
@@ -93,10 +98,10 @@ def test_a_result_of_the_same_name_is_replaced(runs, tmp_path, capsys):
 def test_only_plots_need_matplotlib(runs, tmp_path, monkeypatch, capsys):
     known = files.find_spec
     monkeypatch.setattr(files, "find_spec", lambda x: None if x == "matplotlib" else known(x))
-    where = ["--out", str(tmp_path), "--name=x"]
+    where = ["--out", tmp_path, "--name=x"]
     assert "matplotlib not installed" in refused(capsys, *where) and not runs
-    assert cli.main([*where, "--no-plots"]) == 0 and len(runs) == 1
-    assert cli.main(["report", str(tmp_path / "x.json"), "--no-plots"]) == 0
+    assert bench(*where, "--no-plots") == 0 and len(runs) == 1
+    assert bench("report", tmp_path / "x.json", "--no-plots") == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
@@ -110,7 +115,7 @@ def test_a_full_disk_is_one_line_after_the_tables(runs, tmp_path, monkeypatch, c
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", fail)
-    assert cli.main(["--out", str(tmp_path), "--name=x"]) == 2
+    assert bench("--out", tmp_path, "--name=x") == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and f"{tmp_path / name}: No space left" in err
     assert "hidden-states" in out  # minutes of work are not lost
@@ -127,7 +132,7 @@ def test_what_a_failed_or_interrupted_run_measured_is_shown(
         return status
 
     monkeypatch.setattr(cli, "measure", measure)
-    assert cli.main(["--out", str(tmp_path), "--name=x", "--no-plots"]) == code
+    assert bench("--out", tmp_path, "--name=x", "--no-plots") == code
     assert "rows are missing" in capsys.readouterr().out
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 4
 
@@ -137,7 +142,7 @@ def test_an_earlier_result_is_not_shown_for_a_run_that_measured_nothing(
 ):
     (tmp_path / "x.json").write_text(json.dumps(FOUND))
     monkeypatch.setattr(cli, "measure", lambda *_: 4)
-    assert cli.main(["--out", str(tmp_path), "--name=x"]) == 4
+    assert bench("--out", tmp_path, "--name=x") == 4
     assert not capsys.readouterr().out
 
 
@@ -179,7 +184,7 @@ def parts(value, path=()):
 
 
 @pytest.mark.parametrize("damage", ["absent", None, "text", []])
-def test_what_passes_as_a_result_can_be_shown(damage):
+def test_what_passes_as_a_result_can_be_shown(tmp_path, damage):
     """Whatever part of a file is broken: it is refused, or the report can show it."""
     small = FOUND | {"rows": FOUND["rows"][:3]}
     accepted = 0
@@ -192,12 +197,16 @@ def test_what_passes_as_a_result_can_be_shown(damage):
             del within[path[-1]]
         else:
             within[path[-1]] = damage
+        file = tmp_path / "x.json"
+        file.write_text(json.dumps(broken))
         try:
-            files.check(broken, results.SCHEMA)
-        except ValueError:
+            found = results.read(file)
+            with results.of_whole_file(file):
+                plots.draw(found)
+        except files.CommandError as error:
+            assert str(file) in str(error)
             continue
         accepted += 1
-        report.markdown(broken)
     assert accepted
 
 
@@ -222,8 +231,8 @@ def test_a_linked_readme_stays_a_link(tmp_path, capsys):
     target.write_text(README)
     target.chmod(0o664)
     link.symlink_to(target)
-    given = ["report", str(tmp_path / "x.json"), f"--readme={link}", "--no-plots"]
-    assert cli.main(given) == 0
+    given = ["report", tmp_path / "x.json", f"--readme={link}", "--no-plots"]
+    assert bench(*given) == 0
     assert link.is_symlink() and report.markdown(FOUND) in target.read_text()
     assert target.stat().st_mode & 0o777 == 0o664
 
@@ -235,7 +244,7 @@ def test_markup_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     row["reason"] = "lacks [bold]x[/] and [/y]"
     found["rows"][0]["shape"] = "[red]1024"
     monkeypatch.setattr(cli, "measure", lambda arguments, path: results.write(found, path) or 0)
-    assert cli.main(["--out", "[bold]x[/]", "--name", "[red]"]) == 0
+    assert bench("--out", "[bold]x[/]", "--name", "[red]") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "[bold]x[/]/[red].json and .csv" in out and "[red]1024" in out
     assert "[bold]x[/]/[red]_relative_time.png" in out
@@ -244,7 +253,7 @@ def test_markup_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
 
 def test_a_run_has_the_arguments_of_its_command(runs, tmp_path, capsys):
     suite = ["--suite=full", "--level=log-probs", "--level=logits", "--commit=abc", "--notes=x y"]
-    assert cli.main([*suite, "--out", str(tmp_path), "--name=x", "--no-plots"]) == 0
+    assert bench(*suite, "--out", tmp_path, "--name=x", "--no-plots") == 0
     (given,) = runs
     assert (given.suite, given.level) == ("full", ["log-probs", "logits"])
     assert (given.commit, given.notes, given.dry_run) == ("abc", "x y", False)
@@ -262,6 +271,6 @@ def test_a_run_ends_where_its_rows_cannot_be_written(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(results, "write", fail)
     monkeypatch.setattr(harness, "Roofs", lambda device, effort, tiny: Roofs(device, DRY, True))
-    given = ["--level=advantages-mapo", "--out", str(tmp_path), "--name=x", "--no-plots"]
-    assert cli.main(given) == 1
+    given = ["--level=advantages-mapo", "--out", tmp_path, "--name=x", "--no-plots"]
+    assert bench(*given) == 1
     assert "rows are missing" in capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_a_row_that_lacks_its_time_is_refused(tmp_path):
     found["environment"] = about | {"versions": versions}
     path = tmp_path / "x.json"
     path.write_text(json.dumps(found))
-    with pytest.raises(results.CommandError, match="launches"):
+    with pytest.raises(results.CommandError, match="median_us"):
         results.read(path)
     row |= {"launches": 0, "median_us": 3.0, "samples_us": [3.0]}
     missing = {"status": "unavailable", "provider": "TRL", "level": "x + 1", "reason": "not here"}

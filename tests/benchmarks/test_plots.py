@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
 
-from benchmarks import cases, plots, results
-from benchmarks.cases import HIDDEN, LOGITS
+from benchmarks import plots, results
+from benchmarks.names import HIDDEN, LOGITS, SCORING
 from benchmarks.providers import OURS, PROVIDERS
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def test_every_provider_has_a_style_in_the_plots():
 @pytest.fixture(scope="module")
 def figures():
     """The plots of a committed file, which has every level."""
-    return plots.figures(results.read(ROOT / "benchmarks/results/cpu.json"))
+    return plots.draw(results.read(ROOT / "benchmarks/results/cpu.json"))
 
 
 def test_ratios_are_drawn_around_1_a_row_a_shape(figures):
@@ -59,4 +59,4 @@ def test_other_axes_begin_at_0(figures, kind):
         assert axis.get_xscale() == axis.get_yscale() == "linear"
         assert axis.get_ylim()[0] == 0 and axis.get_xlim()[0] <= 0
     levels = [axis.get_title() for axis in figures["memory_against_tokens"].axes]
-    assert levels == [LOGITS, cases.SCORING, HIDDEN]
+    assert levels == [LOGITS, SCORING, HIDDEN]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import cli, report, results, startup
+from benchmarks import report, results, startup
 from benchmarks.providers import OURS
-from mapo_kernels.__main__ import COMMANDS
+from mapo_kernels.__main__ import COMMANDS, main
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("rich")
@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 
 def test_every_command_is_a_row_of_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["startup", "--dry-run", "--name=x", "--notes=y"]) == 0
+    assert main(["bench", "startup", "--dry-run", "--name=x", "--notes=y"]) == 0
     found = results.read(tmp_path / "x.json")
     jsonschema.validate(found, results.SCHEMA)
     assert found["notes"] == "y" and found["dry_run"] and found["finished"]
@@ -36,7 +36,7 @@ def test_the_first_round_is_not_kept_and_a_failure_is_a_row(tmp_path, monkeypatc
         return len(seen) * 1e-3
 
     monkeypatch.setattr(startup, "seconds_of", seconds_of)
-    startup.measure(tmp_path / "x.json", once=False)
+    startup.measure(tmp_path / "x.json", results.About("startup"))
     found = results.read(tmp_path / "x.json")
     by_status = {row["level"]: row for row in found["rows"]}
     demo = by_status.pop("mapo-kernels demo --help")
@@ -45,7 +45,7 @@ def test_the_first_round_is_not_kept_and_a_failure_is_a_row(tmp_path, monkeypatc
     for row in by_status.values():
         assert len(row["samples_ms"]) == startup.REPEATS
     # Rows take turns.
-    assert seen[: len(startup.calls())] == [x for _, _, x in startup.calls()]
+    assert seen[: len(startup.CALLS)] == [x for _, _, x in startup.CALLS]
     assert "no demo" in report.markdown(found)
 
 
