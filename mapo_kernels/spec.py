@@ -7,31 +7,17 @@ combinations of settings make sense. Everything downstream takes a spec as given
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from mapo_kernels.advantage_spec import SCALES_OF as SCALES_OF
 from mapo_kernels.advantage_spec import AdvantageKind as AdvantageKind
 from mapo_kernels.advantage_spec import AdvantageSpec as AdvantageSpec
 from mapo_kernels.choices import APD_DENOMINATORS as APD_DENOMINATORS
 from mapo_kernels.choices import CERTAINTIES as CERTAINTIES
-from mapo_kernels.choices import DENOMINATORS as DENOMINATORS
 from mapo_kernels.choices import DIFFICULTIES as DIFFICULTIES
 from mapo_kernels.choices import ESTIMATORS as ESTIMATORS
-from mapo_kernels.choices import IMPORTANCE_LEVELS as IMPORTANCE_LEVELS
-from mapo_kernels.choices import KL_ESTIMATORS as KL_ESTIMATORS
 from mapo_kernels.choices import MULTI_OBJECTIVE as MULTI_OBJECTIVE
-from mapo_kernels.choices import OBJECTIVES as OBJECTIVES
 from mapo_kernels.choices import SCALES as SCALES
-from mapo_kernels.choices import SEQUENCE_OBJECTIVES as SEQUENCE_OBJECTIVES
-from mapo_kernels.choices import TRUST_REGIONS as TRUST_REGIONS
-from mapo_kernels.choices import (
-    AggregationName,
-    Denominator,
-    ImportanceLevel,
-    KlEstimator,
-    Objective,
-    TrustRegion,
-)
 from mapo_kernels.formula import LossNumbers
 from mapo_kernels.keywords import settings_checked
 from mapo_kernels.settings import Packable, require_pair
@@ -40,6 +26,29 @@ from mapo_kernels.settings import require_bool as require_bool
 from mapo_kernels.settings import require_choice as require_choice
 from mapo_kernels.settings import require_number as require_number
 
+# Objectives of whole sequences are those with importance_level="sequence".
+TokenObjective = Literal["clip", "cispo", "sapo", "none"]
+SequenceObjective = Literal["gmpo", "vespo"]
+Objective = Literal[TokenObjective, SequenceObjective]
+ImportanceLevel = Literal["token", "sequence"]
+KlEstimator = Literal["k1", "k2", "k3"]
+TrustRegion = Literal["tv", "kl"]
+AggregationName = Literal[
+    "token-mean",
+    "token-sum",
+    "prompt-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+]
+Denominator = Literal["all", "contributing"]
+
+OBJECTIVES: tuple[TokenObjective, ...] = get_args(TokenObjective)
+SEQUENCE_OBJECTIVES: tuple[SequenceObjective, ...] = get_args(SequenceObjective)
+IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = get_args(ImportanceLevel)
+KL_ESTIMATORS: tuple[KlEstimator, ...] = get_args(KlEstimator)
+TRUST_REGIONS: tuple[TrustRegion, ...] = get_args(TrustRegion)
+DENOMINATORS: tuple[Denominator, ...] = get_args(Denominator)
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 
 

@@ -12,9 +12,15 @@ from typing import Any
 import torch
 
 from mapo_kernels.advantage_spec import require_scale
-from mapo_kernels.choices import AggregationName, Objective
 from mapo_kernels.settings import require_bool, require_choice, require_number
-from mapo_kernels.spec import ESTIMATORS, VESPO, AdvantageSpec, LossSpec
+from mapo_kernels.spec import (
+    ESTIMATORS,
+    VESPO,
+    AdvantageSpec,
+    AggregationName,
+    LossSpec,
+    Objective,
+)
 
 LEVELS = ("hidden", "logits", "logprobs")
 # TRL's loss types: what is averaged, and over what.

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from mapo_kernels.choices import TrustRegion
-    from mapo_kernels.spec import LossSpec
+    from mapo_kernels.spec import LossSpec, TrustRegion
 
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 MONKEY_PATCH = "verl.models.transformers.monkey_patch"

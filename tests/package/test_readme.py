@@ -7,6 +7,7 @@ from test_pages import ROOT, TEXTS, figures
 
 from mapo_kernels import choices, spec
 
+NO_CHOICES = ("BACKENDS", "VESPO")
 README = TEXTS["README.md"]
 ADDRESS = "https://raw.githubusercontent.com/mapo-kernels/mapo_kernels/main/"
 
@@ -30,9 +31,10 @@ def test_the_two_commands_are_there():
 def test_every_choice_is_in_the_table():
     table = README.partition("\n## Choices\n")[2].partition("\n## ")[0]
     named = set(re.findall(r"`([^`]+)`", table))
-    tuples = [x for name, x in vars(choices).items() if name.isupper() and name != "BACKENDS"]
+    names = vars(choices) | vars(spec)
+    tuples = [x for name, x in names.items() if name.isupper() and name not in NO_CHOICES]
     words = {word for x in tuples if isinstance(x, tuple) for word in x}
-    missing = (words | {*spec.AGGREGATIONS}) - named
+    missing = words - named
     assert not missing and {"mapo", "tv", "contributing"} <= words
     fields = spec.AdvantageSpec.__dataclass_fields__ | spec.LossSpec.__dataclass_fields__
     for row in re.findall(r"^\| (`.*?) \|", table, re.M):

@@ -90,11 +90,9 @@ def test_what_type_checkers_are_told_is_the_signature(function):
 
 
 def test_choices_have_a_type_and_a_tuple_of_the_same_names():
-    assert set(spec.AGGREGATION_TABLE) == set(typing.get_args(choices.AggregationName))
-    assert set(choices.OBJECTIVES + choices.SEQUENCE_OBJECTIVES) == set(
-        typing.get_args(choices.Objective)
-    )
+    assert set(spec.AGGREGATION_TABLE) == set(typing.get_args(spec.AggregationName))
+    assert set(spec.OBJECTIVES + spec.SEQUENCE_OBJECTIVES) == set(typing.get_args(spec.Objective))
     assert choices.BACKENDS == ("auto", *typing.get_args(choices.Computing))
     assert choices.GLOBAL == "global"
-    for name in ("ESTIMATORS", "CERTAINTIES", "SCALES", "OBJECTIVES", "DENOMINATORS"):
+    for name in ("ESTIMATORS", "CERTAINTIES", "SCALES"):
         assert getattr(spec, name) is getattr(choices, name)
