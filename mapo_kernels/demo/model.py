@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,34 +95,10 @@ class Decoder(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.token(tokens) + self.position(positions)
         new_cache = []
-        for index, block in enumerate(self.blocks):
-            x, keys_values = block(x, cache[index] if cache else None)
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x, keys_values = block(x, past)
             new_cache.append(keys_values)
         return self.head(self.norm(x)), new_cache
-
-
-class Rollouts(NamedTuple):
-    """Sampled answers: tokens, their log-probs and mask, each [B, T]; prompts [B, P].
-
-    Each of the B * T tokens was sampled from the columns `kept` for it; log-probs speak of these.
-    """
-
-    prompts: Tensor
-    tokens: Tensor
-    logprobs: Tensor
-    mask: Tensor
-    kept: SamplingMask
-
-    def select(self, rows: Tensor) -> Rollouts:
-        """Some of the answers, by index."""
-        tokens = torch.arange(self.tokens.numel()).view(self.tokens.shape)[rows].flatten()
-        return Rollouts._make([*(x[rows] for x in self[:-1]), self.kept.select(tokens)])
-
-    @classmethod
-    def cat(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """All answers of several."""
-        *tensors, kept = zip(*parts, strict=True)
-        return cls._make([*map(torch.cat, tensors), SamplingMask.cat(kept)])
 
 
 @torch.no_grad()
@@ -132,42 +107,38 @@ def sample(
     prompts: Tensor,
     max_tokens: int,
     *,
-    copies: int = 1,
     top_p: float = 1.0,
+    copies: int = 1,
     generator: torch.Generator | None = None,
-) -> Rollouts:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Continue each prompt [Q, P] `copies` times: at temperature 1, or greedily with no generator.
 
-    Tokens are sampled from the likeliest, whose probabilities add up to `top_p` or more. Rows come
-    in groups of `copies` per prompt. Tokens after the end token are padding and masked.
+    Returns:
+        tokens: [B, T] for the B = Q * copies answers, those to a prompt together.
+        mask: [B, T]. Tokens after the end token are padding and masked.
+        logp: [B, T, V], of the distributions that were sampled from: -inf beyond the likeliest
+            columns, whose probabilities add up to `top_p` or more.
     """
     logits, cache = model(prompts)
-    next_logits = logits[:, -1].repeat_interleave(copies, dim=0)
+    logits = logits[:, -1].repeat_interleave(copies, dim=0)
     cache = [layer.repeat_interleave(copies, dim=1) for layer in cache]
-    ended = torch.zeros(len(next_logits), dtype=torch.bool, device=prompts.device)
-    tokens, logprobs, mask, kept = [], [], [], []
-    for step in range(max_tokens):
-        kept.append(SamplingMask.from_logits(next_logits, top_p=top_p))
-        logp = _keep_only(next_logits, kept[-1]).log_softmax(dim=-1)
+    sampled: list[Tensor] = []
+    distributions = []
+    for _ in range(max_tokens):
+        if sampled:
+            logits, cache = model(sampled[-1], cache)
+            logits = logits[:, -1]
+        kept = SamplingMask.from_logits(logits, top_p=top_p)
+        logp = _keep_only(logits, kept).log_softmax(dim=-1)
+        distributions.append(logp)
         if generator is None:
-            choice = logp.argmax(dim=-1, keepdim=True)
+            sampled.append(logp.argmax(dim=-1, keepdim=True))
         else:
-            choice = torch.multinomial(logp.exp(), 1, generator=generator)
-        mask.append(~ended)
-        logprobs.append(logp.gather(1, choice).squeeze(1).masked_fill(ended, 0.0))
-        tokens.append(choice.squeeze(1).masked_fill(ended, PAD))
-        ended = ended | (tokens[-1] == END)
-        if step + 1 < max_tokens:
-            logits, cache = model(tokens[-1][:, None], cache)
-            next_logits = logits[:, -1]
-    answer_by_answer = torch.arange(ended.numel() * max_tokens).view(max_tokens, -1).T.flatten()
-    return Rollouts(
-        prompts.repeat_interleave(copies, dim=0),
-        torch.stack(tokens, dim=1),
-        torch.stack(logprobs, dim=1),
-        torch.stack(mask, dim=1),
-        SamplingMask.cat(kept).select(answer_by_answer),
-    )
+            sampled.append(torch.multinomial(logp.exp(), 1, generator=generator))
+    tokens = torch.cat(sampled, dim=1)
+    is_end = (tokens == END).long()
+    mask = is_end.cumsum(dim=1) == is_end  # up to the first end token
+    return tokens.masked_fill(~mask, PAD), mask, torch.stack(distributions, dim=1)
 
 
 def _keep_only(logits: Tensor, kept: SamplingMask) -> Tensor:

@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mapo_kernels import AdvantageSpec, LossSpec, mapo_loss_from_logits, token_logprobs
-from mapo_kernels.demo.model import PAD, Characters, Decoder, Rollouts, answer_logits, sample
+from mapo_kernels import (
+    AdvantageSpec,
+    LossSpec,
+    SamplingMask,
+    mapo_loss_from_logits,
+    token_logprobs,
+)
+from mapo_kernels.demo.model import PAD, Characters, Decoder, answer_logits, sample
 from mapo_kernels.demo.settings import FORMAT, REPLAY, WARM_UP, Record, Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
 
@@ -20,17 +26,20 @@ GRADIENT_NORM = 1.0
 WARM_UP_STRIDE = 10  # supervised updates between two looks at sampled success
 
 
-class Scored(NamedTuple):
-    """Answers, group after group; rewards and whether they are right, [groups, group_size]."""
+class Rollouts(NamedTuple):
+    """Sampled answers: tensors [groups, group_size, ...], or [answers, ...] in a minibatch."""
 
-    rollouts: Rollouts
-    rewards: Tensor
-    correct: Tensor
+    prompts: Tensor  # [..., P]
+    tokens: Tensor  # [..., T]
+    mask: Tensor  # [..., T]
+    logp: Tensor  # [..., T, V]: of the distribution sampled from, -inf at columns it did not keep
+    rewards: Tensor  # on the CPU
+    correct: Tensor  # which are right, whatever their rewards; on the CPU
 
-    def groups(self, which: Tensor) -> Scored:
-        """Those of some of the groups."""
-        rows = torch.arange(self.rewards.numel()).view_as(self.rewards)[which].flatten()
-        return Scored(self.rollouts.select(rows), self.rewards[which], self.correct[which])
+    def minibatches(self, count: int) -> list[Rollouts]:
+        """So many equal parts of whole groups, flat as losses take them."""
+        flat = [x.flatten(0, 1).chunk(count) for x in self]
+        return [Rollouts._make(part) for part in zip(*flat, strict=True)]
 
 
 class Workbench:
@@ -65,17 +74,18 @@ class Workbench:
 
     def roll_out(
         self, model: Decoder, problems: list[Problem], copies: int, generator: Generator | None
-    ) -> Scored:
-        """Sampled answers (greedy without a generator); rewards are on the CPU."""
+    ) -> Rollouts:
+        """`copies` answers to each problem, sampled, or greedy without a generator."""
         prompts, top_p = self.prompts(problems), self.settings.top_p
-        rollouts = sample(
+        tokens, mask, logp = sample(
             model, prompts, self.max_tokens, copies=copies, top_p=top_p, generator=generator
         )
-        answers = self.characters.decode(rollouts.tokens)
+        answers = self.characters.decode(tokens)
         pairs = [(problems[row // copies], answer) for row, answer in enumerate(answers)]
         rewards = torch.tensor([self.reward(*pair) for pair in pairs])
         correct = torch.tensor([answer == problem.solution for problem, answer in pairs])
-        return Scored(rollouts, rewards.view(-1, copies), correct.view(-1, copies))
+        flat = (prompts.repeat_interleave(copies, dim=0), tokens, mask, logp, rewards, correct)
+        return Rollouts._make(x.unflatten(0, (-1, copies)) for x in flat)
 
     def reward(self, problem: Problem, answer: str | None) -> float:
         """What RL maximizes; None is an answer that never ended."""
@@ -188,10 +198,9 @@ class Run:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = settings.learning_rate * (1 - step / settings.steps)
         batch = self._roll_out()
-        groups = torch.arange(settings.prompts).chunk(settings.minibatches)
-        # All before the first update.
-        parts = [self._scored_anew(x) if self.replays else x for x in map(batch.groups, groups)]
-        measured = [self._minibatch(part) for part in parts]
+        parts = batch.minibatches(settings.minibatches)
+        old_logprobs = [self._old_logprobs(part) for part in parts]  # all before the first update
+        measured = [self._minibatch(*x) for x in zip(parts, old_logprobs, strict=True)]
         # A minibatch without a scored token says NaN; so does a step of such minibatches.
         lists = {name: torch.tensor([values[name] for values in measured]) for name in measured[0]}
         means = {name: values.nanmean().item() for name, values in lists.items()}
@@ -200,42 +209,41 @@ class Run:
         self.record["finished"] = step + 1 == settings.steps
         # Of the first minibatch, which is of the policy that sampled.
         means["on_policy_ratio"] = measured[0]["ratio_mean"]
-        means["kept_columns"] = self._kept_columns(batch.rollouts)
+        # Of a token of an answer, on average.
+        kept = (batch.logp > -torch.inf).sum(dim=-1)[batch.mask]
+        means["kept_columns"] = kept.double().mean().item()
         return {"step": step, **group_summary(batch), **means}
 
     @torch.no_grad()
-    def _scored_anew(self, part: Scored) -> Scored:
-        """With log-probs that equal the loss's bit for bit; the sampler's are not."""
-        prompts, tokens, _, mask, kept = part.rollouts
-        logits = answer_logits(self.model, prompts, tokens)
-        logprobs = token_logprobs(logits, tokens, mask=mask, sampling_mask=kept)
-        return part._replace(rollouts=part.rollouts._replace(logprobs=logprobs))
+    def _old_logprobs(self, part: Rollouts) -> Tensor:
+        """[B, T]: the sampler's; in a replay the model's, which equal the loss's bit for bit."""
+        if not self.replays:
+            logprobs = part.logp.gather(2, part.tokens[..., None]).squeeze(2)
+            return logprobs.masked_fill(~part.mask, 0.0)
+        kept = SamplingMask.from_logits(part.logp)
+        logits = answer_logits(self.model, part.prompts, part.tokens)
+        return token_logprobs(logits, part.tokens, mask=part.mask, sampling_mask=kept)
 
-    def _kept_columns(self, rollouts: Rollouts) -> float:
-        """How many columns a token of an answer was sampled from, on average."""
-        counts = rollouts.kept.counts.view_as(rollouts.mask)[rollouts.mask]
-        return counts.where(counts > 0, self.bench.characters.size).double().mean().item()
-
-    def _minibatch(self, part: Scored) -> dict[str, float]:
+    def _minibatch(self, part: Rollouts, old_logprobs: Tensor) -> dict[str, float]:
         """One optimizer step on some groups; returns the loss and its metrics."""
-        settings, device, rollouts = self.settings, self.bench.device, part.rollouts
+        settings, device = self.settings, self.bench.device
         output = mapo_loss_from_logits(
-            answer_logits(self.model, rollouts.prompts, rollouts.tokens),
-            rollouts.tokens,
-            sampling_mask=rollouts.kept if self.replays else None,
-            rewards=part.rewards.flatten().to(device),
-            success=part.correct.flatten().to(device) if self.knows_success else None,
+            answer_logits(self.model, part.prompts, part.tokens),
+            part.tokens,
+            sampling_mask=SamplingMask.from_logits(part.logp) if self.replays else None,
+            rewards=part.rewards.to(device),
+            success=part.correct.to(device) if self.knows_success else None,
             group_size=settings.group_size,
-            mask=rollouts.mask,
+            mask=part.mask,
             # The policy that sampled: stale from the second minibatch on, which is what is clipped.
-            old_logprobs=rollouts.logprobs,
+            old_logprobs=old_logprobs,
             spec=LossSpec(eps_low=settings.eps_low, eps_high=settings.eps_high),
             advantage_spec=self.advantage_spec,
         )
         metrics = {name: value.item() for name, value in output.metrics.items()}
         return {**self._update(output.loss), **metrics}
 
-    def _roll_out(self) -> Scored:
+    def _roll_out(self) -> Rollouts:
         problems = self.stream.take(self.settings.prompts)
         return self.bench.roll_out(self.model, problems, self.settings.group_size, self.generator)
 
@@ -262,7 +270,7 @@ def without_signal(rewards: Tensor) -> Tensor:
     return (rewards == rewards[:, :1]).all(dim=1)
 
 
-def group_summary(batch: Scored) -> Record:
+def group_summary(batch: Rollouts) -> Record:
     """What a batch of groups shows; partial credit is no success."""
     return {
         "reward": batch.rewards.double().mean().item(),

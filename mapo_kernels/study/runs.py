@@ -17,10 +17,9 @@ from torch import Tensor
 
 from mapo_kernels import group_advantages
 from mapo_kernels.demo import folder
-from mapo_kernels.demo.model import Rollouts
 from mapo_kernels.demo.settings import WARM_UP, Record
 from mapo_kernels.demo.tasks import Problem
-from mapo_kernels.demo.train import GRADIENT_NORM, Run, Scored, Workbench, without_signal
+from mapo_kernels.demo.train import GRADIENT_NORM, Rollouts, Run, Workbench, without_signal
 from mapo_kernels.doctor import versions
 from mapo_kernels.study.settings import (
     ARMS,
@@ -64,7 +63,7 @@ class StudyRun(Run):
         super().__init__(bench, ARMS[cell.estimator][0], cell.seed, start)
         self.knows_success = cell.reward == "partial-success"
 
-    def _roll_out(self) -> Scored:
+    def _roll_out(self) -> Rollouts:
         """A batch of groups; with more than one draw, those with signal first.
 
         DAPO samples until the batch is full of groups with signal. Here that ends after `draws`
@@ -78,24 +77,26 @@ class StudyRun(Run):
             self._groups, self._silent = len(silent), int(silent.sum())
             if self._groups - self._silent >= count or self._groups >= count * self.settings.draws:
                 break
-            drawn = _joined(drawn, super()._roll_out())
-        first = silent.int().argsort(stable=True)[:count]
-        return drawn.groups(first.sort().values) if len(silent) > count else drawn
+            more = super()._roll_out()
+            drawn = Rollouts._make(torch.cat(x) for x in zip(drawn, more, strict=True))
+        first = silent.int().argsort(stable=True)[:count].sort().values
+        return Rollouts._make(x[first] for x in drawn)
 
     def _reinforce(self) -> Record:
         """A step, with what its sampling took."""
         done = super()._reinforce()
         return done | {"groups": self._groups, "groups_without_signal": self._silent}
 
-    def _minibatch(self, part: Scored) -> dict[str, float]:
+    def _minibatch(self, part: Rollouts, old_logprobs: Tensor) -> dict[str, float]:
         """An optimizer step, with the mean of the absolute advantages."""
         advantages = group_advantages(
-            part.rewards.flatten(),
+            part.rewards,
             group_size=self.settings.group_size,
-            success=part.correct.flatten() if self.knows_success else None,
+            success=part.correct if self.knows_success else None,
             **asdict(self.advantage_spec),
         )
-        return super()._minibatch(part) | {"advantage_abs": advantages.abs().mean().item()}
+        done = super()._minibatch(part, old_logprobs)
+        return done | {"advantage_abs": advantages.abs().mean().item()}
 
     def _update(self, loss: Tensor) -> Record:
         """An optimizer step, with the norm of the parameters' change."""
@@ -114,12 +115,6 @@ class StudyRun(Run):
             for gradient in gradients:
                 gradient.mul_(GRADIENT_NORM / norm)
         return norm
-
-
-def _joined(first: Scored, second: Scored) -> Scored:
-    rollouts = Rollouts.cat([first.rollouts, second.rollouts])
-    rewards = torch.cat([first.rewards, second.rewards])
-    return Scored(rollouts, rewards, torch.cat([first.correct, second.correct]))
 
 
 def run_cell(cell: Cell, base: StudySettings, out: Path, device: str = "cpu") -> Record:

@@ -20,14 +20,14 @@ pytest.importorskip("rich")
 from reasoning_gym import create_dataset
 
 import mapo_kernels
-from mapo_kernels import SamplingMask, files
+from mapo_kernels import files
 from mapo_kernels.__main__ import main
 from mapo_kernels.demo import experiment, plots, report, train
 from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.model import END, PAD, Characters, Decoder, answer_logits, sample
 from mapo_kernels.demo.settings import Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
-from mapo_kernels.demo.train import Scored, group_summary
+from mapo_kernels.demo.train import Rollouts, group_summary
 from mapo_kernels.files import CommandError
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,8 @@ def test_saved_model_can_be_rebuilt(finished):
     model = Decoder(**saved["model_config"])
     model.load_state_dict(saved["model"])
     prompts = Characters(saved["alphabet"]).prompts(["stone<"], 7)
-    assert sample(model, prompts, 7).tokens.shape == (1, 7)
+    tokens, *_ = sample(model, prompts, 7)
+    assert tokens.shape == (1, 7)
 
 
 def test_same_seed_gives_the_same_run(finished, tmp_path, undrawn):
@@ -387,7 +388,8 @@ def test_success_is_exact_match_not_mean_reward():
     nearly, too_long = task.reward(problem, "senot<"), task.reward(problem, "senotsx")
     assert (nearly, too_long) == (5 / 6, 6 / 7)
     rewards = torch.tensor([[1.0, nearly, too_long, 0.0]])
-    summary = group_summary(Scored(None, rewards, torch.tensor([[True, False, False, False]])))
+    correct = torch.tensor([[True, False, False, False]])
+    summary = group_summary(Rollouts(None, None, None, None, rewards, correct))
     assert summary["success"] == 0.25 and summary["reward"] > 0.6
 
 
@@ -411,31 +413,28 @@ def sampled(top_p):
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_cached_sampling_agrees_with_the_full_forward_pass(top_p):
-    model, prompts, rollouts = sampled(top_p)
-    assert torch.equal(rollouts.prompts, prompts.repeat_interleave(3, dim=0))
-    full = answer_logits(model, rollouts.prompts, rollouts.tokens).detach()
-    # The log-prob of each token by the definition: of the likeliest, until they have `top_p`.
+    model, prompts, (tokens, mask, logp) = sampled(top_p)
+    full = answer_logits(model, prompts.repeat_interleave(3, dim=0), tokens).detach()
+    # The log-probs by the definition: of the likeliest, until they have `top_p`.
     p, order = full.softmax(-1).sort(descending=True)
     p = p.where(p.cumsum(-1) - p < top_p, 0.0)
-    logp = (p / p.sum(-1, keepdim=True)).log().gather(-1, order.argsort(-1))
-    logp = logp.gather(-1, rollouts.tokens[..., None]).squeeze(-1)
-    torch.testing.assert_close(rollouts.logprobs, logp.masked_fill(~rollouts.mask, 0.0))
-    counts = (p > 0).sum(-1).flatten()
-    assert torch.equal(rollouts.kept.counts, counts.where(counts < 9, 0))
-    ended_before = (rollouts.tokens == END).cumsum(dim=1) - (rollouts.tokens == END).long() > 0
-    assert torch.equal(rollouts.mask, ~ended_before)
-    assert (rollouts.tokens[ended_before] == PAD).all()
+    expected = (p / p.sum(-1, keepdim=True)).log().gather(-1, order.argsort(-1))
+    torch.testing.assert_close(logp[mask], expected[mask])
+    assert (logp[mask].gather(-1, tokens[mask][:, None]) > -torch.inf).all()
+    ended_before = (tokens == END).cumsum(dim=1) - (tokens == END).long() > 0
+    assert torch.equal(mask, ~ended_before) and not mask.all()
+    assert (tokens[ended_before] == PAD).all()
 
 
-def test_parts_of_rollouts_keep_what_their_answers_kept():
-    _, _, rollouts = sampled(0.6)
-    parts = [rollouts.select(rows) for rows in torch.arange(15).split(5)]
-    assert [part.tokens.shape for part in parts] == [(5, 5)] * 3
-    kept = SamplingMask.cat([part.kept for part in parts])
-    assert all(torch.equal(x, y) for x, y in zip(kept, rollouts.kept, strict=True))
-    again = train.Rollouts.cat(parts)
-    tensors = ((*x[:-1], *x.kept) for x in (again, rollouts))
-    assert all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+def test_minibatches_are_whole_groups_in_order():
+    tensors = [torch.arange(24).view(6, 2, 2) for _ in Rollouts._fields]
+    parts = Rollouts(*tensors).minibatches(3)
+    assert [part.rewards[:, 0].tolist() for part in parts] == [
+        [0, 2, 4, 6],
+        [8, 10, 12, 14],
+        [16, 18, 20, 22],
+    ]
+    assert all(torch.equal(x, part.rewards) for part in parts for x in part)
 
 
 def test_unfinished_answers_decode_to_none():

@@ -162,7 +162,7 @@ def test_without_dynamic_sampling_a_batch_is_the_demos():
     cell = replace(CELL, estimator="grpo", reward="binary")
     run, plain = new_run(cell), new_run(cell)
     ours, demos = run._roll_out(), runs.Run._roll_out(plain)
-    assert torch.equal(ours.rollouts.tokens, demos.rollouts.tokens)
+    assert torch.equal(ours.tokens, demos.tokens)
     assert torch.equal(ours.rewards, demos.rewards)
 
 
