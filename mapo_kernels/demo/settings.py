@@ -7,6 +7,7 @@ from typing import Any
 
 from mapo_kernels.choices import ESTIMATORS as ESTIMATORS
 from mapo_kernels.choices import Certainty
+from mapo_kernels.settings import require_number
 
 Record = dict[str, Any]  # of a run, a step or all of them: what JSON can hold
 
@@ -45,11 +46,8 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        share = self.warmup_success
-        if not 0 <= share <= 1:  # and no NaN
-            raise ValueError(f"warmup_success: expected a number in [0, 1], got {share}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        require_number("warmup_success", self.warmup_success, 0, 1)
+        require_number("top_p", self.top_p, 0, 1, open_low=True)
         if self.prompts % self.minibatches:
             expected = f"a multiple of minibatches = {self.minibatches}"
             raise ValueError(f"prompts: expected {expected}, got {self.prompts}")
