@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ from mapo_kernels.demo import folder, plots, report
 from mapo_kernels.demo.settings import FORMAT, WARM_UP, Record, Settings
 from mapo_kernels.demo.train import Run, Workbench
 from mapo_kernels.doctor import versions
-from mapo_kernels.files import CommandError, one_line
+from mapo_kernels.files import CommandError, naming, one_line
 
 SAVE_EVERY = 25  # steps
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
@@ -45,8 +45,14 @@ def run_experiment(
         if resume:
             _require_same_settings(earlier["configuration"], settings)
         bench = Workbench(settings, device)
+        paths = {name: folder.run_path(out, name) for name in earlier["runs"]}
+        begun: dict[str, Run] = {}
         # All at once: a damaged file must not be found after hours of training.
-        begun = _load(bench, out, earlier["runs"]) if resume else {}
+        for name, path in paths.items():
+            if resume and path.exists():
+                phase, seed = name.split("_seed")
+                begun[name] = Run(bench, phase, int(seed))
+                begun[name].load(path)
         log = {
             "format": FORMAT,
             "status": "running",
@@ -57,8 +63,9 @@ def run_experiment(
             "runs": {run.name: run.record for run in begun.values()},
         }
         folder.write_log(out, log)
-        if not resume:
-            folder.discard_runs(out, earlier["runs"])
+        for path in () if resume else paths.values():
+            with naming(path):
+                path.unlink(missing_ok=True)
         try:
             with report.console().status("") as status:
                 for seed in range(seeds):
@@ -76,23 +83,12 @@ def run_experiment(
     return INTERRUPTED if log["status"] == "interrupted" else 0
 
 
-def _load(bench: Workbench, out: Path, names: Iterable[str]) -> dict[str, Run]:
-    """Those of the runs that were saved."""
-    found = {}
-    for name in names:
-        phase, seed = name.split("_seed")
-        if folder.run_path(out, name).exists():
-            found[name] = Run(bench, phase, int(seed))
-            folder.load(folder.run_path(out, name), found[name].load_state_dict)
-    return found
-
-
 def _train(run: Run, out: Path, log: Record, status: Status) -> None:
     """Step until the run is finished, saving it now and then."""
 
     def save() -> None:
         folder.write_log(out, log)  # first: it lists the files that may be discarded
-        folder.save(folder.run_path(out, run.name), run.state_dict())
+        run.save(folder.run_path(out, run.name))
 
     log["runs"][run.name] = run.record
     run.begin()

@@ -1,30 +1,25 @@
-"""The demo's output folder: whose it is, what its files hold, one experiment at a time."""
+"""The demo's output folder: whose it is, and one experiment at a time."""
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from mapo_kernels import files
-from mapo_kernels.demo.settings import ESTIMATORS, FORMAT, REPLAY, WARM_UP, Record
-from mapo_kernels.files import CommandError, naming, one_line, read_json
+from mapo_kernels.demo.settings import FORMAT, Record
+from mapo_kernels.files import CommandError, naming
 
 LOG_NAME = "log.json"
-# Of a run and its file.
-RUN_NAME = rf"^({WARM_UP}|({'|'.join(ESTIMATORS)})({REPLAY})?)_seed[0-9]+$"
 LOG_SCHEMA = {
     "type": "object",
     "required": ["format", "configuration", "runs"],
     "properties": {
         "format": {"const": FORMAT},
         "configuration": {"type": "object"},
-        "runs": {"type": "object", "propertyNames": {"pattern": RUN_NAME}},
+        # Each name is that of a file, too.
+        "runs": {"type": "object", "propertyNames": {"pattern": "^[a-z-]+_seed[0-9]+$"}},
     },
 }
 
@@ -46,24 +41,16 @@ def opened(path: Path, *, resume: bool) -> Iterator[Record]:
 
 
 def _earlier_log(path: Path, needed: bool) -> Record:
+    ignored = {files.LOCK_NAME, LOG_NAME + files.PARTIAL}
     with naming(path):
-        names = {entry.name for entry in path.iterdir()} - {
-            files.LOCK_NAME,
-            LOG_NAME + files.PARTIAL,
-        }
+        names = {entry.name for entry in path.iterdir()} - ignored
     if needed or LOG_NAME in names:
-        return read_json(path / LOG_NAME, LOG_SCHEMA, "the log of a demo (or choose another --out)")
+        what = "the log of a demo (or choose another --out)"
+        return files.read_json(path / LOG_NAME, LOG_SCHEMA, what)
     if names:
-        raise CommandError(
-            f"{path}: expected an empty folder or one of the demo's own, got one with "
-            f"{min(names)!r} and no {LOG_NAME}"
-        )
+        expected = f"{path}: expected an empty folder or one of the demo's own"
+        raise CommandError(f"{expected}, got one with {min(names)!r} and no {LOG_NAME}")
     return {"runs": {}}
-
-
-def write_log(path: Path, log: Record) -> None:
-    """Write the log, whole or not at all."""
-    files.write_whole(path / LOG_NAME, (json.dumps(log) + "\n").encode())
 
 
 def run_path(path: Path, name: str) -> Path:
@@ -71,27 +58,6 @@ def run_path(path: Path, name: str) -> Path:
     return path / f"{name}.pt"
 
 
-def discard_runs(path: Path, names: Iterable[str]) -> None:
-    """Delete the files of these runs, and nothing else."""
-    for file in (run_path(path, name) for name in names):
-        with naming(file):
-            file.unlink(missing_ok=True)
-
-
-def save(path: Path, state: Record) -> None:
-    """`torch.save`, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    files.write_whole(path, buffer.getvalue())
-
-
-def load(path: Path, restore: Callable[[Record], None]) -> None:
-    """Pass what `save` wrote to `restore`; CommandError if it is damaged or `restore` fails."""
-    content = files.read_whole(path)
-    try:
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
-        if damaged is not None:  # torch does not compare checksums
-            raise ValueError(f"one with a damaged {damaged}")
-        restore(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-    except Exception as error:  # A file may hold anything, and fail in any way.
-        raise CommandError(f"{path}: expected a run of this demo, got {one_line(error)}") from error
+def write_log(path: Path, log: Record) -> None:
+    """Write the log, whole or not at all."""
+    files.write_whole(path / LOG_NAME, (json.dumps(log) + "\n").encode())

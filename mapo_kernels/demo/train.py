@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import time
+import zipfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ from mapo_kernels import (
 from mapo_kernels.demo.model import PAD, Characters, Decoder, answer_logits, sample
 from mapo_kernels.demo.settings import FORMAT, REPLAY, WARM_UP, Record, Settings
 from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_problems
+from mapo_kernels.files import CommandError, one_line, read_whole, write_whole
 
 EVAL_SEED = 10**6
 GRADIENT_NORM = 1.0
@@ -135,8 +139,33 @@ class Run:
         estimator: Any = self.phase.removesuffix(REPLAY)
         return AdvantageSpec(estimator=estimator, certainty=self.settings.certainty)
 
-    def state_dict(self) -> Record:
-        """All of the run, with what it takes to rebuild the model and to read its tokens."""
+    def save(self, path: Path) -> None:
+        """Write all of the run, with what it takes to rebuild the model and to read its tokens."""
+        buffer = io.BytesIO()
+        torch.save(self._state(), buffer)
+        write_whole(path, buffer.getvalue())
+
+    def load(self, path: Path) -> None:
+        """Continue what was saved; CommandError if the file is damaged or none of this run."""
+        content = read_whole(path)
+        try:
+            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+            if damaged is not None:  # torch does not compare checksums
+                raise ValueError(f"one with a damaged {damaged}")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            for name in ("format", "name", "configuration"):
+                if state[name] != self._state()[name]:
+                    raise ValueError(f"one with another {name}")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            self.stream.position = state["position"]
+            self.record = state["record"]
+        except Exception as error:  # A file may hold anything, and fail in any way.
+            expected = f"{path}: expected a run of this demo"
+            raise CommandError(f"{expected}, got {one_line(error)}") from error
+
+    def _state(self) -> Record:
         return {
             "format": FORMAT,
             "name": self.name,
@@ -150,23 +179,11 @@ class Run:
             "record": self.record,
         }
 
-    def load_state_dict(self, state: Record) -> None:
-        """Continue from such a state; a ValueError says how it is none of this run."""
-        for name in ("format", "name", "configuration"):
-            if state[name] != self.state_dict()[name]:
-                raise ValueError(f"one with another {name}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.stream.position = state["position"]
-        self.record = state["record"]
-
     def begin(self) -> None:
         """Evaluate before the first step of RL."""
-        if self.phase != WARM_UP:
-            if not self.record["evals"]:
-                self.record["evals"].append(self.bench.evaluate(self.model, 0))
-            self.record["finished"] = len(self.record["steps"]) == self.settings.steps
+        if self.phase != WARM_UP and not self.record["evals"]:
+            self.record["evals"].append(self.bench.evaluate(self.model, 0))
+            self.record["finished"] = self.settings.steps == 0
 
     def step(self) -> None:
         """One step of the phase, which may be its last; the record tells of it."""

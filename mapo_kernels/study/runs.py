@@ -16,7 +16,6 @@ from filelock import FileLock
 from torch import Tensor
 
 from mapo_kernels import group_advantages
-from mapo_kernels.demo import folder
 from mapo_kernels.demo.settings import WARM_UP, Record
 from mapo_kernels.demo.tasks import Problem
 from mapo_kernels.demo.train import GRADIENT_NORM, Rollouts, Run, Workbench, without_signal
@@ -160,11 +159,11 @@ def _start(regime: str, seed: int, base: StudySettings, out: Path, device: str) 
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
-            folder.load(path, run.load_state_dict)
+            run.load(path)
         else:
             while not run.record["finished"]:
                 run.step()
-            folder.save(path, run.state_dict())
+            run.save(path)
     return run
 
 
