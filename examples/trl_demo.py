@@ -24,8 +24,7 @@ from mapo_kernels.demo.tasks import TASKS, Problem, ProblemStream, held_out_prob
 from mapo_kernels.integrations.trl import MAPOConfig, MAPOTrainer
 
 TASK = TASKS["number_sorting"]
-CHARACTERS = Characters(TASK.alphabet)
-MAX_TOKENS = TASK.answer_length + 1  # the end token
+CHARACTERS = Characters(TASK)
 MINIBATCHES = 4  # optimizer steps per batch of rollouts
 
 
@@ -82,14 +81,13 @@ class Success:
 @torch.no_grad()
 def success_of(model: transformers.PreTrainedModel, problems: Sequence[Problem]) -> float:
     """The share of right answers, sampled at temperature 1."""
-    prompts = CHARACTERS.prompts([x.prompt for x in problems], TASK.prompt_length)
-    prompts = prompts.to(model.device)
+    prompts = CHARACTERS.prompts(problems).to(model.device)
     sampled = model.generate(
         prompts,
         attention_mask=(prompts != PAD).long(),
         do_sample=True,
         top_k=0,
-        max_new_tokens=MAX_TOKENS,
+        max_new_tokens=CHARACTERS.length,
     )
     ids = sampled[:, prompts.shape[1] :].tolist()
     rewards = Success(problems)(ids, list(range(len(problems))))
@@ -102,9 +100,7 @@ def warm_up(model: transformers.PreTrainedModel, stream: ProblemStream, target: 
     while success_of(model, stream.take(256)) < target:
         for _ in range(20):
             problems = stream.take(64)
-            prompts = CHARACTERS.prompts([x.prompt for x in problems], TASK.prompt_length)
-            answers = CHARACTERS.answers([x.solution for x in problems], MAX_TOKENS)
-            tokens = torch.cat((prompts, answers), dim=1)
+            tokens = torch.cat((CHARACTERS.prompts(problems), CHARACTERS.answers(problems)), dim=1)
             labels = tokens.masked_fill(tokens == PAD, -100)
             labels[:, : TASK.prompt_length] = -100
             batch = {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
@@ -120,7 +116,7 @@ def train(model: transformers.PreTrainedModel, problems: list[Problem], **option
     with tempfile.TemporaryDirectory() as scratch:
         config = MAPOConfig(
             output_dir=scratch,
-            max_completion_length=MAX_TOKENS,
+            max_completion_length=CHARACTERS.length,
             steps_per_generation=MINIBATCHES,
             epsilon_high=0.28,
             adam_beta2=0.95,

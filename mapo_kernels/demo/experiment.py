@@ -13,7 +13,8 @@ from rich.status import Status
 from mapo_kernels import resolve_backend
 from mapo_kernels.demo import folder, plots, report
 from mapo_kernels.demo.settings import FORMAT, WARM_UP, Record, Settings
-from mapo_kernels.demo.train import Run, Workbench
+from mapo_kernels.demo.tasks import TASKS, held_out_problems
+from mapo_kernels.demo.train import Run
 from mapo_kernels.doctor import versions
 from mapo_kernels.files import CommandError, naming, one_line
 
@@ -44,14 +45,13 @@ def run_experiment(
     with folder.opened(out, resume=resume) as earlier:
         if resume:
             _require_same_settings(earlier["configuration"], settings)
-        bench = Workbench(settings, device)
-        paths = {name: folder.run_path(out, name) for name in earlier["runs"]}
+        paths = {name: out / f"{name}.pt" for name in earlier["runs"]}
         begun: dict[str, Run] = {}
         # All at once: a damaged file must not be found after hours of training.
         for name, path in paths.items():
             if resume and path.exists():
                 phase, seed = name.split("_seed")
-                begun[name] = Run(bench, phase, int(seed))
+                begun[name] = Run(settings, phase, int(seed), device)
                 begun[name].load(path)
         log = {
             "format": FORMAT,
@@ -59,7 +59,9 @@ def run_experiment(
             "configuration": asdict(settings),
             "versions": versions() | {"reasoning-gym": metadata.version("reasoning-gym")},
             "backend": resolve_backend(device.type),
-            "held_out_problems": len(bench.held_out),
+            "held_out_problems": len(
+                held_out_problems(TASKS[settings.task], settings.eval_prompts)
+            ),
             "runs": {run.name: run.record for run in begun.values()},
         }
         folder.write_log(out, log)
@@ -71,7 +73,7 @@ def run_experiment(
                 for seed in range(seeds):
                     start = None
                     for phase in (WARM_UP, *estimators):
-                        run = Run(bench, phase, seed, start)
+                        run = Run(settings, phase, seed, device, start)
                         run = begun.get(run.name, run)
                         _train(run, out, log, status)
                         start = start or run
@@ -88,7 +90,7 @@ def _train(run: Run, out: Path, log: Record, status: Status) -> None:
 
     def save() -> None:
         folder.write_log(out, log)  # first: it lists the files that may be discarded
-        run.save(folder.run_path(out, run.name))
+        run.save(out / f"{run.name}.pt")
 
     log["runs"][run.name] = run.record
     run.begin()
@@ -113,7 +115,7 @@ def _require_same_settings(before: Record, settings: Settings) -> None:
 
 
 def usable_device(name: str) -> torch.device:
-    """A device by name, or what `auto` finds; ValueError if nothing can be computed on it."""
+    """A device by name, or what `auto` finds; CommandError if it cannot compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -122,5 +124,5 @@ def usable_device(name: str) -> torch.device:
         torch.Generator(device)
     except Exception as error:  # Backends that are not there fail in many ways.
         reason = one_line(str(error).split("\n")[0] or error)
-        raise ValueError(f"--device: expected a usable device, got {name!r}: {reason}") from error
+        raise CommandError(f"--device: expected a usable device, got {name!r}: {reason}") from error
     return device

@@ -53,11 +53,6 @@ def _earlier_log(path: Path, needed: bool) -> Record:
     return {"runs": {}}
 
 
-def run_path(path: Path, name: str) -> Path:
-    """Where a run's model, its record and all that it continues from go."""
-    return path / f"{name}.pt"
-
-
 def write_log(path: Path, log: Record) -> None:
     """Write the log, whole or not at all."""
     files.write_whole(path / LOG_NAME, (json.dumps(log) + "\n").encode())

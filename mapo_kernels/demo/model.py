@@ -9,30 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mapo_kernels import SamplingMask
+from mapo_kernels.demo.tasks import Problem, Task
 
 PAD, END = 0, 1  # ids of the special tokens
 SPECIAL = "\0\n"  # their characters
 
 
 class Characters:
-    """Characters to token ids and back; prompts are padded on the left, answers on the right.
+    """A task's characters to token ids and back; prompts are padded left, answers right.
 
     Every prompt then ends, and every answer starts, at the same position. Padding is an ordinary
     token to the model: on the left it is learned to be ignored, on the right causality hides it.
     """
 
-    def __init__(self, alphabet: str) -> None:
+    def __init__(self, task: Task) -> None:
         """Number the characters after the two special tokens."""
-        self._characters = SPECIAL + alphabet
+        self._task, self._characters = task, SPECIAL + task.alphabet
         self.size = len(self._characters)
+        self.length = task.answer_length + 1  # of answers, with the end token
 
-    def prompts(self, texts: Iterable[str], length: int) -> Tensor:
-        """[B, length] token ids."""
-        return self._encode(text.rjust(length, SPECIAL[PAD]) for text in texts)
+    def prompts(self, problems: Iterable[Problem]) -> Tensor:
+        """[B, P] token ids."""
+        length = self._task.prompt_length
+        return self._encode(x.prompt.rjust(length, SPECIAL[PAD]) for x in problems)
 
-    def answers(self, texts: Iterable[str], length: int) -> Tensor:
-        """[B, length] token ids, with the end token."""
-        return self._encode((text + SPECIAL[END]).ljust(length, SPECIAL[PAD]) for text in texts)
+    def answers(self, problems: Iterable[Problem]) -> Tensor:
+        """[B, T] token ids of the solutions, with the end token."""
+        ended = (x.solution + SPECIAL[END] for x in problems)
+        return self._encode(text.ljust(self.length, SPECIAL[PAD]) for text in ended)
 
     def _encode(self, texts: Iterable[str]) -> Tensor:
         return torch.tensor([[self._characters.index(x) for x in text] for text in texts])

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mapo_kernels.demo.folder import LOG_NAME, run_path
+from mapo_kernels.demo.folder import LOG_NAME
 from mapo_kernels.demo.settings import REPLAY, WARM_UP, Record, Settings
 
 Final = dict[str, dict[int, float]]  # phase -> seed -> held-out success at the end
@@ -52,7 +52,7 @@ def print_summary(log: Record, out: Path, drawn: Sequence[Path]) -> None:
         show(line)
     seconds = sum(map(_seconds, runs))
     show(f"{seconds:.0f} s of training in all, on the {log['backend']} backend")
-    written = [run_path(out, name).name for name in log["runs"]] + [path.name for path in drawn]
+    written = [f"{name}.pt" for name in log["runs"]] + [path.name for path in drawn]
     show(f"In {out}: {', '.join([LOG_NAME, *sorted(written)])}")
 
 

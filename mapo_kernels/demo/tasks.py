@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 Entry = dict[str, Any]
@@ -19,7 +20,7 @@ SEED_STRIDE = 10**7  # reasoning-gym draws problem i from seed + i: neighbouring
 HELD_OUT_SEED = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One reasoning-gym dataset and its compact form, in which every problem has one solution."""
 
@@ -124,7 +125,8 @@ class ProblemStream:
         return problems
 
 
-def held_out_problems(task: Task, count: int) -> list[Problem]:
+@cache
+def held_out_problems(task: Task, count: int) -> tuple[Problem, ...]:
     """Up to `count` distinct held-out problems, the same ones for every seed and estimator."""
     problems = ProblemStream(task, HELD_OUT_SEED, held_out=True).take(4 * count)
-    return list(dict.fromkeys(problems))[:count]
+    return tuple(dict.fromkeys(problems))[:count]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,64 +47,6 @@ class Rollouts(NamedTuple):
         return [Rollouts._make(part) for part in zip(*flat, strict=True)]
 
 
-class Workbench:
-    """What the runs of one experiment share: the task and its held-out problems."""
-
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        """Create the task's datasets."""
-        self.settings = settings
-        self.device = device
-        self.task = TASKS[settings.task]
-        self.characters = Characters(self.task.alphabet)
-        self.max_tokens = self.task.answer_length + 1  # the end token
-        self.held_out = held_out_problems(self.task, settings.eval_prompts)
-        self.model_config = {
-            "vocabulary": self.characters.size,
-            "length": self.task.prompt_length + self.task.answer_length,
-            "width": settings.width,
-            "layers": settings.layers,
-            "heads": settings.heads,
-        }
-
-    def new_model(self, seed: int) -> Decoder:
-        """A freshly initialized decoder; the global random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return Decoder(**self.model_config).to(self.device)
-
-    def prompts(self, problems: list[Problem]) -> Tensor:
-        """[Q, P] prompt tokens on the device."""
-        texts = [problem.prompt for problem in problems]
-        return self.characters.prompts(texts, self.task.prompt_length).to(self.device)
-
-    def roll_out(
-        self, model: Decoder, problems: list[Problem], copies: int, generator: Generator | None
-    ) -> Rollouts:
-        """`copies` answers to each problem, sampled, or greedy without a generator."""
-        prompts, top_p = self.prompts(problems), self.settings.top_p
-        tokens, mask, logp = sample(
-            model, prompts, self.max_tokens, copies=copies, top_p=top_p, generator=generator
-        )
-        answers = self.characters.decode(tokens)
-        pairs = [(problems[row // copies], answer) for row, answer in enumerate(answers)]
-        rewards = torch.tensor([self.reward(*pair) for pair in pairs])
-        correct = torch.tensor([answer == problem.solution for problem, answer in pairs])
-        flat = (prompts.repeat_interleave(copies, dim=0), tokens, mask, logp, rewards, correct)
-        return Rollouts._make(x.unflatten(0, (-1, copies)) for x in flat)
-
-    def reward(self, problem: Problem, answer: str | None) -> float:
-        """What RL maximizes; None is an answer that never ended."""
-        return self.task.reward(problem, answer)
-
-    def evaluate(self, model: Decoder, step: int) -> Record:
-        """Held-out success, sampled and greedy; the same random numbers at each `step`."""
-        generator = Generator(self.device).manual_seed(EVAL_SEED + step)
-        sampled = self.roll_out(model, self.held_out, self.settings.eval_copies, generator)
-        greedy = self.roll_out(model, self.held_out, 1, None)
-        found = {"success_sampled": share(sampled.correct), "success_greedy": share(greedy.correct)}
-        return {"step": step, **found}
-
-
 class Run:
     """One phase of training for one seed: model, optimizer, randomness, data position, record.
 
@@ -115,20 +58,33 @@ class Run:
 
     knows_success = False
 
-    def __init__(self, bench: Workbench, phase: str, seed: int, start: Run | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        phase: str,
+        seed: int,
+        device: torch.device,
+        start: Run | None = None,
+    ) -> None:
         """Begin where `start` ended, or afresh; `phase` is WARM_UP or one of RL."""
-        self.bench, self.settings = bench, bench.settings
+        self.settings, self.device = settings, device
         self.phase, self.name = phase, f"{phase}_seed{seed}"
         self.replays = phase.endswith(REPLAY)
-        self.model = bench.new_model(seed)
-        self.stream = ProblemStream(bench.task, seed)
-        self.generator = Generator(bench.device).manual_seed(seed)
+        self.task = TASKS[settings.task]
+        self.characters = Characters(self.task)
+        length = self.task.prompt_length + self.task.answer_length
+        size = (settings.width, settings.layers, settings.heads)
+        with torch.random.fork_rng(devices=[]):  # leaves the global random state alone
+            torch.manual_seed(seed)
+            self.model = Decoder(self.characters.size, length, *size).to(device)
+        self.stream = ProblemStream(self.task, seed)
+        self.generator = Generator(device).manual_seed(seed)
         if start is not None:
             self.model.load_state_dict(start.model.state_dict())
             self.stream.position = start.stream.position
             self.generator.set_state(start.generator.get_state())
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.settings.learning_rate, betas=(0.9, 0.95)
+            self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95)
         )
         self.record: Record = {"phase": phase, "seed": seed, "finished": False}
         self.record |= {"steps": [], "evals": []}
@@ -140,7 +96,7 @@ class Run:
         return AdvantageSpec(estimator=estimator, certainty=self.settings.certainty)
 
     def save(self, path: Path) -> None:
-        """Write all of the run, with what it takes to rebuild the model and to read its tokens."""
+        """Write all of the run, whole or not at all."""
         buffer = io.BytesIO()
         torch.save(self._state(), buffer)
         write_whole(path, buffer.getvalue())
@@ -170,8 +126,6 @@ class Run:
             "format": FORMAT,
             "name": self.name,
             "configuration": asdict(self.settings),
-            "model_config": self.bench.model_config,
-            "alphabet": self.bench.task.alphabet,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -182,8 +136,7 @@ class Run:
     def begin(self) -> None:
         """Evaluate before the first step of RL."""
         if self.phase != WARM_UP and not self.record["evals"]:
-            self.record["evals"].append(self.bench.evaluate(self.model, 0))
-            self.record["finished"] = self.settings.steps == 0
+            self._evaluate(0)
 
     def step(self) -> None:
         """One step of the phase, which may be its last; the record tells of it."""
@@ -202,11 +155,10 @@ class Run:
         return done
 
     def _imitate(self) -> Record:
-        bench = self.bench
         problems = self.stream.take(self.settings.warmup_batch)
-        solutions = [problem.solution for problem in problems]
-        answers = bench.characters.answers(solutions, bench.max_tokens).to(bench.device)
-        logits = answer_logits(self.model, bench.prompts(problems), answers)
+        prompts = self.characters.prompts(problems).to(self.device)
+        answers = self.characters.answers(problems).to(self.device)
+        logits = answer_logits(self.model, prompts, answers)
         return self._update(F.cross_entropy(logits.mT, answers, ignore_index=PAD))
 
     def _reinforce(self) -> Record:
@@ -221,15 +173,47 @@ class Run:
         # A minibatch without a scored token says NaN; so does a step of such minibatches.
         lists = {name: torch.tensor([values[name] for values in measured]) for name in measured[0]}
         means = {name: values.nanmean().item() for name, values in lists.items()}
-        if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            self.record["evals"].append(self.bench.evaluate(self.model, step + 1))
-        self.record["finished"] = step + 1 == settings.steps
+        self._evaluate(step + 1)
         # Of the first minibatch, which is of the policy that sampled.
         means["on_policy_ratio"] = measured[0]["ratio_mean"]
-        # Of a token of an answer, on average.
-        kept = (batch.logp > -torch.inf).sum(dim=-1)[batch.mask]
-        means["kept_columns"] = kept.double().mean().item()
+        means["kept_columns"] = _mean((batch.logp > -torch.inf).sum(dim=-1)[batch.mask])
         return {"step": step, **group_summary(batch), **means}
+
+    def _roll_out(self) -> Rollouts:
+        """The groups of a step."""
+        settings = self.settings
+        return self.answer(self.stream.take(settings.prompts), settings.group_size, self.generator)
+
+    def answer(
+        self, problems: Sequence[Problem], copies: int, generator: Generator | None
+    ) -> Rollouts:
+        """`copies` answers to each problem, sampled, or greedy without a generator."""
+        characters, top_p = self.characters, self.settings.top_p
+        prompts = characters.prompts(problems).to(self.device)
+        tokens, mask, logp = sample(
+            self.model, prompts, characters.length, copies=copies, top_p=top_p, generator=generator
+        )
+        answers = characters.decode(tokens)
+        pairs = [(problems[row // copies], answer) for row, answer in enumerate(answers)]
+        rewards = torch.tensor([self.reward(*pair) for pair in pairs])
+        correct = torch.tensor([answer == problem.solution for problem, answer in pairs])
+        flat = (prompts.repeat_interleave(copies, dim=0), tokens, mask, logp, rewards, correct)
+        return Rollouts._make(x.unflatten(0, (-1, copies)) for x in flat)
+
+    def reward(self, problem: Problem, answer: str | None) -> float:
+        """What RL maximizes; None is an answer that never ended."""
+        return self.task.reward(problem, answer)
+
+    def _evaluate(self, steps: int) -> None:
+        """Held-out success after the last step and some others, always with the same randomness."""
+        self.record["finished"] = steps == self.settings.steps
+        if self.record["finished"] or steps % self.settings.eval_every == 0:
+            problems = held_out_problems(self.task, self.settings.eval_prompts)
+            generator = Generator(self.device).manual_seed(EVAL_SEED + steps)
+            sampled = self.answer(problems, self.settings.eval_copies, generator).correct
+            greedy = self.answer(problems, 1, None).correct
+            found = {"success_sampled": _mean(sampled), "success_greedy": _mean(greedy)}
+            self.record["evals"].append({"step": steps, **found})
 
     @torch.no_grad()
     def _old_logprobs(self, part: Rollouts) -> Tensor:
@@ -243,7 +227,7 @@ class Run:
 
     def _minibatch(self, part: Rollouts, old_logprobs: Tensor) -> dict[str, float]:
         """One optimizer step on some groups; returns the loss and its metrics."""
-        settings, device = self.settings, self.bench.device
+        settings, device = self.settings, self.device
         output = mapo_loss_from_logits(
             answer_logits(self.model, part.prompts, part.tokens),
             part.tokens,
@@ -260,10 +244,6 @@ class Run:
         metrics = {name: value.item() for name, value in output.metrics.items()}
         return {**self._update(output.loss), **metrics}
 
-    def _roll_out(self) -> Rollouts:
-        problems = self.stream.take(self.settings.prompts)
-        return self.bench.roll_out(self.model, problems, self.settings.group_size, self.generator)
-
     def _update(self, loss: Tensor) -> Record:
         """One optimizer step; returns the loss before it and the norm of its gradient."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -277,11 +257,6 @@ class Run:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
 
 
-def share(flags: Tensor) -> float:
-    """The share of those that are true."""
-    return flags.double().mean().item()
-
-
 def without_signal(rewards: Tensor) -> Tensor:
     """[groups]: of rewards [groups, group_size], those that are all equal."""
     return (rewards == rewards[:, :1]).all(dim=1)
@@ -290,7 +265,11 @@ def without_signal(rewards: Tensor) -> Tensor:
 def group_summary(batch: Rollouts) -> Record:
     """What a batch of groups shows; partial credit is no success."""
     return {
-        "reward": batch.rewards.double().mean().item(),
-        "success": share(batch.correct),
+        "reward": _mean(batch.rewards),
+        "success": _mean(batch.correct),
         "groups_without_signal": int(without_signal(batch.rewards).sum()),
     }
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()

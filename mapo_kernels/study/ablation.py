@@ -64,13 +64,15 @@ def main(args: argparse.Namespace) -> int:
         CommandError: it cannot be run like that, or the folder has records of other settings.
     """
     files.require("demo", "reasoning_gym", "jsonschema", "filelock")
+    from mapo_kernels.demo.experiment import usable_device
+
     for name, least in {"seeds": 1, "other_seeds": 1, "steps": 0, "jobs": 1}.items():
         if getattr(args, name) < least:
             option, given = name.replace("_", "-"), getattr(args, name)
             raise CommandError(f"--{option}: expected at least {least}, got {given}")
     if (args.model is None) != (args.config is None):
         raise CommandError("--model, --config: expected both or neither")
-    device = _checked_device(args.device)
+    device = str(usable_device(args.device))
     if args.model is not None:
         return _of_model(args, device)
     return run_study(
@@ -83,15 +85,6 @@ def main(args: argparse.Namespace) -> int:
         out=args.out,
         device=device,
     )
-
-
-def _checked_device(name: str) -> str:
-    from mapo_kernels.demo.experiment import usable_device
-
-    try:
-        return str(usable_device(name))
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _of_model(args: argparse.Namespace, device: str) -> int:

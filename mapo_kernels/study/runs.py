@@ -18,7 +18,7 @@ from torch import Tensor
 from mapo_kernels import group_advantages
 from mapo_kernels.demo.settings import WARM_UP, Record
 from mapo_kernels.demo.tasks import Problem
-from mapo_kernels.demo.train import GRADIENT_NORM, Rollouts, Run, Workbench, without_signal
+from mapo_kernels.demo.train import GRADIENT_NORM, Rollouts, Run, without_signal
 from mapo_kernels.doctor import versions
 from mapo_kernels.study.settings import (
     ARMS,
@@ -35,14 +35,18 @@ BLOCKS = 25  # into which the steps of a run are averaged, to keep records short
 DIGITS = 5  # significant digits in records
 
 
-class StudyBench(Workbench):
-    """The demo's workbench with the study's rewards."""
+class StudyRun(Run):
+    """The demo's run with the study's rewards, dynamic sampling, and one norm for every gradient.
+
+    Its record says more, too.
+    """
 
     settings: StudySettings
 
-    def __init__(self, settings: StudySettings, device: str = "cpu") -> None:
-        """Create the task's datasets."""
-        super().__init__(settings, torch.device(device))
+    def __init__(self, settings: StudySettings, cell: Cell, start: Run) -> None:
+        """Begin where the warm-up `start` ended, on its device."""
+        super().__init__(settings, ARMS[cell.estimator][0], cell.seed, start.device, start)
+        self.knows_success = cell.reward == "partial-success"
         self._credit = replace(self.task, partial_credit=True)
 
     def reward(self, problem: Problem, answer: str | None) -> float:
@@ -50,17 +54,6 @@ class StudyBench(Workbench):
         if self.settings.reward == "binary":
             return float(answer == problem.solution)
         return self._credit.reward(problem, answer) * len(problem.solution) / POINTS
-
-
-class StudyRun(Run):
-    """The demo's run with dynamic sampling, one norm for every gradient, and more in its record."""
-
-    settings: StudySettings
-
-    def __init__(self, bench: StudyBench, cell: Cell, start: Run) -> None:
-        """Begin where the warm-up `start` ended."""
-        super().__init__(bench, ARMS[cell.estimator][0], cell.seed, start)
-        self.knows_success = cell.reward == "partial-success"
 
     def _roll_out(self) -> Rollouts:
         """A batch of groups; with more than one draw, those with signal first.
@@ -129,7 +122,7 @@ def run_cell(cell: Cell, base: StudySettings, out: Path, device: str = "cpu") ->
     torch.set_num_threads(1)
     settings = cell.settings(base)
     start = _start(cell.regime, cell.seed, base, out, device)
-    run = StudyRun(StudyBench(settings, device), cell, start)
+    run = StudyRun(settings, cell, start)
     run.begin()
     while not run.record["finished"]:
         run.step()
@@ -151,9 +144,9 @@ def _start(regime: str, seed: int, base: StudySettings, out: Path, device: str) 
     """The warm-up of a regime and a seed, made once for all estimators."""
     # Of the settings, only those that a warm-up depends on.
     shared = replace(base, warmup_success=REGIMES[regime], steps=0)
-    run = Run(StudyBench(shared, device), WARM_UP, seed)
+    run = Run(shared, WARM_UP, seed, torch.device(device))
     # A random state is that of a kind of device.
-    kind = run.bench.device.type
+    kind = run.device.type
     of_device = "" if kind == "cpu" else f"_{kind}"
     path = out / STARTS_NAME / f"{regime}_seed{seed}{of_device}.pt"
     path.parent.mkdir(exist_ok=True)

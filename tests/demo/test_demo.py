@@ -139,11 +139,11 @@ def test_groups_without_signal_are_those_the_package_counts(finished):
 
 def test_saved_model_can_be_rebuilt(finished):
     saved = torch.load(finished / "mapo_seed0.pt", weights_only=True)
-    model = Decoder(**saved["model_config"])
-    model.load_state_dict(saved["model"])
-    prompts = Characters(saved["alphabet"]).prompts(["stone<"], 7)
-    tokens, *_ = sample(model, prompts, 7)
-    assert tokens.shape == (1, 7)
+    run = train.Run(Settings(**saved["configuration"]), "mapo", 0, torch.device("cpu"))
+    run.load(finished / "mapo_seed0.pt")
+    weights = run.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in saved["model"].items())
+    assert run.answer([Problem("stone<", "enots")], 2, None).tokens.shape == (1, 2, 7)
 
 
 def test_same_seed_gives_the_same_run(finished, tmp_path, undrawn):
@@ -222,11 +222,10 @@ def test_replay_has_importance_ratios_of_one_and_no_replay_the_kept_probability(
 )
 def test_the_ratio_of_every_token_in_a_step(phase, minibatches, monkeypatch):
     settings = replace(TINY, top_p=0.7, minibatches=minibatches)
-    bench = train.Workbench(settings, torch.device("cpu"))
-    roll_out, rewards = bench.roll_out, torch.tensor([0.0, 1.0]).repeat(4, 2)
+    run = train.Run(settings, phase, 0, torch.device("cpu"))
+    answer, rewards = run.answer, torch.tensor([0.0, 1.0]).repeat(4, 2)
     # Signal in every group: a model that has learned nothing is never right.
-    monkeypatch.setattr(bench, "roll_out", lambda *x: roll_out(*x)._replace(rewards=rewards))
-    run = train.Run(bench, phase, 0)
+    monkeypatch.setattr(run, "answer", lambda *x: answer(*x)._replace(rewards=rewards))
     run.step()
     (step,) = run.record["steps"]
     assert step["scored_tokens"] * minibatches > 50
@@ -438,7 +437,7 @@ def test_minibatches_are_whole_groups_in_order():
 
 
 def test_unfinished_answers_decode_to_none():
-    characters = Characters("ab")
+    characters = Characters(replace(TASKS["spell_backward"], alphabet="ab"))
     rows = torch.tensor([[2, 3, END], [2, 3, 2], [2, PAD, END], [END, PAD, PAD]])
     assert characters.decode(rows) == ["ab", None, None, ""]
 

@@ -45,9 +45,8 @@ def without_clock(record):
 
 def new_run(cell, base=TINY):
     """A run of a cell that starts from a model that has learned nothing."""
-    given = cell.settings(base)
-    start = runs.Run(runs.StudyBench(replace(base, steps=0)), runs.WARM_UP, cell.seed)
-    return runs.StudyRun(runs.StudyBench(given), cell, start)
+    start = runs.Run(replace(base, steps=0), runs.WARM_UP, cell.seed, torch.device("cpu"))
+    return runs.StudyRun(cell.settings(base), cell, start)
 
 
 # One run
@@ -99,16 +98,16 @@ def test_all_estimators_start_from_one_warm_up(tmp_path):
 def test_partial_rewards_reach_the_threshold_by_length_as_well_as_by_correctness(
     solution, answer, points
 ):
-    bench = runs.StudyBench(replace(TINY, reward="partial"))
-    assert bench.reward(Problem("", solution), answer) == pytest.approx(points)
-    bench = runs.StudyBench(TINY)
-    assert bench.reward(Problem("", solution), answer) == (answer == solution)
+    run = new_run(replace(CELL, reward="partial"))
+    assert run.reward(Problem("", solution), answer) == pytest.approx(points)
+    run = new_run(replace(CELL, reward="binary"))
+    assert run.reward(Problem("", solution), answer) == (answer == solution)
 
 
 def scored(run, patterns):
     """What a roll-out returns, group after group, with these rewards instead."""
     rewards = torch.tensor(patterns, dtype=torch.float32)
-    drawn = run.bench.roll_out(run.model, run.stream.take(len(patterns)), 4, run.generator)
+    drawn = run.answer(run.stream.take(len(patterns)), 4, run.generator)
     return drawn._replace(rewards=rewards, correct=rewards > 0)
 
 
@@ -188,17 +187,17 @@ def test_gradients_are_rescaled_to_one_norm_in_the_stage_norm_alone(stage, monke
 
 def test_the_device_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
     asked = []
-    made = runs.StudyBench.__init__
+    made = runs.Run.__init__
 
-    def bench(self, given, device="cpu"):
-        asked.append(device)
-        made(self, given, "cpu")
+    def init(self, given, phase, seed, device, start=None):
+        asked.append("that of the start" if start and device == start.device else str(device))
+        made(self, given, phase, seed, torch.device("cpu"), start)
 
-    monkeypatch.setattr(runs.StudyBench, "__init__", bench)
+    monkeypatch.setattr(runs.Run, "__init__", init)
     monkeypatch.setattr(runs, "_environment", lambda device: {"machine": device})
     cell = replace(CELL, estimator="dapo")
     assert runs.run_cell(cell, TINY, tmp_path, "cuda:1")["machine"] == "cuda:1"
-    assert asked == ["cuda:1", "cuda:1"]
+    assert asked == ["cuda:1", "that of the start"]
 
 
 def test_a_device_that_there_is_not_is_refused(tmp_path, capsys):
