@@ -99,8 +99,8 @@ class Decoder(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.token(tokens) + self.position(positions)
         new_cache = []
-        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x, keys_values = block(x, past)
+        for index, block in enumerate(self.blocks):
+            x, keys_values = block(x, cache[index] if cache else None)
             new_cache.append(keys_values)
         return self.head(self.norm(x)), new_cache
 
