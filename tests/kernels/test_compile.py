@@ -55,7 +55,9 @@ def test_fullgraph(dynamic, device):
         assert_close(grad, expected_grad, 1e-6)
 
 
-@pytest.mark.parametrize("normalizer", [20.0, torch.tensor(20.0)])
+@pytest.mark.parametrize(
+    "normalizer", [pytest.param(20.0, marks=pytest.mark.slow), torch.tensor(20.0)]
+)
 def test_fullgraph_with_a_plan_and_normalizers(normalizer, device):
     torch.compiler.reset()
     if isinstance(normalizer, torch.Tensor):
@@ -200,8 +202,8 @@ def logits_arguments(device, length=3):
     return logits.requires_grad_(), ids, old, mask, rewards
 
 
-# Between them every value; test_recompiles.py traces the eager backend.
-QUICK = {"eager": [], "interpreter": [(True, "token", False), (False, "sequence", True)]}
+# test_recompiles.py traces the eager backend.
+QUICK = {"eager": [], "interpreter": [(True, "sequence", True)]}
 SETTINGS = [
     pytest.param(*x, name, marks=[] if x in QUICK[name] else [pytest.mark.slow])
     for x in itertools.product((False, True), ("token", "sequence"), (False, True))

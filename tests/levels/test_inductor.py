@@ -3,6 +3,7 @@
 Most tests trace and run the graphs without compiling them to machine code, which takes long.
 """
 
+import itertools
 from functools import partial
 
 import pytest
@@ -84,16 +85,32 @@ def token_loss(spec, layout, n=6, length=9, source="advantages", **specs):
     return {"loss": out.loss.detach(), "grad": grad, "own": out.advantages, **out.metrics}
 
 
-@pytest.mark.pairwise
-@pytest.mark.parametrize("source", ["advantages", "rewards", "ids"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("name", SPECS)
+# Each value once: a combination compiles for seconds, and the rest of the suite has them all.
+QUICK = (
+    ("sequence, KL", "padded", "rewards"),
+    ("cispo", "packed", "ids"),
+    ("clip", "padded", "advantages"),
+)
+COMBINATIONS = [
+    pytest.param(*x, marks=[] if x in QUICK else [pytest.mark.slow])
+    for x in itertools.product(SPECS, ("padded", "packed"), ("advantages", "rewards", "ids"))
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "source"), COMBINATIONS)
 def test_log_probs(name, layout, source, graphs):
     assert_same(lambda: token_loss(SPECS[name], layout, source=source))
     assert graphs
 
 
-@pytest.mark.parametrize("rewards", [[1, 0, 0.5, 1], [1, float("nan"), 0, 1], [1e25, 0, -1e25, 1]])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        pytest.param([1, 0, 0.5, 1], marks=pytest.mark.slow),
+        [1, float("nan"), 0, 1],
+        pytest.param([1e25, 0, -1e25, 1], marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("estimator", ["mapo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_advantages(estimator, rewards, graphs):
     rewards = torch.tensor(rewards * 3)
@@ -106,7 +123,7 @@ def test_advantages(estimator, rewards, graphs):
     assert graphs
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", [pytest.param("token", marks=pytest.mark.slow), "sequence"])
 def test_logits_and_hidden_states(level, graphs):
     batch = make_logits(4, 3, 50, torch.float32)
     spec = mk.LossSpec(importance_level=level, entropy_coef=0.1)
