@@ -24,16 +24,6 @@ from .names import FAMILIES, LEVELS, SUITES, TARGETS
 
 # Exit statuses of pytest.
 FINISHED, FAILED, INTERRUPTED = 0, 1, 2
-DEFAULT = "run"
-
-
-def positive(text: str) -> int:
-    """A whole number above 0; ValueError where it is not."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 ONCE = "only this one; may be given several times"
 SEVERAL = {"action": "append", "default": []}
 FLAG = {"action": "store_true"}
@@ -49,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--level": SEVERAL | {"choices": LEVELS, "help": ONCE},
     "--family": SEVERAL | {"choices": FAMILIES, "help": ONCE},
     "--target": {"choices": TARGETS, "default": "sm_90", "help": "architecture to compile for"},
-    "--jobs": {"type": positive, "default": 1, "help": "processes that compile"},
+    "--jobs": {"type": int, "default": 1, "help": "processes that compile; 0: one a core"},
     "--minutes": {
         "type": float,
         "default": math.inf,
@@ -96,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def completed(words: Sequence[str]) -> list[str]:
     """The words of a command line behind `bench`, with the action where it is left out."""
     left_out = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
-    return [DEFAULT, *words] if left_out else list(words)
+    return ["run", *words] if left_out else list(words)
 
 
 def _name(given: argparse.Namespace) -> str:
@@ -121,8 +111,7 @@ def measure(given: argparse.Namespace, path: Path) -> int:
 
     from . import harness
 
-    run = harness.Run(about._replace(suite=given.suite), given.level)
-    run.start(path)
+    run = harness.Run(path, about._replace(suite=given.suite), given.level)
     # The settings of this folder, whatever project it is installed in. On a GPU the fixture of
     # pytest-benchmark stays unused: it would time the launches.
     options = ["--override-ini=python_functions=bench_*", "--override-ini=addopts="]

@@ -34,6 +34,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 # Input sets that take turns, at most: small ones stay in the cache, and are bound by their launch.
 MAX_SETS = 64
 DRY = Effort(0.0, least=1, most=1)
+Call = Callable[..., Tensor]  # of a provider
 Timer = Callable[[Work, Effort], Samples]
 
 
@@ -44,7 +45,7 @@ def cache_bytes(device: torch.device) -> int:
     return 1 << 25  # A server's is larger, and shared by cores that are not ours.
 
 
-def work_of(call: Callable[..., Tensor], inputs: list[Inputs], direction: str) -> Work:
+def work_of(call: Call, inputs: list[Inputs], direction: str) -> Work:
     """What is timed of a provider: [values], or the leaves' gradients; inputs take turns."""
     turns = itertools.cycle(inputs)
 
@@ -76,18 +77,18 @@ class CaseRun:
     What is timed are copies: some write over their input, and together they exceed the cache twice.
     """
 
-    def __init__(self, case: Case, roofs: Roofs, effort: Effort) -> None:
-        self.case, self.roofs, self.effort = case, roofs, effort
+    def __init__(self, case: Case, roofs: Roofs) -> None:
+        self.case, self.roofs = case, roofs
         self.inputs = draw(case, roofs.device)
         self.truth = truth(case, self.inputs)
         size = sum(x.nbytes for x in self.inputs.leaves)
         n_copies = min(MAX_SETS, -(-2 * cache_bytes(roofs.device) // size))
         self.copies = [copy.deepcopy(self.inputs) for _ in range(n_copies)]
 
-    def work(self, call: Callable[..., Tensor]) -> Work:
+    def work(self, call: Call) -> Work:
         return work_of(call, self.copies, self.case.direction)
 
-    def check(self, call: Callable[..., Tensor]) -> Row:
+    def check(self, call: Call) -> Row:
         """Its error against float64."""
         fresh = self.inputs._replace(leaves=tuple(x.clone() for x in self.inputs.leaves))
         error = relative_error(work_of(call, [fresh], self.case.direction)(), self.truth)
@@ -103,28 +104,23 @@ class CaseRun:
         reason = provider.unavailable(self.case, self.roofs.device)
         if reason is not None:
             return row | {"status": "unavailable", "reason": reason}
-        try:
-            return row | results.attempt(partial(self._measure, provider.call, timer))
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+        row |= results.attempt(partial(self._measure, provider.call, timer))
+        gc.collect()
+        torch.cuda.empty_cache()
+        return row
 
-    def _measure(self, call: Callable[..., Tensor], timer: Timer) -> Row:
+    def _measure(self, call: Call, timer: Timer) -> Row:
         row = self.check(call)
         if row["status"] != "ok":
             return row
         row["peak_bytes"] = peak_bytes(self.work(call), self.roofs.device)
-        samples = timer(self.work(call), self.effort)
+        samples = timer(self.work(call), self.roofs.effort)
         low, median, high = (float(x) for x in np.quantile(samples.ms, (0.2, 0.5, 0.8)))
-        return row | {
-            "p20_ms": low,
-            "median_ms": median,
-            "p80_ms": high,
-            "timer": samples.timer,
-            "launched_ms": samples.launched_ms,
-            "samples_ms": [float(f"{x:.5g}") for x in samples.ms],
-            **self.roofs.compare(self.case, least(self.case, self.inputs.live), median),
-        }
+        row |= {"p20_ms": low, "median_ms": median, "p80_ms": high}
+        row |= {"timer": samples.timer, "launched_ms": samples.launched_ms}
+        row["samples_ms"] = [float(f"{x:.5g}") for x in samples.ms]
+        counts = least(self.case, self.inputs.live)
+        return row | self.roofs.compare(self.case, *counts, median)
 
 
 class Run:
@@ -133,31 +129,27 @@ class Run:
     A dry run walks every case of the suite for a GPU with tiny shapes, its kernels interpreted.
     """
 
-    def __init__(self, about: results.About, levels: Sequence[str] = ()) -> None:
-        self.about, dry_run = about, about.dry_run
+    def __init__(self, path: Path, about: results.About, levels: Sequence[str] = ()) -> None:
+        """Run a GPU's parity tests, measure the roofs; from here on rows are written to `path`."""
+        suite, dry_run = about.suite, about.dry_run
         has_gpu = torch.cuda.is_available() and not dry_run
-        self.device = torch.device("cuda" if has_gpu else "cpu")
-        self.effort = DRY if dry_run else EFFORTS[about.suite]
-        cases = cases_of(about.suite, has_gpu or dry_run)
+        parity = environment.passes_parity() if has_gpu and suite == "gpu" else None
+        if dry_run:
+            mapo_kernels.set_backend("triton")
+        cases = cases_of(suite, has_gpu or dry_run)
         # What is measured, in order; compiling would take longer than all else that is quick.
         self.items = [
             (case, name)
             for case in dict.fromkeys(case.tiny() if dry_run else case for case in cases)
             if not levels or case.level in levels
             for name, provider in PROVIDERS[case.level].items()
-            if not (about.suite == "quick" and provider.compiles)
+            if not (suite == "quick" and provider.compiles)
         ]
-        self._current: CaseRun | None = None
-
-    def start(self, path: Path) -> None:
-        """Run a GPU's parity tests, measure the roofs; from here on rows are written to `path`."""
-        checked = self.about.suite == "gpu" and self.device.type == "cuda"
-        parity = environment.passes_parity() if checked else None
-        if self.about.dry_run:
-            mapo_kernels.set_backend("triton")
-        self.roofs = Roofs(self.device, self.effort, tiny=self.about.dry_run)
+        effort = DRY if dry_run else EFFORTS[suite]
+        self.roofs = Roofs(torch.device("cuda" if has_gpu else "cpu"), effort, tiny=dry_run)
         more = {"parity": parity, "roofs": self.roofs.found}
-        self.file = results.Growing(path, self.about, len(self.items), **more)
+        self.file = results.Growing(path, about, len(self.items), **more)
+        self._current: CaseRun | None = None
 
     def measure(self, case: Case, name: str, timer: Timer) -> Row:
         """Measure one item and write its row."""
@@ -166,7 +158,7 @@ class Run:
                 # What one level compiled would count against the next one's recompilations.
                 torch.compiler.reset()
             self._current = None  # Its tensors go before the next ones come.
-            self._current = CaseRun(case, self.roofs, self.effort)
+            self._current = CaseRun(case, self.roofs)
         row = self._current.measure(name, timer)
         if len(self.file.found["rows"]) == len(self.items) - 1:
             self.file.found["environment"]["gpu_state_after"] = environment.gpu_state()
@@ -184,7 +176,7 @@ class Run:
 
 def bench_level(run: Run, benchmark: Any, case: Case, name: str) -> None:
     """What pytest collects: an item is measured, and its row told to pytest."""
-    timer = on_gpu if run.device.type == "cuda" else partial(on_cpu, benchmark=benchmark)
+    timer = on_gpu if run.roofs.device.type == "cuda" else partial(on_cpu, benchmark=benchmark)
     try:
         row = run.measure(case, name, timer)
     except CommandError as error:  # Nothing that follows could be kept.

@@ -71,15 +71,16 @@ def draw(case: Case, device: torch.device) -> Inputs:
 def _leaves(case: Case, rest: SimpleNamespace, device: torch.device) -> tuple[Any, Tensor]:
     """What a loss is differentiated by, and its log-probs [B, T]."""
     n, length, (_, width, vocab, softcap) = case.n_sequences, case.length, case.head
+    new: Any = {"device": device, "dtype": case.dtype}
     if case.level == LOGPROBS:
         logp = -2 * torch.rand(n, length, device=device)
         return (logp,), logp
     if case.level in (LOGITS, SCORING):
         # As a model returns them, of T + 1 positions: the last predicts nothing.
-        logits = torch.randn(n, length + 1, vocab, device=device, dtype=case.dtype).mul_(2)
+        logits = torch.empty(n, length + 1, vocab, **new).normal_(std=2)
         return (logits,), our_scores(logits, rest)
-    hidden = torch.randn(n, length, width, device=device).to(case.dtype)
-    weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(case.dtype)
+    hidden = torch.empty(n, length, width, **new).normal_()
+    weight = torch.empty(vocab, width, **new).normal_(std=width**-0.5)
     given = {"softcap": softcap, "sampling_mask": rest.kept}
     return (hidden, weight), mk.token_logprobs_from_hidden(hidden, weight, rest.ids, **given)
 
@@ -111,27 +112,23 @@ def truth(case: Case, inputs: Inputs) -> list[Tensor]:
     return [of_first, *of_shared]
 
 
-class Counts(NamedTuple):
-    """The least that a case costs: bytes moved, multiply-adds times two."""
+def least(case: Case, live: float) -> tuple[int, int]:
+    """The bytes and the flops, multiply-adds times two, that a case costs at least.
 
-    nbytes: int
-    flops: int = 0
-
-
-def least(case: Case, live: float) -> Counts:
-    """Live rows read and what comes of all written; logits of a head are never in memory."""
+    Live rows are read and what comes of all is written; logits of a head are never in memory.
+    """
     tokens, rows, size = case.tokens, round(live * case.tokens), case.dtype.itemsize
     _, width, vocab, _ = case.head
     if case.level in (MAPO, GRPO):  # a reward read, an advantage written
-        return Counts(8 * tokens)
+        return 8 * tokens, 0
     if case.level == LOGPROBS:  # mask bytes; new and old log-probs of live tokens; gradients
-        return Counts(tokens + 8 * rows + 4 * tokens)
+        return tokens + 8 * rows + 4 * tokens, 0
     if case.level == SCORING:
-        return Counts(tokens * vocab * size)
+        return tokens * vocab * size, 0
     if case.level == LOGITS:  # gradients of the position that predicts nothing, too
-        return Counts((rows + tokens + case.n_sequences) * vocab * size)
+        return (rows + tokens + case.n_sequences) * vocab * size, 0
     if case.level == KEPT:  # three times a row for each column of rows that keep several
         read = round(rows * (case.kept if case.kept else 7.5)) if case.kept != 1 else 0
-        return Counts((3 * read + tokens + vocab) * width * size, 6 * read * width)
+        return (3 * read + tokens + vocab) * width * size, 6 * read * width
     # Hidden states and weight, the gradients of both; three products of the live rows.
-    return Counts((rows + vocab + tokens + vocab) * width * size, 6 * rows * width * vocab)
+    return (rows + vocab + tokens + vocab) * width * size, 6 * rows * width * vocab

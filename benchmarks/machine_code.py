@@ -178,7 +178,9 @@ def in_processes(
     with mock.patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, spawn, prepare, (target,)) as processes:
+        with ProcessPoolExecutor(
+            jobs if jobs > 0 else None, spawn, prepare, (target,)
+        ) as processes:
             try:
                 yield from processes.map(call, work)
             except BrokenExecutor as error:

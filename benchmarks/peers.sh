@@ -8,7 +8,7 @@
 #       $(sh benchmarks/peers.sh) && export PYTHONPATH=$PWD/site         installs them where there is none
 set -eu
 PEERS="trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1"
-# TRL imports datasets; result files are checked with jsonschema; pytest-benchmark has the fixture
+# TRL imports datasets; the file of `bench tune` is checked with jsonschema; pytest-benchmark has the fixture
 # that a suite asks for; the tests use allpairspy and hypothesis. Plots need matplotlib: draw them
 # elsewhere, with `bench report`.
 NEEDED="datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 jsonschema==4.26.0

@@ -202,13 +202,24 @@ def looped_advantages(rewards: Tensor, rest: Any) -> Tensor:
     return torch.cat([plain_advantages(group, rest) for group in groups])
 
 
+class Settings(SimpleNamespace):
+    """What another package reads of its trainer or configuration: what is not given is off."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return vars(self).get(name, default)
+
+
 @provides("TRL", LOGPROBS, package="trl")
 def trl_from_logprobs(logp: Tensor, rest: Any, entropy: Tensor | None = None) -> Tensor:
     """TRL's own loss [] (its metrics included, as in training), by what it reads of its trainer."""
     from trl import GRPOTrainer
 
     entropy = torch.zeros_like(logp) if entropy is None else entropy
-    trainer = SimpleNamespace(
+    collectives = ("gather", "reduce", "gather_for_metrics")
+    trainer = Settings(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logp, entropy, None),
         _metrics=defaultdict(lambda: defaultdict(list)),
         loss_type="bnpo",
@@ -217,14 +228,10 @@ def trl_from_logprobs(logp: Tensor, rest: Any, entropy: Tensor | None = None) ->
         importance_sampling_level="token",
         beta=0.0,
         current_gradient_accumulation_steps=1,
-        model=SimpleNamespace(training=True),
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
-        accelerator=SimpleNamespace(
-            **dict.fromkeys(("gather", "reduce", "gather_for_metrics"), lambda x, *_, **__: x)
-        ),
+        model=Settings(training=True),
+        args=Settings(),
+        accelerator=Settings(**dict.fromkeys(collectives, lambda x, *_, **__: x)),
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        **dict.fromkeys(("use_vllm", "aux_loss_enabled", "_entropy_bonus_enabled"), False),
     )
     inputs = {
         "prompt_ids": rest.mask[:, :0],
@@ -318,19 +325,12 @@ def verl_advantages(rewards: Tensor, rest: Any) -> Tensor:
     return found[:, 0]
 
 
-class _VerlConfig(SimpleNamespace):
-    """What verl's loss reads from its actor's configuration."""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name, default)
-
-
 @provides("verl", LOGPROBS, package="verl")
 def verl_from_logprobs(logp: Tensor, rest: Any) -> Tensor:
     """verl's own clipped loss [] (its metrics included)."""
     from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 
-    config = _VerlConfig(
+    config = Settings(
         clip_ratio=rest.spec.eps_low, clip_ratio_low=rest.spec.eps_low,
         clip_ratio_high=rest.spec.eps_high, clip_ratio_c=1e6, global_batch_info={},
     )  # fmt: skip

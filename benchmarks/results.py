@@ -1,4 +1,4 @@
-"""Result files: one JSON with every sample, one CSV with the medians, and what JSON must hold."""
+"""Result files: one JSON with every sample, and one CSV with the medians."""
 
 from __future__ import annotations
 
@@ -12,27 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapo_kernels.files import PARTIAL, CommandError, naming, one_line, read_json, write_whole
+from mapo_kernels.files import PARTIAL, CommandError, naming, one_line, read_whole, write_whole
 
 from . import environment, report
-from .names import SUITES
-from .report import SPECIAL, Row
+from .report import Row
 
 FORMAT = 1
-WHAT = f"a result file of `mapo-kernels bench` in format {FORMAT}"
-STATUSES = ["ok", "wrong", "failed", "unavailable"]
-# What tells such a file from others. Whether it has the rest shows where its tables are made.
-ROW = {"required": ["level", "provider"], "properties": {"status": {"enum": STATUSES}}}
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["format", "suite", "dry_run", "environment", "rows"],
-    "properties": {
-        "format": {"const": FORMAT},
-        "suite": {"enum": [*SUITES, *SPECIAL]},
-        "environment": {"type": "object"},
-        "rows": {"type": "array", "items": {"type": "object"} | ROW},
-    },
-}
 
 
 def attempt(measure: Callable[[], Row]) -> Row:
@@ -118,17 +103,21 @@ def write_table(found: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def of_whole_file(path: Path) -> Iterator[None]:
-    """Turns what cannot be shown of a result file, as a part is missing, into a CommandError."""
+    """Turns what is missing in a result file, or is none, into a CommandError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        expected = f"{path}: expected a result file of `mapo-kernels bench` in format {FORMAT}"
         reason = one_line(f"{type(error).__name__}: {error}")
-        raise CommandError(f"{path}: expected {WHAT}, got one that is damaged: {reason}") from error
+        raise CommandError(f"{expected}, got another or a damaged one ({reason})") from error
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file's contents; CommandError where it is none of ours, or damaged."""
-    found = read_json(path, SCHEMA, WHAT)
+    """A result file's contents; CommandError where its tables cannot be made."""
+    content = read_whole(path)
     with of_whole_file(path):
+        found = json.loads(content)
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']!r}")
         report.markdown(found)
     return found

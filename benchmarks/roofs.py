@@ -9,7 +9,6 @@ import torch
 from torch.utils.benchmark import Timer
 
 from .cases import Case, Effort
-from .levels import Counts
 from .timers import Work, on_gpu
 
 # Rows of a product: what a chunk of the loss from hidden states has.
@@ -58,9 +57,8 @@ class Roofs:
             self.products[name] = 6e-12 * rows * width * vocab / self._seconds(products)
         return self.products[name]
 
-    def compare(self, case: Case, counts: Counts, median_ms: float) -> dict[str, Any]:
-        """Counts of a row, the rate it reached, the roof that binds it and the share reached."""
-        nbytes, flops = counts
+    def compare(self, case: Case, nbytes: int, flops: int, median_ms: float) -> dict[str, Any]:
+        """Counts of a row, the roof that binds it and the share of it that was reached."""
         floors = {
             "copy": nbytes / self.found["copy_gigabytes_per_second"] * 1e-6,
             "launch": self.found["launch_microseconds"] * 1e-3,
@@ -68,12 +66,5 @@ class Roofs:
         if flops:
             floors["products"] = flops / self._teraflops(case) * 1e-9
         roof = max(floors, key=lambda name: floors[name])
-        return {
-            "bytes": nbytes,
-            "flops": flops,
-            "gigabytes_per_second": nbytes / median_ms * 1e-6,
-            "teraflops_per_second": flops / median_ms * 1e-9,
-            "roof": roof,
-            "floor_ms": floors[roof],
-            "percent_of_roof": 100 * floors[roof] / median_ms,
-        }
+        reached = {"roof": roof, "percent_of_roof": 100 * floors[roof] / median_ms}
+        return {"bytes": nbytes, "flops": flops} | reached

@@ -26,14 +26,12 @@ from triton.runtime.cache import triton_key
 
 import mapo_kernels as mk
 from mapo_kernels import config, files, head
-from mapo_kernels.batch import HeadInputs
 from mapo_kernels.files import CommandError, one_line
-from mapo_kernels.head import chunk_rows_of
 
 from . import cases, environment
 from .cases import BF16, Case
 from .harness import DRY, CaseRun, work_of
-from .levels import Inputs, draw
+from .levels import draw
 from .machine_code import COMPILED, compile_launches, in_processes, report
 from .names import HIDDEN, LOGITS, LOGPROBS, SCORING
 from .providers import our_scores, ours_from_hidden, ours_from_logprobs, ours_in_place
@@ -116,27 +114,6 @@ def tiny(case: Case) -> Case:
     return replace(case, group_size=2).shrunk(2, 1100 if case.level == LOGPROBS else 1, 70_000)
 
 
-def small(case: Case) -> Case:
-    """The case for the compiler: fewer logits, by which, `as_on_gpu`, nothing else is compiled."""
-    if not case.head.vocab:
-        return case
-    length = case.length if case.length % 16 else 16
-    return case.shrunk(case.n_sequences, length, case.head.vocab)
-
-
-def as_on_gpu(case: Case) -> Point:
-    """What makes a small case on a CPU launch what the case does on a GPU."""
-    found = {"HIDDEN.cpu_chunk": config.HIDDEN.gpu_chunk}
-    rows = case.n_sequences * (case.length + (case.level == LOGITS))
-    if case.level == HIDDEN:
-        shape = (case.head.vocab, case.head.width)
-        weight = torch.empty(shape, dtype=case.dtype, device="meta")
-        with config.override(found):
-            rows = chunk_rows_of(HeadInputs(weight, None, None), case.tokens)
-    is_fused = rows <= config.LOGITS.fused_rows
-    return found | {"LOGITS.fused_rows": 1 << 30 if is_fused else 1}
-
-
 class Item(NamedTuple):
     """A point of a family on one of its cases."""
 
@@ -165,32 +142,34 @@ def key_of(row: Row) -> str:
     return json.dumps([row["family"], row["case"], row["point"]])
 
 
-def compile_products(target: str) -> None:
-    """Make this process compile what is launched, products that only a GPU computes included."""
+def compile_for_gpu(target: str) -> None:
+    """Make this process compile what is launched, and compute and write nothing on the way.
+
+    Tensors are as large as on the GPU, but no page of their memory is touched.
+    """
 
     def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
     compile_launches(target)
+    Tensor.normal_ = lambda x, *_, **__: x  # type: ignore[assignment]
     torch.mm = product  # type: ignore[assignment]
     torch.addmm = lambda before, a, b, out_dtype=None, out=None: before  # type: ignore[assignment]
     head.mixes_dtypes = lambda weight: weight.element_size() == 2
 
 
-@lru_cache(1)
-def small_inputs(case: Case) -> Inputs:
-    """What the points of a case are compiled for, drawn once for all of them."""
-    return draw(small(case), torch.device("cpu"))
+drawn = lru_cache(1)(partial(draw, device=torch.device("cpu")))  # once for all points of a case
 
 
 def compile_point(item: Item) -> Row:
     """The row of a point with what was found in its kernels, or why they cannot be compiled."""
 
     def compiled() -> Row:
-        inputs = small_inputs(item.case)
+        work = work_of(item.call, [drawn(item.case)], item.case.direction)
         COMPILED.clear()
-        with config.override(item.point), config.override(as_on_gpu(item.case)):
-            work_of(item.call, [inputs], item.case.direction)()
+        with config.override(item.point):
+            with config.override({"HIDDEN.cpu_chunk": config.HIDDEN.gpu_chunk}):
+                work()
         registers = {name: report(kernel).get("registers") for name, kernel in COMPILED}
         spills = sum(report(kernel)["spills"] for _, kernel in COMPILED)
         return {"status": "ok", "spills": spills, "registers": registers}
@@ -205,7 +184,7 @@ def compile_points(target: str, names: list[str], jobs: int) -> list[Row]:
         CommandError: a process ended with an error.
     """
     found = []
-    for row in in_processes(compile_point, items(names), target, compile_products, jobs):
+    for row in in_processes(compile_point, items(names), target, compile_for_gpu, jobs):
         print(json.dumps(row), flush=True)
         found.append(row)
     return found
@@ -234,10 +213,9 @@ class Tuning:
         files.drop_cut_off_line(path)  # of a run that was killed
         self.rows = {key_of(row): row for row in rows if row["about"] == self.about}
         self.device = torch.device("cpu" if dry_run else "cuda")
-        effort = DRY if dry_run else cases.EFFORTS["gpu"]
-        roofs = Roofs(self.device, effort, tiny=dry_run)
+        roofs = Roofs(self.device, DRY if dry_run else cases.EFFORTS["gpu"], tiny=dry_run)
         # Drawn once for all points of a case.
-        self.run_of = lru_cache(1)(lambda case: CaseRun(case, roofs, effort))
+        self.run_of = lru_cache(1)(lambda case: CaseRun(case, roofs))
 
     def measure(self, names: list[str], minutes: float) -> bool:
         """Measure what has not been measured; whether the time was enough for all."""
@@ -258,7 +236,7 @@ class Tuning:
             row = run.check(item.call)
             if row["status"] != "ok" or self.dry_run:
                 return row
-            samples = on_gpu(run.work(item.call), run.effort, graph_below=math.inf)
+            samples = on_gpu(run.work(item.call), run.roofs.effort, graph_below=math.inf)
         return row | {"ms": statistics.median(samples.ms), "timer": samples.timer}
 
     def _keep(self, row: Row) -> None:

@@ -11,7 +11,6 @@ from benchmarks import names, results
 from benchmarks.names import LOGITS
 from benchmarks.providers import OURS
 
-jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
@@ -40,7 +39,6 @@ def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.read(tmp_path / "dry.json")
-    jsonschema.validate(found, results.SCHEMA)
     assert found["dry_run"] and "triton" in found["environment"]["backend"]
     ours = [row for row in found["rows"] if row["provider"] == OURS]
     assert ours and {(row["status"], row["timer"]) for row in ours} == {("ok", "wall")}

@@ -14,7 +14,6 @@ from benchmarks.harness import DRY, Roofs
 from mapo_kernels import files
 from mapo_kernels.__main__ import main
 
-jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 

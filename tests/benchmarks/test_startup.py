@@ -6,7 +6,6 @@ from benchmarks import report, results, startup
 from benchmarks.providers import OURS
 from mapo_kernels.__main__ import COMMANDS, main
 
-jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("rich")
 
 
@@ -14,7 +13,6 @@ def test_every_command_is_a_row_of_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "startup", "--dry-run", "--name=x", "--notes=y"]) == 0
     found = results.read(tmp_path / "x.json")
-    jsonschema.validate(found, results.SCHEMA)
     assert found["notes"] == "y" and found["dry_run"] and found["finished"]
     assert {(row["status"], len(row["samples_ms"])) for row in found["rows"]} == {("ok", 1)}
     levels = {row["level"] for row in found["rows"] if row["provider"] == OURS}

@@ -17,13 +17,9 @@ pytest.importorskip("jsonschema")
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks import machine_code, names, tune
-from benchmarks.cases import BF16
-from benchmarks.names import LOGPROBS
 from benchmarks.timers import Samples
 from mapo_kernels import config
 from mapo_kernels.__main__ import main
-from mapo_kernels.batch import HeadInputs
-from mapo_kernels.head import chunk_rows_of
 
 ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(not INTERPRETS, reason="nothing interprets Triton here")
@@ -85,32 +81,6 @@ def test_points_begin_with_the_defaults_and_come_once():
         for point in others:
             with config.override(point):
                 assert config.changed() == {k: x for k, x in point.items() if x != first[k]}
-
-
-def test_small_cases_are_launched_as_the_whole_ones_are():
-    """By what decides which kernels are launched, with how many threads, for which divisors."""
-    for family in tune.FAMILIES.values():
-        for case in family.cases:
-            small = tune.small(case)
-            assert small == case or case.level != LOGPROBS
-            assert small.n_sequences == case.n_sequences and small.head.vocab == case.head.vocab
-            for more in (0, 1):
-                rest = [(x.length + more) % 16 == 0 for x in (case, small)]
-                assert rest[0] == rest[1]
-    hidden, rows = tune.FAMILIES["hidden"], tune.FAMILIES["rows"].cases[0]
-    found = []
-    for size in hidden.values["HIDDEN.gpu_chunk"]:
-        with config.override({"HIDDEN.gpu_chunk": size, "LOGITS.fused_rows": 2048}):
-            settings = tune.as_on_gpu(case := hidden.cases[0])
-            assert settings["HIDDEN.cpu_chunk"] == size
-            weight = torch.empty((case.head.vocab, case.head.width), dtype=BF16, device="meta")
-            with config.override(settings):
-                rows_of_a_chunk = chunk_rows_of(HeadInputs(weight, None, None), case.tokens)
-            found.append((rows_of_a_chunk, settings["LOGITS.fused_rows"] > 1))
-    assert found == [(1024, True), (2048, True), (4096, False), (8192, False)]
-    for limit, is_fused in ((16 * 513 - 1, False), (16 * 513, True)):
-        with config.override({"LOGITS.fused_rows": limit}):
-            assert (tune.as_on_gpu(rows)["LOGITS.fused_rows"] > 1) == is_fused
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -247,7 +217,7 @@ def test_winners():
     [
         ("--family=row", "argument --family: invalid choice: 'row'"),
         ("--target=sm_1", "argument --target: invalid choice: 'sm_1'"),
-        ("--jobs=0", "argument --jobs: invalid positive value: '0'"),
+        ("--jobs=all", "argument --jobs: invalid int value: 'all'"),
     ],
 )
 def test_wrong_usage_is_named(option, message, capsys):
