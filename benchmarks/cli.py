@@ -120,11 +120,6 @@ def measure(given: argparse.Namespace, path: Path) -> int:
     return int(pytest.main(options, plugins=[run]))
 
 
-def _interpret() -> None:
-    """Triton decides at import whether it interprets: nothing may have imported it yet."""
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
 def _print(markdown: str) -> None:
     """Markdown for the terminal, or 150 columns wide in a file."""
     from rich.console import Console
@@ -154,9 +149,7 @@ def _show(found: dict[str, Any], path: Path, plots: bool) -> None:
 
 @action("run", "run a suite (`bench` alone, too)", "--suite", "--level", *RESULT, "--no-plots")
 def _run(given: argparse.Namespace) -> int:
-    if given.dry_run:
-        _interpret()
-    else:
+    if not given.dry_run:
         import torch
 
         from mapo_kernels import resolve_backend
@@ -233,8 +226,6 @@ def _warm(given: argparse.Namespace) -> int:
 @action("tune", "measure values of the fields in config.py, and write the fastest to a file",
         "--dry-run", "--minutes", *POINTS, "--out", "--name")  # fmt: skip
 def _tune(given: argparse.Namespace) -> int:
-    if given.dry_run:
-        _interpret()
     import torch
 
     import mapo_kernels
@@ -267,4 +258,7 @@ def main(given: argparse.Namespace) -> int:
     """Run the command; 1 if our own numbers are wrong, else 0."""
     drawing = () if getattr(given, "no_plots", True) else ("matplotlib",)
     require("bench", "rich", "jsonschema", "pytest", "pytest_benchmark", *drawing)
+    if given.action in ("run", "tune") and given.dry_run:
+        # Triton decides at import whether it interprets: nothing may have imported it yet.
+        os.environ["TRITON_INTERPRET"] = "1"
     return ACTIONS[given.action][1](given)

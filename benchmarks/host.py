@@ -158,11 +158,7 @@ def each_more(row: Row, one: Row) -> Row:
 
 
 def measure(path: Path, about: About) -> None:
-    """Time every call; the result at `path` is written after each.
-
-    Raises:
-        CommandError: there is no C compiler, or the result cannot be written.
-    """
+    """Time every call; the result at `path` is written after each."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # What is read of results that nobody computed makes no sense.
     # All is drawn before nothing is computed any more.

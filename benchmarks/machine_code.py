@@ -172,8 +172,7 @@ def in_processes(
 ) -> Iterator[Any]:
     """`call(x)` of each piece of work, in processes that `prepare(target)` makes compile for it.
 
-    Raises:
-        CommandError: a process ended with an error.
+    A process that ends is a CommandError.
     """
     with mock.patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .providers import COMPILED, OURS, PLAIN
-from .report import WHOLE_STEPS, Row, by_case, times
+from .report import Row, by_case, times
 
 # Colours that people with any colour vision tell apart, and markers; ours are black and grey, its
 # variants hollow.
@@ -127,12 +127,12 @@ def _lines(rows: list[Row], x: str, y: str) -> Figure | None:
 
 def draw(found: dict[str, Any]) -> dict[str, Figure]:
     """The plots of a result file by name, those that have something to show."""
-    rows = [x for x in found["rows"] if x["status"] == "ok" and x["direction"] in WHOLE_STEPS]
+    rows = [row for row in found["rows"] if row["status"] == "ok"]
 
     def of(*sweeps: str) -> list[Row]:
         return [row for row in rows if row["sweep"] in sweeps]
 
-    heads = [row for row in of("tokens") if row["head"] and row["peak_bytes"] is not None]
+    heads = [row for row in of("tokens") if row["head"]]
     drawn = {
         "relative_time": _relative_time(of("tokens", "dtype", "heads", "common")),
         "memory_against_tokens": _lines(heads, TOKENS, MEMORY),

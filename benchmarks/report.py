@@ -8,9 +8,7 @@ from typing import Any
 from .providers import OURS
 
 Row = dict[str, Any]
-CASE = ("level", "shape", "direction", "live", "group_size", "padding", "no_signal")
-# A provider may do backward's work in forward, which earlier files time apart.
-WHOLE_STEPS = ("both", "score")
+CASE = ("level", "shape", "live", "group_size", "padding", "no_signal")
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -20,11 +18,10 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def by_case(rows: list[Row]) -> list[dict[str, Row]]:
-    """The whole steps of each case in which ours was measured, by provider."""
+    """The rows of each case in which ours was measured, by provider."""
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        if row["direction"] in WHOLE_STEPS:
-            cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
+        cases.setdefault(tuple(row[key] for key in CASE), {})[row["provider"]] = row
     return [found for found in cases.values() if found.get(OURS, {}).get("status") == "ok"]
 
 
@@ -33,15 +30,13 @@ def times(row: Row, ours: Row) -> float:
 
     Where one is a graph's replay and the other is not, both are as launched from Python.
     """
-    key = "median_ms"
-    if (row.get("timer") == "graph") != (ours.get("timer") == "graph"):
-        key = "launched_ms"
-    return (row.get(key) or row["median_ms"]) / (ours.get(key) or ours["median_ms"])
+    if row["timer"] == ours["timer"]:
+        return row["median_ms"] / ours["median_ms"]
+    theirs, own = (x["launched_ms"] or x["median_ms"] for x in (row, ours))
+    return theirs / own
 
 
-def megabytes(nbytes: float | None) -> str:
-    if nbytes is None:
-        return ""
+def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:.0f}" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}"
 
 
@@ -51,8 +46,7 @@ def _peer(row: Row | None, ours: Row) -> str:
         return "-"
     if row["status"] != "ok":
         return row["status"]
-    memory = megabytes(row["peak_bytes"])
-    return f"{times(row, ours):.2f}" + (f" ({memory} MB)" if memory else "")
+    return f"{times(row, ours):.2f} ({megabytes(row['peak_bytes'])} MB)"
 
 
 def level_table(level: str, rows: list[Row]) -> str:

@@ -35,11 +35,9 @@ def timed(unit: str, samples: list[float]) -> Row:
 
 
 def reserve(folder: Path, name: str) -> Path:
-    """FOLDER/NAME.json, found out before a run of minutes to be a file that can be written.
+    """FOLDER/NAME.json, which can be written: a CommandError comes before a run of minutes.
 
-    Raises:
-        CommandError: the folder cannot be made or written to, or NAME is no name of a file, or that
-            of a file of something else.
+    A file of something else is not overwritten.
     """
     path = folder / f"{name}.json"
     table = path.with_suffix(".csv")

@@ -33,11 +33,7 @@ CALLS = [
 
 
 def seconds_of(arguments: list[str]) -> float:
-    """The wall clock's seconds of a Python with these arguments.
-
-    Raises:
-        RuntimeError: it failed; with what it said last.
-    """
+    """The wall clock's seconds of a Python; a RuntimeError with what it said last if it failed."""
     command = [sys.executable, *arguments]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -48,11 +44,7 @@ def seconds_of(arguments: list[str]) -> float:
 
 
 def measure(path: Path, about: About) -> None:
-    """Time every row; the result at `path` has them at the end.
-
-    Raises:
-        CommandError: the result cannot be written.
-    """
+    """Time every row; the result at `path` has them at the end."""
     file = Growing(path, about, len(CALLS))
     samples: list[list[float]] = [[] for _ in CALLS]
     failed: dict[int, Row] = {}

@@ -178,11 +178,7 @@ def compile_point(item: Item) -> Row:
 
 
 def compile_points(target: str, names: list[str], jobs: int) -> list[Row]:
-    """Compile all points into Triton's cache, in processes of their own; prints and returns rows.
-
-    Raises:
-        CommandError: a process ended with an error.
-    """
+    """Compile all points into Triton's cache, by processes of their own; prints, returns rows."""
     found = []
     for row in in_processes(compile_point, items(names), target, compile_for_gpu, jobs):
         print(json.dumps(row), flush=True)
