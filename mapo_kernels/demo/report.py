@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mapo_kernels.demo.folder import LOG_NAME
-from mapo_kernels.demo.settings import REPLAY, WARM_UP, Record, Settings
+from mapo_kernels.demo.settings import LOG_NAME, REPLAY, WARM_UP, Record, Settings
 
 Final = dict[str, dict[int, float]]  # phase -> seed -> held-out success at the end
 

@@ -11,6 +11,7 @@ from mapo_kernels.settings import require_number
 
 Record = dict[str, Any]  # of a run, a step or all of them: what JSON can hold
 
+LOG_NAME = "log.json"
 FORMAT = "mapo-kernels demo 2"  # in the log and in runs' files: what tells them from others' files
 WARM_UP = "warm-up"
 REPLAY = "-replay"  # behind the estimator, in the name of a phase that replays kept sets

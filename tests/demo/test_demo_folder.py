@@ -20,7 +20,7 @@ pytest.importorskip("jsonschema")
 
 from mapo_kernels import files
 from mapo_kernels.__main__ import main
-from mapo_kernels.demo import folder, plots
+from mapo_kernels.demo import experiment, plots
 from mapo_kernels.demo.experiment import run_experiment
 from mapo_kernels.demo.settings import Settings
 
@@ -231,7 +231,7 @@ LOG_DAMAGE = {
     "nested": lambda text: "[" * 100_000,
     "no runs": lambda text: json.dumps(json.loads(text) | {"runs": None}),
     "no run of ours": lambda text: text.replace('"mapo_seed0"', '"../mapo_seed0"'),
-    "another format": lambda text: text.replace(folder.FORMAT, "another"),
+    "another format": lambda text: text.replace(experiment.FORMAT, "another"),
 }
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_log_is_refused(earlier, kind):
 
 
 def test_another_run_in_the_same_folder_is_refused(earlier, capsys):
-    with folder.opened(earlier, resume=True):
+    with experiment.opened(earlier, resume=True):
         before = contents(earlier)
         error = refused(capsys, *SMALL, "--out", earlier)
         assert f"{earlier}: another run is using it" in error
@@ -254,8 +254,8 @@ def test_another_run_in_the_same_folder_is_refused(earlier, capsys):
 
 
 def test_another_process_in_the_same_folder_is_refused(earlier, capsys):
-    waits = "import sys; from pathlib import Path; from mapo_kernels.demo import folder\n"
-    waits += "with folder.opened(Path(sys.argv[1]), resume=False):\n"
+    waits = "import sys; from pathlib import Path; from mapo_kernels.demo import experiment\n"
+    waits += "with experiment.opened(Path(sys.argv[1]), resume=False):\n"
     waits += "    print('locked', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", waits, earlier],
