@@ -40,11 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--family": SEVERAL | {"choices": FAMILIES, "help": ONCE},
     "--target": {"choices": TARGETS, "default": "sm_90", "help": "architecture to compile for"},
     "--jobs": {"type": int, "default": 1, "help": "processes that compile; 0: one a core"},
-    "--minutes": {
-        "type": float,
-        "default": math.inf,
-        "help": "stop after so many; it can go on later",
-    },
+    "--minutes": {"type": float, "default": math.inf, "help": "until it stops, to go on later"},
     "--dry-run": FLAG
     | {"help": "everything once and tiny, on a CPU that interprets the kernels: no time counts"},
     "--commit": {"help": "where the code has no git history to ask"},

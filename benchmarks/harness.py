@@ -86,6 +86,7 @@ class CaseRun:
         self.copies = [copy.deepcopy(self.inputs) for _ in range(n_copies)]
 
     def work(self, call: Call) -> Work:
+        """What is timed of a provider."""
         return work_of(call, self.copies, self.case.direction)
 
     def check(self, call: Call) -> Row:

@@ -63,7 +63,7 @@ def write(found: dict[str, Any], path: Path) -> None:
 
 
 class About(NamedTuple):
-    """What is measured; the commit of code that git does not know; what else is to be kept."""
+    """What a result says of its run; `commit` is of code without git history, `notes` free text."""
 
     suite: str
     dry_run: bool = False
@@ -101,7 +101,7 @@ def write_table(found: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def of_whole_file(path: Path) -> Iterator[None]:
-    """Turns what is missing in a result file, or is none, into a CommandError."""
+    """Turns the errors of showing a damaged result file, or something else, into a CommandError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
