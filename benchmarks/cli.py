@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--jobs": {"type": int, "default": 1, "help": "processes that compile; 0: one a core"},
     "--minutes": {"type": float, "default": math.inf, "help": "until it stops, to go on later"},
     "--dry-run": FLAG
-    | {"help": "everything once and tiny, on a CPU that interprets the kernels: no time counts"},
+    | {"help": "everything once and small, without a GPU: the times mean nothing"},
     "--commit": {"help": "where the code has no git history to ask"},
     "--notes": {"help": "kept in the result file: what was predicted, and found"},
     "--out": {"type": Path, "default": Path(), "help": "folder of the files; of tune, or its file"},
