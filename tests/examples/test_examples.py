@@ -154,6 +154,8 @@ def test_sampling_masks(capsys):
     assert 0.75 < float(re.findall(r"without it ([\d.]+)", text)[0]) < 0.95
 
 
+# tests/distributed/test_examples_on_ranks.py has their modules on two ranks.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("ddp", "fsdp2"))
 def test_torchrun(name):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
