@@ -29,7 +29,8 @@ def bench(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("level", [names.SCORING, pytest.param(LOGITS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [names.SCORING, LOGITS])
 def test_dry_run_walks_a_gpu_suite_on_the_interpreter(level, tmp_path):
     pytest.importorskip("triton")
     done = bench(

@@ -83,6 +83,7 @@ def test_points_begin_with_the_defaults_and_come_once():
                 assert config.changed() == {k: x for k, x in point.items() if x != first[k]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_what_is_warm_is_found_by_the_driver_of_a_gpu(tmp_path):
     environ = without_interpreter(TRITON_CACHE_DIR=str(tmp_path))
