@@ -176,8 +176,15 @@ class Scope(NamedTuple):
                 count = whole.denominator(spec) / shared.n_ranks
             elif count is None:
                 count = whole.of_rows(shared.own).denominator(spec)
-        wide = accumulator_dtype(device)
-        return weights, torch.as_tensor(count, dtype=wide, device=device)
+        return weights, scalar(count, accumulator_dtype(device), device)
+
+
+def scalar(x: torch.Tensor | float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A number, or a tensor of one, as a tensor [] there; nothing waits."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, dtype).reshape(())
+    # Not `as_tensor`, which waits for a copy from the host; nor `full`: see `loss_denominator`.
+    return torch.ones((), dtype=dtype, device=device) * x
 
 
 def weighted(

@@ -186,7 +186,8 @@ def _token_level(
 def _combine(table: torch.Tensor, active: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Results of a batch [16] from those of its chunks [chunks, 16]: see `formula.RESULTS`."""
     names = {name: slot for slot, name in enumerate(RESULTS)}
-    maxima = [names[name] for name in LARGEST]
+    # A slice: an index made from a list is copied to the device, which waits for it.
+    maxima = slice(names[LARGEST[0]], names[LARGEST[-1]] + 1)
     scored = table[:, names["scored_tokens"]]
     has_scored = scored[:, None] > 0
     # What a chunk, or the batch, has no scored token for is NaN.

@@ -141,14 +141,14 @@ class Plan:
         """
         chosen = select(sequences, self.n_sequences)
         if self.cu_seqlens is None:
-            mask = None if self.mask is None else self.mask[chosen.rows]
+            here = chosen.rows_on(self.advantages.device)
             return replace(
                 self,
-                mask=mask,
+                mask=None if self.mask is None else self.mask[here],
                 live_counts=tuple(self.live_counts[i] for i in chosen.which),
-                sequence_weights=self._weights_of(chosen.rows),
-                **self._advantages_of(chosen.rows),
-                **self._kept_of(chosen.which, chosen.rows),
+                sequence_weights=self._weights_of(here),
+                **self._advantages_of(here),
+                **self._kept_of(chosen.which, here),
             )
         rows = chosen.as_slice()
         if rows is None or isinstance(sequences, torch.Tensor):

@@ -217,7 +217,7 @@ def denominators(
         if found is None:
             here = None if batch.parts is not None else n_valid
             found = _n_tokens(batch) if here is None else here.sum()
-        wide = torch.as_tensor(found, dtype=torch.float64, device=signals.wide.advantages.device)
+        wide = counting.scalar(found, torch.float64, signals.wide.advantages.device)
         return Denominators(wide, wide)
     scope = counting.Scope(spec, members.prompts, shared, normalizer)
     own = signals.wide, signals.narrow or signals.wide

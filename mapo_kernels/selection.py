@@ -23,6 +23,12 @@ class Selection(NamedTuple):
     rows: slice | torch.Tensor
     which: Sequence[int]
 
+    def rows_on(self, device: torch.device) -> slice | torch.Tensor:
+        """`rows` for tensors that lie there: an index from the host would be waited for."""
+        if isinstance(self.rows, slice) or not self.rows.is_cpu:
+            return self.rows
+        return self.rows.to(device, non_blocking=True)
+
     def as_slice(self) -> slice | None:
         """The slice that selects the same sequences in the same order, if there is one."""
         first = self.which[0] if self.which else 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import assert_close, make_batch
+from test_linear import NoWaiting
 
 import mapo_kernels as mk
 
@@ -147,3 +148,22 @@ def test_what_makes_no_sense_is_an_error():
         mk.LossSpec(aggregation="token-sum", denominator="contributing")
     with pytest.raises(ValueError, match="denominator: expected one of"):
         mk.LossSpec(denominator="active")
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "prompt-mean"])
+def test_a_denominator_that_is_a_number_waits_for_nothing(aggregation, device):
+    if mk.resolve_backend(device.type) != "triton":
+        pytest.skip("on a CPU there is nobody to wait for")
+    batch = make_batch(4, 3, dtype=torch.float32)
+    logp, mask = batch["logp"].to(device), batch["mask"].to(device)
+    spec = mk.LossSpec(aggregation=aggregation, denominator="contributing")
+    given = {"rewards": torch.rand(4, device=device), "group_size": 2, "mask": mask, "spec": spec}
+    if device.type == "cuda":
+        mk.mapo_loss(logp, normalizer=3.0, **given)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoWaiting():
+            mk.mapo_loss(logp, normalizer=3.0, **given)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")

@@ -7,6 +7,7 @@ from support import AGGREGATIONS, assert_close, make_batch, pack
 
 import mapo_kernels as mk
 from mapo_kernels import config
+from mapo_kernels.selection import select
 
 REWARDS = torch.tensor([1, 0, 0, 0.0, 1, 1, 1, 1, 0.1, 0, 0, 1])
 
@@ -237,3 +238,25 @@ def test_metrics_of_no_active_group_are_nan(limit, device):
     assert found["lambda_mean"] != found["lambda_mean"]
     assert found["active_groups"] == 0 and found["zero_advantage_groups"] == 2
     assert found["nonfinite_rewards"] == 4
+
+
+def test_indices_lie_where_the_plan_does():
+    """Tensors on a GPU would wait for an index that lies on the host."""
+    there = torch.device("meta")
+    for sequences in ([3, 1], (0,), [True, False, True, False, False], range(3, 0, -1)):
+        assert select(sequences, 5).rows_on(there).device == there
+    assert select(slice(1, 3), 5).rows_on(there) == slice(1, 3, 1)
+
+
+def test_a_micro_batch_by_indices_waits_for_nothing(device):
+    if device.type != "cuda":
+        pytest.skip("on a CPU there is nobody to wait for")
+    batch = batch_of(device)
+    plan = mk.make_plan(rewards=REWARDS.to(device), group_size=4, mask=batch["mask"])
+    plan.micro_batch([5, 2])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        part = plan.micro_batch([5, 2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(part.mask, batch["mask"][torch.tensor([5, 2])])
