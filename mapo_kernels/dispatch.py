@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mapo_kernels import backend
+from mapo_kernels import backend, tracing
 from mapo_kernels._ops import add_op_namespace_prefix
 from mapo_kernels.batch import Batch, GroupInputs, RowInputs, TokenResults
 from mapo_kernels.spec import AdvantageSpec, LossSpec
@@ -43,7 +43,11 @@ def dispatched(
         fields, reads, writes = iter(form.split()), iter(tensors), iter(out)
         values = iter(numbers)
         arguments = _unpack(fields, reads, values)
-        launch(*arguments, _unpack(fields, writes, values))
+        tracing.operator.runs = True
+        try:
+            launch(*arguments, _unpack(fields, writes, values))
+        finally:
+            tracing.operator.runs = False
 
     operator.register_fake(lambda tensors, out, numbers, form: None)
 

@@ -6,11 +6,20 @@ compute a loss compile anything.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+
+class _Operator(threading.local):
+    runs = False
+
+
+# Whether this thread runs an operator of a compiled graph: what it allocates may belong to that.
+operator = _Operator()
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,7 +6,7 @@ from ctypes import c_float
 
 import torch
 
-from mapo_kernels import config
+from mapo_kernels import config, tracing
 from mapo_kernels._triton import (
     interprets,
     next_power_of_2,
@@ -36,9 +36,12 @@ class _Counters:
         if interprets():
             # A kernel that raised an error in the middle of its grid has left a count behind.
             return torch.zeros(1, dtype=torch.int32, device=device)
+        # What a CUDA graph captures, or is warmed up with by torch.compile, it owns: such a counter
+        # serves it alone, and nobody keeps it.
+        if tracing.operator.runs:
+            return torch.zeros(1, dtype=torch.int32, device=device)
         stream = 0
         if device.type == "cuda":
-            # A graph owns what is allocated while it is captured: such a counter serves it alone.
             if torch.cuda.is_current_stream_capturing():
                 return torch.zeros(1, dtype=torch.int32, device=device)
             # As Triton asks for it: torch would make an object.

@@ -116,6 +116,49 @@ def test_operators_are_sound(device):
     assert_sound(tokens.launch_scale, given, grad.bfloat16())
 
 
+def test_an_operator_keeps_no_tensor(device, monkeypatch):
+    """What a compiled graph is warmed up with lies in its own memory: nobody else may keep it."""
+    if mk.resolve_backend(device.type) != "triton":
+        pytest.skip("the eager backend has no operators")
+    # As on a GPU: the interpreter makes a counter for each launch.
+    monkeypatch.setattr(tokens, "interprets", lambda: False)
+    monkeypatch.setattr(tokens.counters, "_counters", {})
+    logp, old, mask, *_ = arguments(device)
+    given = (logp.detach(), Batch(old, mask=mask, advantages=old[:, 0]), mk.LossSpec())
+    given = (*given, mk.AdvantageSpec(), True)
+    out = empty_results(*given)
+    torch.ops.mapo_kernels.token_loss(*packed(given, out))
+    assert tokens.counters._counters == {}
+    again = empty_results(*given)
+    tokens.launch_token_loss(*given, again)
+    assert len(tokens.counters._counters) == 1
+    assert torch.equal(out.grad, again.grad) and torch.equal(out.loss, again.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_reduced_overhead(device, level):
+    """torch.compile's CUDA graphs, which look whether anybody keeps their memory."""
+    torch.compiler.reset()
+    logp, old, mask, rewards, _, _ = arguments(device)
+    spec = mk.LossSpec(importance_level=level)
+
+    def run(x):
+        given = {"rewards": rewards, "group_size": 4, "mask": mask, "old_logprobs": old}
+        return mk.mapo_loss(x, spec=spec, **given).loss
+
+    compiled = torch.compile(run, mode="reduce-overhead")
+    expected = run(logp)
+    expected_grad = torch.autograd.grad(expected, logp)[0]
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(logp)
+        (grad,) = torch.autograd.grad(loss, logp)
+        assert_close(loss, expected, 1e-6)
+        assert_close(grad, expected_grad, 1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_inductor_on_a_gpu(device):
