@@ -1,4 +1,8 @@
-"""Factors of a group's advantages that its success ratio decides: device functions of `formula`."""
+"""Factors of a group's advantages that its success ratio decides: device functions of `formula`.
+
+Kernels that are compiled with and without fused multiply-adds compute them, and all of them have
+the same bits: what could be fused is so here, but for products that are exact.
+"""
 
 from mapo_kernels._triton import jit, tl
 
@@ -39,7 +43,7 @@ def subset_moments(successes, count, numbers):
     drawn = 1.0
     while drawn < numbers.pass_at_k:
         left = tl.where(count > drawn, count - drawn, 1.0)
-        share = share + failed * adds * (successes / left)
+        share = tl.fma(failed * adds, successes / left, share)
         adds = adds * (tl.where(failures > drawn, failures - drawn, 0.0 * failures) / left)
         subset = subset * ((drawn + 1.0) / left)
         drawn = drawn + 1.0
@@ -52,14 +56,14 @@ def subset_moments(successes, count, numbers):
 def certainty_weight(p, fixed, GROUP: tl.constexpr):
     """lambda(p): 0 where the group is uncertain (p = 1/2), 1 where it is certain (p = 0 or 1)."""
     if GROUP.certainty == "quadratic":
-        certainty = 1.0 - 4.0 * p * (1.0 - p)
+        certainty = tl.fma(-4.0 * p, 1.0 - p, 1.0)
     elif GROUP.certainty == "linear":
         certainty = tl.abs(2.0 * p - 1.0)
     elif GROUP.certainty == "entropy":
         q = 1.0 - p
         log_p = tl.log2(tl.where(p > 0, p, 1.0))
         log_q = tl.log2(tl.where(q > 0, q, 1.0))
-        certainty = 1.0 + p * log_p + q * log_q
+        certainty = tl.fma(q, log_q, tl.fma(p, log_p, 1.0))
     elif GROUP.certainty == "step":
         certainty = tl.where((p >= 0.25) & (p <= 0.75), 0.0 * p, 1.0 + 0.0 * p)
     else:

@@ -54,6 +54,7 @@ _TORCH = SimpleNamespace(
     PropagateNan=SimpleNamespace(ALL=None),
     abs=torch.abs,
     clamp=_clamp,
+    div_rn=torch.div,
     exp=torch.exp,
     exp2=torch.exp2,
     floor=torch.floor,

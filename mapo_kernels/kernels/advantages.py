@@ -108,7 +108,8 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
         rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
         above = reward * unit[:, None] - lowest[:, None]
         total = total + tl.sum(tl.where(finite, above, 0.0).to(tl.float64), 1)
-    offset = total.to(tl.float32) / tl.maximum(count, 1.0)
+    # A reward that is the mean has a deviation of exactly 0: see `formula.group_advantage`.
+    offset = tl.div_rn(total.to(tl.float32), tl.maximum(count, 1.0))
 
     squares = tl.zeros([TILE], tl.float64)
     for start in range(0, span.longest, BLOCK_G):
@@ -119,6 +120,16 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
     return Moments(
         unit, count, members, lowest, highest, offset, squares.to(tl.float32), successes, leader
     )
+
+
+@jit
+def batch_deviation(rewards, unit):
+    """The deviation of the whole batch's rewards times `unit`; 0 where nothing divides by it."""
+    std = 0.0 * unit
+    if rewards.batch_std is not None:
+        # No product that a compiler may fuse with what is added to it: see `group_factors`.
+        std = tl.fma(tl.load(rewards.batch_std), tl.load(rewards.batch_std + 1) * unit, 0.0)
+    return std
 
 
 @jit
@@ -147,9 +158,7 @@ def advantage_of_sequence(
         first = index // group_size * group_size
         span = Span(first, index * 0 + group_size, index, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, 1, BLOCK_G)
-    batch_std = 0.0
-    if rewards.batch_std is not None:
-        batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
+    batch_std = batch_deviation(rewards, m.unit)
     factor, _, _, success_ratio, certainty = group_advantage(
         m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
         batch_std, numbers, GROUP,
@@ -219,9 +228,7 @@ def advantages_kernel(
         size = tl.where(present, group_size, 0)
         span = Span(groups * group_size, size, groups, group_size)
     m = group_moments(rewards, span, numbers.success_threshold, TILE, BLOCK_G)
-    batch_std = 0.0
-    if rewards.batch_std is not None:
-        batch_std = tl.load(rewards.batch_std) * (tl.load(rewards.batch_std + 1) * m.unit)
+    batch_std = batch_deviation(rewards, m.unit)
     factor, mean, std, success_ratio, certainty = group_advantage(
         m.count, m.lowest, m.highest, m.lowest + m.offset, m.squares, m.successes, m.unit,
         batch_std, numbers, GROUP,
@@ -272,8 +279,8 @@ def group_summary_kernel(Stats, Out, n_groups, BLOCK: tl.constexpr):
         sums = add_groups(sums, some)
     # The mean over no group is NaN.
     active = tl.where(sums[4] > 0, sums[4], float("nan"))
-    tl.store(Out, sums[0] / active)
-    tl.store(Out + 1, sums[1] / active)
+    tl.store(Out, tl.div_rn(sums[0], active))
+    tl.store(Out + 1, tl.div_rn(sums[1], active))
     for i in tl.static_range(2, N_GROUP_METRICS):
         tl.store(Out + i, sums[i])
     never = (sums[4] > 0) & (sums[0] == 0) & (sums[2] < sums[4])

@@ -250,13 +250,14 @@ def finish(batch, n_programs, BLOCK_P: tl.constexpr):
     is_group_mean = (slots >= FIRST_GROUP) & (slots < FIRST_COUNT)
     scored, n_groups = slot(totals, slots, SCORED), slot(totals, slots, GROUPS)
     divisor = tl.where(is_token_mean, scored, tl.where(is_group_mean, n_groups, 1.0))
-    # What is said of no scored token, or of no group, is NaN.
-    results = tl.where(divisor > 0, totals / tl.maximum(divisor, 1.0), float("nan"))
+    # What is said of no scored token, or of no group, is NaN. The mean of ones is exactly 1: a
+    # GPU's `/` multiplies by a rounded inverse.
+    results = tl.where(divisor > 0, tl.div_rn(totals, tl.maximum(divisor, 1.0)), float("nan"))
     highest = tl.where(scored > 0, tl.max(found, 0), float("nan"))
     results = tl.where(is_largest, highest, results)
-    results = tl.where(slots == 0, 1.0 / denominator, results)
+    results = tl.where(slots == 0, tl.div_rn(1.0, denominator), results)
     tl.store(batch.results + slots, results)
-    tl.store(batch.loss, slot(totals, slots, 0) / denominator)
+    tl.store(batch.loss, tl.div_rn(slot(totals, slots, 0), denominator))
 
 
 @jit
