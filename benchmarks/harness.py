@@ -21,7 +21,7 @@ from mapo_kernels.files import CommandError
 
 from . import environment, results
 from .cases import EFFORTS, Case, Effort, cases_of
-from .levels import Inputs, draw, least, truth
+from .levels import NEVER_CLIPPED, Inputs, draw, least, truth
 from .memory import peak_bytes
 from .providers import OURS, PROVIDERS
 from .report import Row
@@ -84,6 +84,8 @@ class CaseRun:
         size = sum(x.nbytes for x in self.inputs.leaves)
         n_copies = min(MAX_SETS, -(-2 * cache_bytes(roofs.device) // size))
         self.copies = [copy.deepcopy(self.inputs) for _ in range(n_copies)]
+        for found in self.copies:
+            found.rest.spec = NEVER_CLIPPED
 
     def work(self, call: Call) -> Work:
         """What is timed of a provider."""

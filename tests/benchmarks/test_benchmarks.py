@@ -306,6 +306,17 @@ def test_inputs_take_turns_beyond_the_cache(roofs):
     assert [work()[0].data_ptr() for _ in range(3)] == [pointers[i] for i in (1, 2, 1)]
 
 
+def test_what_is_timed_in_place_has_the_same_work_every_time(roofs):
+    run = CaseRun(Case(LOGITS, **BATCH, head=HEAD), roofs, ONCE)
+    run.copies = run.copies[:1]
+    rest = run.copies[0].rest
+    live = rest.padded[2].bool() & (rest.advantages != 0)[:, None]
+    work = run.work(PROVIDERS[LOGITS][f"{OURS} in place"].call)
+    for _ in range(3):
+        (grad,) = work()
+        assert torch.equal((grad != 0).any(-1), live)
+
+
 def test_a_run_that_is_killed_keeps_every_finished_row(run):
     whole, written = run
     assert [len(found["rows"]) for found in written] == list(range(len(whole.items) + 1))
