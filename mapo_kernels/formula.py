@@ -365,8 +365,7 @@ def group_advantage(
     others = tl.where(count > 1, count - 1.0, 1.0)
     divisor = count - numbers.std_correction
     std = tl.sqrt(square_deviations / tl.where(divisor > 0, divisor, 1.0))
-    # Exactly 1 where all succeed: a GPU's `/` multiplies by a rounded inverse.
-    success_ratio = tl.div_rn(successes, tl.where(count > 0, count, 1.0))
+    success_ratio = tl.div_rn(successes, tl.where(count > 0, count, 1.0))  # `/` may be below 1
     certainty = certainty_weight(success_ratio, numbers.fixed_certainty, GROUP)
     scale = mean
     if numbers.pass_at_k is not None:

@@ -108,7 +108,7 @@ def group_moments(rewards, span, success_threshold, TILE: tl.constexpr, BLOCK_G:
         rows, member, reward, finite = member_rewards(rewards, span, start, BLOCK_G)
         above = reward * unit[:, None] - lowest[:, None]
         total = total + tl.sum(tl.where(finite, above, 0.0).to(tl.float64), 1)
-    # A reward that is the mean has a deviation of exactly 0: see `formula.group_advantage`.
+    # A reward that is the mean has a deviation of 0: a GPU's `/` multiplies by a rounded inverse.
     offset = tl.div_rn(total.to(tl.float32), tl.maximum(count, 1.0))
 
     squares = tl.zeros([TILE], tl.float64)
