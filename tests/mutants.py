@@ -50,7 +50,7 @@ CHECKS = tests_of("errors/test_checks", _EVERYWHERE, _EXTREME)
 
 MUTANTS = (
     # formula: advantages
-    Mutant("1.0 - 4.0 * p * (1.0 - p)", "1.0 - 3.0 * p * (1.0 - p)", ADVANTAGES),
+    Mutant("tl.fma(-4.0 * p, 1.0 - p, 1.0)", "tl.fma(-3.0 * p, 1.0 - p, 1.0)", ADVANTAGES),
     Mutant("(p >= 0.25) & (p <= 0.75)", "(p > 0.25) & (p <= 0.75)", ADVANTAGES),
     Mutant("divisor = count - numbers.std_correction", "divisor = count", ADVANTAGES),
     Mutant("(highest > lowest) & (count > 1)", "(count > 1)", ADVANTAGES),
