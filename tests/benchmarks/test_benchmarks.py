@@ -307,7 +307,7 @@ def test_inputs_take_turns_beyond_the_cache(roofs):
 
 
 def test_what_is_timed_in_place_has_the_same_work_every_time(roofs):
-    run = CaseRun(Case(LOGITS, **BATCH, head=HEAD), roofs, ONCE)
+    run = CaseRun(Case(LOGITS, **BATCH, head=HEAD), roofs)
     run.copies = run.copies[:1]
     rest = run.copies[0].rest
     live = rest.padded[2].bool() & (rest.advantages != 0)[:, None]
