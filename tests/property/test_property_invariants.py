@@ -138,7 +138,7 @@ def test_a_sequence_alone_equals_the_sequence_in_a_batch(device, search, threads
     search(check, companies(device), examples=60)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_long_row_alone_equals_the_row_in_a_batch(device, threads, number):
     """Long enough that torch gives a sum to several threads."""
     threads(number)

@@ -312,6 +312,7 @@ def test_other_settings_and_other_files_are_refused(quick, tmp_path):
         study(tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_give_the_records_of_one_process(tmp_path):
     cells = [Cell("main", name, "mixed", "binary", 0, 1e-3) for name in ("mapo", "grpo")]
     found = []

@@ -224,6 +224,7 @@ def images_of(text):
     return set(re.findall(r"!\[[^]]*\]\((study_\w+\.png)\)", text))
 
 
+@pytest.mark.slow
 def test_an_unfinished_ablation_makes_a_page_that_says_so(tmp_path, capsys):
     records = noisy(["mapo", "grpo", "apd"], 3, effects={"mapo": 0.1})
     records += noisy(["grpo"], 1, regime="hard") + [record("mapo", 100, 0.5, stage="rate")]
@@ -249,6 +250,7 @@ def test_an_unfinished_ablation_makes_a_page_that_says_so(tmp_path, capsys):
     assert (out / "report.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_a_page_of_all_parts(tmp_path):
     small = ["--out", str(tmp_path)]
     assert main(["study", "synthetic", *small, "--group-sizes", "4"]) == 0
