@@ -9,5 +9,5 @@ LEVELS = (MAPO, GRPO, LOGPROBS, LOGITS, SCORING, HIDDEN, KEPT)
 # What `bench tune` tries, and what `bench warm` and `codegen` compile for.
 FAMILIES: tuple[str, ...]
 FAMILIES = ("rows", "scoring", "statistics and entropy", "advantages given", "final sum")
-FAMILIES += ("log-probs", "hidden", "rows of 128256", "rows of float32")
+FAMILIES += ("log-probs", "unaligned log-probs", "hidden", "rows of 128256", "rows of float32")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -93,6 +93,16 @@ FAMILIES = {
         tuple(Case(LOGPROBS, 1024, length) for length in (1024, 4096)),
         {"LOGPROBS.threads": (128, 256, 512), "LOGPROBS.multiprocessors": (88, 132, 176, 264)},
     ),
+    # Tokens that are read one by one, as those of packed sequences are.
+    "unaligned log-probs": Family(
+        ours_from_logprobs,
+        (Case(LOGPROBS, 1024, 4095),),
+        {
+            "LOGPROBS.unaligned_registers": (80, 128, 160),
+            "LOGPROBS.unaligned_tokens_per_thread": (1, 2, 4),
+            "LOGPROBS.threads": (128, 256),
+        },
+    ),
     # Bytes that make chunks of 1024, 2048, 4096 and 8192 of these rows.
     "hidden": Family(
         ours_from_hidden,

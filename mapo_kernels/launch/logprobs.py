@@ -145,8 +145,10 @@ def launch_token_loss(
     is_short = logprobs.numel() <= tuning.short_length * n_sequences
     threads = tuning.short_threads if is_short else tuning.threads
     is_aligned = inputs.cu_seqlens is None and length % 16 == 0
-    room = tuning.registers if is_aligned else tuning.unaligned_registers
-    n_blocks = -(-logprobs.numel() // (n_sequences * threads * tuning.tokens_per_thread))
+    room, per_thread = tuning.registers, tuning.tokens_per_thread
+    if not is_aligned:
+        room, per_thread = tuning.unaligned_registers, tuning.unaligned_tokens_per_thread
+    n_blocks = -(-logprobs.numel() // (n_sequences * threads * per_thread))
     most = tuning.multiprocessors * ((1 << 16) // (threads * room))
     n_programs, n_splits = _programs(n_sequences, n_blocks, most, spec)
     tokens, advantages = tokens_of(inputs)
@@ -170,7 +172,7 @@ def launch_token_loss(
             LOSS=spec.kind,
             GROUP=advantage_spec.kind if inputs.groups is not None else None,
             THREADS=threads,
-            PER_THREAD=tuning.tokens_per_thread,
+            PER_THREAD=per_thread,
             BLOCK_G=block_g,
             BLOCK_P=tuning.partials_per_thread * threads // SLOTS,
             # The default is about to change, and the kernel's instruction budget counts on it.
