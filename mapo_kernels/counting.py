@@ -16,7 +16,7 @@ from mapo_kernels.distributed.agreement import all_gather
 from mapo_kernels.distributed.data import Part, Shared
 from mapo_kernels.eager.sums import accumulator_dtype, sum_by
 from mapo_kernels.groups import order_by_group
-from mapo_kernels.layout import Layout
+from mapo_kernels.layout import Layout, scalar
 from mapo_kernels.spec import LossSpec
 
 
@@ -177,14 +177,6 @@ class Scope(NamedTuple):
             elif count is None:
                 count = whole.of_rows(shared.own).denominator(spec)
         return weights, scalar(count, accumulator_dtype(device), device)
-
-
-def scalar(x: torch.Tensor | float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A number, or a tensor of one, as a tensor [] there; nothing waits."""
-    if isinstance(x, torch.Tensor):
-        return x.to(device, dtype).reshape(())
-    # Not `as_tensor`, which waits for a copy from the host; nor `full`: see `loss_denominator`.
-    return torch.ones((), dtype=dtype, device=device) * x
 
 
 def weighted(

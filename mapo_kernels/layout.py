@@ -15,14 +15,17 @@ def loss_denominator(
 ) -> torch.Tensor:
     """The batch's denominator [], of which `n_valid` [] tokens are valid, in their dtype."""
     found = batch.denominator(spec, n_sequences)
-    if found is None:
-        found = n_valid
-    elif isinstance(found, torch.Tensor):
-        found = found.to(n_valid.dtype).reshape(())
-    else:
-        # torch.compile keeps a number as a symbol where it is a factor, and not as a filling.
-        found = torch.ones_like(n_valid) * found
+    found = n_valid if found is None else scalar(found, n_valid.dtype, n_valid.device)
     return formula.loss_denominator(found, n_valid)
+
+
+def scalar(x: torch.Tensor | float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A number, or a tensor of one, as a tensor [] there; nothing waits."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, dtype).reshape(())
+    # Not `as_tensor`, which waits for a copy from the host. torch.compile keeps a number as a
+    # symbol where it is a factor, and not as a filling.
+    return torch.ones((), dtype=dtype, device=device) * x
 
 
 class Layout:

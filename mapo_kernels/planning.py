@@ -11,6 +11,7 @@ from mapo_kernels import checks, checks_groups, counting, operators
 from mapo_kernels.batch import Batch, GroupInputs
 from mapo_kernels.distributed import data, sequences
 from mapo_kernels.groups import Signal
+from mapo_kernels.layout import scalar
 from mapo_kernels.live_counts import count_tokens
 from mapo_kernels.spec import AdvantageSpec, LossSpec
 
@@ -217,7 +218,7 @@ def denominators(
         if found is None:
             here = None if batch.parts is not None else n_valid
             found = _n_tokens(batch) if here is None else here.sum()
-        wide = counting.scalar(found, torch.float64, signals.wide.advantages.device)
+        wide = scalar(found, torch.float64, signals.wide.advantages.device)
         return Denominators(wide, wide)
     scope = counting.Scope(spec, members.prompts, shared, normalizer)
     own = signals.wide, signals.narrow or signals.wide

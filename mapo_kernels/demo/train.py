@@ -168,8 +168,10 @@ class Run:
             parameters["lr"] = settings.learning_rate * (1 - step / settings.steps)
         batch = self._roll_out()
         parts = batch.minibatches(settings.minibatches)
-        old_logprobs = [self._old_logprobs(part) for part in parts]  # all before the first update
-        measured = [self._minibatch(*x) for x in zip(parts, old_logprobs, strict=True)]
+        kept = [SamplingMask.from_logits(x.logp) if self.replays else None for x in parts]
+        # All before the first update.
+        old_logprobs = [self._old_logprobs(*x) for x in zip(parts, kept, strict=True)]
+        measured = [self._minibatch(*x) for x in zip(parts, kept, old_logprobs, strict=True)]
         # A minibatch without a scored token says NaN; so does a step of such minibatches.
         lists = {name: torch.tensor([values[name] for values in measured]) for name in measured[0]}
         means = {name: values.nanmean().item() for name, values in lists.items()}
@@ -216,22 +218,23 @@ class Run:
             self.record["evals"].append({"step": steps, **found})
 
     @torch.no_grad()
-    def _old_logprobs(self, part: Rollouts) -> Tensor:
+    def _old_logprobs(self, part: Rollouts, kept: SamplingMask | None) -> Tensor:
         """[B, T]: the sampler's; in a replay the model's, which equal the loss's bit for bit."""
-        if not self.replays:
+        if kept is None:
             logprobs = part.logp.gather(2, part.tokens[..., None]).squeeze(2)
             return logprobs.masked_fill(~part.mask, 0.0)
-        kept = SamplingMask.from_logits(part.logp)
         logits = answer_logits(self.model, part.prompts, part.tokens)
         return token_logprobs(logits, part.tokens, mask=part.mask, sampling_mask=kept)
 
-    def _minibatch(self, part: Rollouts, old_logprobs: Tensor) -> dict[str, float]:
+    def _minibatch(
+        self, part: Rollouts, kept: SamplingMask | None, old_logprobs: Tensor
+    ) -> dict[str, float]:
         """One optimizer step on some groups; returns the loss and its metrics."""
         settings, device = self.settings, self.device
         output = mapo_loss_from_logits(
             answer_logits(self.model, part.prompts, part.tokens),
             part.tokens,
-            sampling_mask=SamplingMask.from_logits(part.logp) if self.replays else None,
+            sampling_mask=kept,
             rewards=part.rewards.to(device),
             success=part.correct.to(device) if self.knows_success else None,
             group_size=settings.group_size,

@@ -33,19 +33,15 @@ class _Counters:
         self._counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def get(self, device: torch.device) -> torch.Tensor:
-        if interprets():
-            # A kernel that raised an error in the middle of its grid has left a count behind.
-            return torch.zeros(1, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
         # What a CUDA graph captures, or is warmed up with by torch.compile, it owns: such a counter
-        # serves it alone, and nobody keeps it.
-        if tracing.operator.runs:
+        # serves it alone, and nobody keeps it. Nor one of the interpreter's, where a kernel that
+        # raised an error in the middle of its grid has left a count behind.
+        is_owned = tracing.operator.runs or (on_gpu and torch.cuda.is_current_stream_capturing())
+        if is_owned or interprets():
             return torch.zeros(1, dtype=torch.int32, device=device)
-        stream = 0
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return torch.zeros(1, dtype=torch.int32, device=device)
-            # As Triton asks for it: torch would make an object.
-            stream = triton.runtime.driver.active.get_current_stream(device.index)
+        # As Triton asks for it: torch would make an object.
+        stream = triton.runtime.driver.active.get_current_stream(device.index) if on_gpu else 0
         key = (device, stream)
         if key not in self._counters:
             self._counters[key] = torch.zeros(1, dtype=torch.int32, device=device)

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from mapo_kernels import group_advantages
+from mapo_kernels import SamplingMask, group_advantages
 from mapo_kernels.demo.settings import WARM_UP, Record
 from mapo_kernels.demo.tasks import Problem
 from mapo_kernels.demo.train import GRADIENT_NORM, Rollouts, Run, without_signal
@@ -79,7 +79,9 @@ class StudyRun(Run):
         done = super()._reinforce()
         return done | {"groups": self._groups, "groups_without_signal": self._silent}
 
-    def _minibatch(self, part: Rollouts, old_logprobs: Tensor) -> dict[str, float]:
+    def _minibatch(
+        self, part: Rollouts, kept: SamplingMask | None, old_logprobs: Tensor
+    ) -> dict[str, float]:
         """An optimizer step, with the mean of the absolute advantages."""
         advantages = group_advantages(
             part.rewards,
@@ -87,7 +89,7 @@ class StudyRun(Run):
             success=part.correct if self.knows_success else None,
             **asdict(self.advantage_spec),
         )
-        done = super()._minibatch(part, old_logprobs)
+        done = super()._minibatch(part, kept, old_logprobs)
         return done | {"advantage_abs": advantages.abs().mean().item()}
 
     def _update(self, loss: Tensor) -> Record:
